@@ -1,0 +1,80 @@
+"""Errors that cross the API boundary, each with its HTTP answer. Inside the core, the world's errors are values."""
+
+from __future__ import annotations
+
+
+class TerraceError(Exception):
+    """Base of every error a client or an operator may see. `param` names the request field at fault, if one is."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(TerraceError):
+    """The request can never succeed as it stands."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ModelNotFound(TerraceError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class Unauthorized(TerraceError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class BodyTooLarge(TerraceError):
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class Overloaded(TerraceError):
+    """A named limit is reached; the same request may succeed after `retry_after_s`."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: int, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(TerraceError):
+    """Loading or draining: this daemon takes no work now."""
+
+    status = 503
+    type = "server_error"
+    code = "not_ready"
+
+    def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StepFailed(TerraceError):
+    """A forward pass raised: the requests in it end with an error, the daemon goes on."""
+
+    code = "step_failed"
+
+
+class ConfigError(TerraceError):
+    """The operator's configuration or environment cannot work; printed as one line, without a traceback."""
+
+    code = "config_error"

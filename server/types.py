@@ -1,0 +1,221 @@
+"""The nouns that every layer shares: what a block, a step and a token event are.
+
+Plain data only. This module imports neither torch nor asyncio and knows no policy: it can be imported by the control
+plane, by the device thread and by the simulator alike. Units live in names (`_s`, `_tokens`, `_bytes`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+BlockHash = bytes
+"""32 bytes: keyed hash over (parent hash, token ids); the chain's root is the fingerprint and the cache salt."""
+FrameId = int
+"""Index of one block-sized place in one tier."""
+TierName = str
+"""`device`, `dram`, `ssd`, ..."""
+RequestId = int
+
+DEVICE: TierName = "device"
+DRAM: TierName = "dram"
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. STOP and LENGTH are the client's own doing; the others are not."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """Shape of one block, K and V of all layers: `[layers, 2, kv_heads, block_tokens, head_dim]`, one contiguous range.
+
+    Llama-3-8B in bf16 with 16 tokens: 32 * 2 * 8 * 16 * 128 * 2 B = 2 MiB.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype_bytes: int
+    block_tokens: int
+
+    @property
+    def token_bytes(self) -> int:
+        return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_tokens
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens occupy, the last one perhaps partly."""
+        return -(-tokens // self.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGeometry:
+    """The shapes of a decoder that memory, attention and limits depend on.
+
+    `windows[layer]` is the sliding-window length in tokens of that layer (a query at position p sees p-window+1 .. p),
+    or None for full attention. `scale` multiplies q.k before the softmax.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    scale: float
+    windows: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Validated at the API's edge; here every value is in range.
+
+    `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` and `min_p == 0` switch the filters off.
+    `stop_token_ids` already holds the model's EOS ids unless the client asked to ignore them.
+    `logprobs` / `prompt_logprobs`: None for none, else the number of alternatives per token (0: only the token's own).
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural log, of the raw model distribution) of one token and its best alternatives."""
+
+    token: int
+    logprob: float
+    rank: int
+    """1 for the most likely token of the vocabulary."""
+    top: Sequence[tuple[int, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """Sample one token after this row. `history` is every token before it; never mutated while a step runs.
+
+    `position` is the index that the sampled token will have: with `params.seed` it names the random draw, so the same
+    seed gives the same token whatever else is in the batch and however often the request was preempted.
+    """
+
+    params: SamplingParams
+    position: int
+    prompt_tokens: int
+    history: Sequence[int]
+
+    @property
+    def generated(self) -> int:
+        return self.position - self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One request's share of a step: feed `tokens`, whose first has position `start`.
+
+    `frames` is an int32 view of the request's block table, covering at least `start + len(tokens)` tokens.
+    `prompt_logprobs`: number of alternatives wanted for every *following prompt token* of the fed ones, or None; then
+    `targets` are the tokens that follow each fed token (one shorter when the prompt ends in this row).
+    """
+
+    request_id: RequestId
+    tokens: array[int]
+    start: int
+    frames: npt.NDArray[np.int32]
+    sample: SampleSpec | None = None
+    prompt_logprobs: int | None = None
+    targets: array[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass. `retired`: requests that will not be in a later step under that id (drop what is kept for them)."""
+
+    id: int
+    rows: Sequence[StepRow]
+    retired: Sequence[RequestId] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Outcome of one plan, aligned with its rows: the sampled token (None where the row samples nothing)."""
+
+    id: int
+    tokens: Sequence[int | None]
+    logprobs: Sequence[TokenLogprobs | None]
+    prompt_logprobs: Sequence[Sequence[TokenLogprobs] | None]
+    started_s: float
+    finished_s: float
+
+
+class StepRunner(Protocol):
+    """Runs plans one at a time. Real: one device thread; simulated: an oracle model on the virtual clock.
+
+    The caller guarantees: frames of the plan stay reserved until `run` returns or raises. The runner guarantees: it
+    returns only when the step no longer touches any frame. It raises `StepFailed` when the step produced nothing.
+    """
+
+    async def run(self, plan: StepPlan) -> StepResult: ...
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one commit tells one stream: at most one new token, and whether the request is over."""
+
+    request_id: RequestId
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    finish: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One block in flight between two tiers. Never cancelled, only completed: until then both frames are its own."""
+
+    id: int
+    hash: BlockHash
+    source: tuple[TierName, FrameId]
+    target: tuple[TierName, FrameId]
+    planned_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TierFault:
+    """The world's error in one transfer: what happened, in words for the log. Returned, never raised."""
+
+    reason: str
+    """`io`, `corrupt`, `no_space` or `timeout`."""
+    detail: str = ""
