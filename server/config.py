@@ -1,0 +1,449 @@
+"""Every knob of the daemon: one frozen tree, read once at start.
+
+Precedence: defaults < TOML file < environment < command-line flags. Unknown keys are errors with a suggestion, because a
+misspelt limit that is silently ignored is a limit that does not hold. This is the only module that reads `os.environ`.
+It knows names, units, defaults and ranges; it does not know what a model, a tier or a policy is, so names of such things
+(`attention`, `eviction`, `policy`) are checked where their registries are.
+
+Environment: `TERRACE_<SECTION>__<FIELD>`, e.g. `TERRACE_KV__DEVICE_GIB=4`; and `TERRACE_MODEL`, `TERRACE_API_KEYS`
+(comma-separated) and `TERRACE_CONFIG` (the TOML file). An empty variable counts as not set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+
+from server.errors import ConfigError
+
+ENV_PREFIX = "TERRACE_"
+_ENV_SHORT = {"TERRACE_MODEL": "model.model", "TERRACE_API_KEYS": "server.api_keys"}
+_ENV_FILE = "TERRACE_CONFIG"
+# Kubernetes injects these into every pod of a namespace that has a Service called `terrace` or `terrace-...`.
+_ENV_KUBERNETES = re.compile(r"TERRACE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+
+_BYTE_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate(("k", "m", "g", "t"), start=1)
+    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+_TIME_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_COUNT_UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+_QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
+_DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def _quantity(text: str, units: Mapping[str, float], what: str) -> float:
+    match = _QUANTITY.fullmatch(text)
+    if match is None or match[2] not in units:
+        raise ValueError(f"is not {what} (units: {', '.join(u for u in units if u)})")
+    return float(match[1].replace("_", "")) * units[match[2]]
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError("is not a whole number")
+    return int(value)
+
+
+def _parse_bytes(value: object) -> object:
+    return _whole(_quantity(value.lower(), _BYTE_UNITS, "a size in bytes")) if isinstance(value, str) else value
+
+
+def _parse_gib(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = value.lower().strip()
+    return _quantity(text, _BYTE_UNITS, "a size in GiB") / 2**30 if text[-1:].isalpha() else value
+
+
+def _parse_seconds(value: object) -> object:
+    return _quantity(value.lower(), _TIME_UNITS, "a duration in seconds") if isinstance(value, str) else value
+
+
+def _parse_count(value: object) -> object:
+    return _whole(_quantity(value, _COUNT_UNITS, "a count")) if isinstance(value, str) else value
+
+
+def _parse_list(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _parse_dtype(value: object) -> object:
+    return _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("is not a power of two")
+    return value
+
+
+def _no_blank(keys: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not key or key != key.strip() for key in keys):
+        raise ValueError("holds an empty key or one with blanks around it")
+    return keys
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field looks on the command line, when that is not simply `--field-name`."""
+
+    names: tuple[str, ...] = ()
+    """Replaces `--field-name`; the first one is shown."""
+    common: bool = False
+    """Listed by `terrace serve --help`; the others need `--help-all`."""
+    positional: bool = False
+
+
+COMMON = Flag(common=True)
+Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
+Gib = Annotated[float, BeforeValidator(_parse_gib)]
+Seconds = Annotated[float, BeforeValidator(_parse_seconds)]
+Count = Annotated[int, BeforeValidator(_parse_count)]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_parse_dtype)]
+ApiKeys = Annotated[tuple[str, ...], BeforeValidator(_parse_list), AfterValidator(_no_blank)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=False, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """Which model, in which precision, on which device."""
+
+    model: Annotated[str, Flag(positional=True, common=True)] = Field(
+        default="demo",
+        min_length=1,
+        description="Folder in Hugging Face format, hub id, or `demo` for the packaged demo model.",
+    )
+    served_model_name: Annotated[str | None, COMMON] = Field(
+        default=None, description="Name that clients use; default: the folder's or the hub id's own."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    dtype: Annotated[Dtype, COMMON] = Field(
+        default="auto", description="Precision of weights and arithmetic; auto: the checkpoint's own, float32 on a CPU."
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto",
+        description="auto: read the weights; dummy: random weights from config.json, for tests of capacity and speed.",
+    )
+    max_model_len: Annotated[Count | None, COMMON] = Field(
+        default=None,
+        ge=1,
+        description="Longest prompt plus output, in tokens; default: what the model was made for. 32k = 32000, 32K = 32768.",
+    )
+    chat_template: Path | None = Field(
+        default=None, description="Jinja file to use in place of the model's own chat template."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Seeds dummy weights and the sampling of requests that name no seed of their own."
+    )
+    device: Annotated[Literal["cpu", "cuda"], COMMON] = Field(default="cpu", description="Where the model runs.")
+    attention: str = Field(default="auto", description="Attention backend; auto: the best one for the device.")
+    threads: Annotated[int | None, COMMON] = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads for arithmetic; default: torch's own choice, one per physical core.",
+    )
+
+
+class KvConfig(_Section):
+    """The KV cache: how much of it there is, and in what pieces."""
+
+    device_gib: Annotated[Gib, COMMON] = Field(
+        default=1.0, gt=0, description="Device tier in GiB (RAM on a CPU-only machine); also takes units, e.g. 512MiB."
+    )
+    block_size: Annotated[int, AfterValidator(_power_of_two), Field(ge=1, le=1024)] = Field(
+        default=16, description="Tokens per block: the unit of sharing, eviction and transfer. A power of two."
+    )
+    kv_dtype: Annotated[Dtype, Flag(names=("--kv-dtype", "--kv-cache-dtype"))] = Field(
+        default="auto", description="Precision of cached keys and values; auto: the same as the model's."
+    )
+    prefix_caching: Annotated[bool, Flag(names=("--prefix-caching", "--enable-prefix-caching"), common=True)] = Field(
+        default=True, description="Reuse the cached blocks of a prompt's longest known prefix."
+    )
+    eviction: str = Field(default="lru", description="Policy that picks which unused cached blocks go first.")
+
+
+class SchedulerConfig(_Section):
+    """How much work runs at once and how much may wait."""
+
+    policy: Annotated[str, Flag(names=("--policy", "--scheduling-policy"))] = Field(
+        default="fcfs",
+        description="Order of admission and preemption: fcfs, or priority (a lower `priority` runs first).",
+    )
+    max_num_seqs: Annotated[Count, COMMON] = Field(default=256, ge=1, description="Requests running at once.")
+    max_num_batched_tokens: Annotated[Count, COMMON] = Field(
+        default=2048, ge=1, description="Tokens computed per step over all requests: decode first, the rest is prefill."
+    )
+    prefill_chunk_tokens: Count | None = Field(
+        default=None,
+        ge=1,
+        description="Most prompt tokens of one request per step; default: the whole budget of the step.",
+    )
+    max_queued_requests: Annotated[Count, COMMON] = Field(
+        default=2048, ge=1, description="Requests waiting; beyond that the answer is 429 with Retry-After."
+    )
+    max_queued_tokens: Count = Field(
+        default=2_000_000, ge=1, description="Prompt tokens waiting; beyond that the answer is 429 with Retry-After."
+    )
+
+
+class ServerConfig(_Section):
+    """The HTTP front and the process."""
+
+    host: Annotated[str, COMMON] = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: Annotated[int, COMMON] = Field(
+        default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one."
+    )
+    api_keys: Annotated[ApiKeys, Flag(names=("--api-key",), common=True)] = Field(
+        default=(),
+        repr=False,
+        description="Bearer keys that clients must present (repeat the flag for several); none: open to all.",
+    )
+    api_key_file: Path | None = Field(
+        default=None, description="File with one API key per line, added to api_keys; # starts a comment."
+    )
+    max_body_bytes: Bytes = Field(
+        default=8 * 2**20, ge=1024, description="Largest request body in bytes, e.g. 8MiB; beyond it 413."
+    )
+    max_prompts_per_request: Count = Field(default=64, ge=1, description="Prompts in one /v1/completions request.")
+    max_choices: Count = Field(default=16, ge=1, description="Largest `n` and `best_of`, per prompt.")
+    max_stop_strings: Count = Field(default=16, ge=0, description="Stop strings per request.")
+    max_logprobs: Count = Field(default=20, ge=0, description="Largest number of alternatives per token in logprobs.")
+    sse_keepalive_s: Seconds = Field(
+        default=15.0,
+        ge=0,
+        description="Silence on a stream before a comment line keeps proxies from closing it; 0: never.",
+    )
+    shutdown_timeout_s: Annotated[Seconds, COMMON] = Field(
+        default=30.0,
+        ge=0,
+        description="After SIGTERM, how long running requests may take to finish before they are aborted.",
+    )
+    switch_interval_s: Seconds = Field(
+        default=0.001,
+        gt=0,
+        le=1,
+        description="Longest wait of the event loop for the interpreter lock while the device thread computes.",
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], COMMON] = Field(
+        default="info", description="Least severe event that is logged."
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="auto: coloured lines on a terminal, else one JSON object per line."
+    )
+
+
+class Config(_Section):
+    """The whole configuration, valid and immutable. `load_config` makes it; a bare `Config()` is all defaults."""
+
+    model: ModelConfig = ModelConfig()
+    kv: KvConfig = KvConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    server: ServerConfig = ServerConfig()
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def source(self, name: str) -> str:
+        """Where `section.field` got its value: `default`, `file PATH`, `env NAME` or `flag --name`."""
+        return self._sources.get(name, "default")
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """(name, value as TOML, source) of every field, API keys as their number only; for `terrace config show`."""
+        for option in OPTIONS:
+            value = getattr(getattr(self, option.section), option.field)
+            shown = f"<{len(value)} set>" if option.name == "server.api_keys" else toml_value(value)
+            yield option.name, shown, self.source(option.name)
+
+
+def toml_value(value: object) -> str:
+    """`value` as it would stand in the TOML file; None as `none` (TOML says None by leaving the key out)."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return repr(value) if isinstance(value, int | float) else json.dumps(str(value), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of the tree, as the command line and the documentation see it."""
+
+    section: str
+    field: str
+    flags: tuple[str, ...]
+    kind: Literal["value", "bool", "list", "positional"]
+    choices: tuple[str, ...]
+    common: bool
+    default: Any
+    description: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.section}.{self.field}"
+
+    @property
+    def env(self) -> str:
+        return f"{ENV_PREFIX}{self.section.upper()}__{self.field.upper()}"
+
+
+def _options() -> Iterator[Option]:
+    for section, outer in Config.model_fields.items():
+        assert isinstance(outer.annotation, type), "every top-level field is a section"
+        schema = outer.annotation.model_json_schema()["properties"]
+        for field, info in outer.annotation.model_fields.items():
+            flag = next((m for m in info.metadata if isinstance(m, Flag)), Flag())
+            kind: Literal["value", "bool", "list", "positional"] = "value"
+            if flag.positional:
+                kind = "positional"
+            elif isinstance(info.default, bool):
+                kind = "bool"
+            elif isinstance(info.default, tuple):
+                kind = "list"
+            yield Option(
+                section=section,
+                field=field,
+                flags=flag.names or ("--" + field.replace("_", "-"),),
+                kind=kind,
+                choices=tuple(schema[field].get("enum", ())),
+                common=flag.common,
+                default=info.default,
+                description=info.description or "",
+            )
+
+
+OPTIONS: tuple[Option, ...] = tuple(_options())
+_BY_NAME = {option.name: option for option in OPTIONS}
+
+
+def load_config(
+    overrides: Mapping[str, Any] | None = None,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """The effective configuration. `overrides` is {"section.field": value} from the flags; values may be strings.
+
+    `file` defaults to what TERRACE_CONFIG names, if anything; `environ` to the process's own. Raises ConfigError with one
+    line that names the field, where its value came from and what would be right.
+    """
+    environ = os.environ if environ is None else environ
+    if file is None and environ.get(_ENV_FILE):
+        file = Path(environ[_ENV_FILE])
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    layers = [(_from_file(file), f"file {file}")] if file is not None else []
+    for layer, source in layers:
+        values |= layer
+        sources |= dict.fromkeys(layer, source)
+    for name, variable in _env_names(environ).items():
+        values[name] = environ[variable]
+        sources[name] = f"env {variable}"
+    for name, value in (overrides or {}).items():
+        if name not in _BY_NAME:
+            raise ConfigError(f"unknown setting {name!r}{_hint(name)}", param=name)
+        values[name] = value
+        sources[name] = f"flag {_BY_NAME[name].flags[0]}"
+    config = _with_key_file(_validate(values, sources))
+    config._sources.update(sources)
+    return config
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    values = {}
+    for section, fields in tree.items():
+        if section not in Config.model_fields:
+            what = "section" if isinstance(fields, dict) else "key"
+            raise ConfigError(f"unknown {what} {section!r} in {path}{_hint(section)}", param=section)
+        if not isinstance(fields, dict):
+            raise ConfigError(
+                f"{section!r} in {path} must be a section: write [{section}] on a line of its own", param=section
+            )
+        for field, value in fields.items():
+            name = f"{section}.{field}"
+            if name not in _BY_NAME:
+                raise ConfigError(f"unknown key {name!r} in {path}{_hint(name)}", param=name)
+            values[name] = value
+    return values
+
+
+def _env_names(environ: Mapping[str, str]) -> dict[str, str]:
+    """{section.field: variable} for every non-empty TERRACE_ variable; ConfigError for one that means nothing."""
+    long_names = {option.env: option.name for option in OPTIONS}
+    found: dict[str, str] = {}
+    for variable in sorted(environ):
+        if not variable.startswith(ENV_PREFIX) or variable == _ENV_FILE or not environ[variable]:
+            continue
+        name = long_names.get(variable) or _ENV_SHORT.get(variable)
+        if name is None:
+            if _ENV_KUBERNETES.fullmatch(variable):
+                continue
+            near = difflib.get_close_matches(variable, [*long_names, *_ENV_SHORT, _ENV_FILE], n=1)
+            near = near or [o.env for o in OPTIONS if variable == ENV_PREFIX + o.field.upper()]
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown environment variable {variable}{hint}", param=variable)
+        if name in found:
+            raise ConfigError(f"{found[name]} and {variable} both set {name}; keep one", param=name)
+        found[name] = variable
+    return found
+
+
+def _hint(name: str) -> str:
+    leaf = name.rpartition(".")[2]
+    same_leaf = [option.name for option in OPTIONS if option.field == leaf]
+    near = same_leaf or difflib.get_close_matches(name, [*_BY_NAME, *Config.model_fields], n=1)
+    if not near:
+        near_leaf = difflib.get_close_matches(leaf, [option.field for option in OPTIONS], n=1)
+        near = [option.name for option in OPTIONS if option.field in near_leaf]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _validate(values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        tree.setdefault(section, {})[field] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"][:2])
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        given = "" if name == "server.api_keys" else f" = {first['input']!r}"
+        raise ConfigError(f"{name}{given} ({sources.get(name, 'default')}): {message}", param=name) from None
+
+
+def _with_key_file(config: Config) -> Config:
+    path = config.server.api_key_file
+    if path is None:
+        return config
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read server.api_key_file {path}: {error}", param="server.api_key_file") from error
+    keys = tuple(key for line in lines if (key := line.partition("#")[0].strip()))
+    if not keys:
+        # An empty file must not open the daemon to everyone.
+        raise ConfigError(f"server.api_key_file {path} holds no key", param="server.api_key_file")
+    merged = tuple(dict.fromkeys(config.server.api_keys + keys))
+    return config.model_copy(update={"server": config.server.model_copy(update={"api_keys": merged})})
