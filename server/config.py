@@ -1,9 +1,9 @@
 """Every knob of the daemon: one frozen tree, read once at start.
 
-Precedence: defaults < TOML file < environment < command-line flags. Unknown keys are errors with a suggestion, because a
-misspelt limit that is silently ignored is a limit that does not hold. This is the only module that reads `os.environ`.
-It knows names, units, defaults and ranges; it does not know what a model, a tier or a policy is, so names of such things
-(`attention`, `eviction`, `policy`) are checked where their registries are.
+Precedence: defaults < TOML file < environment < command-line flags. Unknown keys are errors with a suggestion, because
+a misspelt limit that is silently ignored is a limit that does not hold. Only this module reads `os.environ`. It
+knows names, units, defaults and ranges; it does not know what a model, a tier or a policy is, so names of such
+things (`attention`, `eviction`, `policy`) are checked where their registries are.
 
 Environment: `TERRACE_<SECTION>__<FIELD>`, e.g. `TERRACE_KV__DEVICE_GIB=4`; and `TERRACE_MODEL`, `TERRACE_API_KEYS`
 (comma-separated) and `TERRACE_CONFIG` (the TOML file). An empty variable counts as not set.
@@ -140,7 +140,7 @@ class ModelConfig(_Section):
     max_model_len: Annotated[Count | None, COMMON] = Field(
         default=None,
         ge=1,
-        description="Longest prompt plus output, in tokens; default: what the model was made for. 32k = 32000, 32K = 32768.",
+        description="Longest prompt plus output, in tokens (32k: 32000, 32K: 32768); default: the model's own limit.",
     )
     chat_template: Path | None = Field(
         default=None, description="Jinja file to use in place of the model's own chat template."
@@ -337,8 +337,8 @@ def load_config(
 ) -> Config:
     """The effective configuration. `overrides` is {"section.field": value} from the flags; values may be strings.
 
-    `file` defaults to what TERRACE_CONFIG names, if anything; `environ` to the process's own. Raises ConfigError with one
-    line that names the field, where its value came from and what would be right.
+    `file` defaults to what TERRACE_CONFIG names, if anything; `environ` to the process's own. Raises ConfigError with
+    one line that names the field, where its value came from and what would be right.
     """
     environ = os.environ if environ is None else environ
     if file is None and environ.get(_ENV_FILE):

@@ -1,0 +1,76 @@
+# Two commands matter: `make serve` (set up, serve the demo model) and `make test` (set up, run the whole CPU suite).
+# A fresh clone needs Python 3.11+, make and git; everything else goes into $(VENV).
+
+PYTHON ?= python3
+VENV   ?= .venv
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+MODEL  ?= demo
+ARGS   ?=
+# Package index for torch alone. Empty: pip's own, which on Linux may bring CUDA libraries of several GB. On a machine
+# without a GPU, set it to PyTorch's index of CPU wheels to save the download.
+TORCH_INDEX ?=
+TORCH  ?= torch>=2.11,<2.14
+
+BIN     := $(VENV)/bin
+RUN     := $(VENV)/.installed
+DEV     := $(VENV)/.installed-dev
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format bench sim fuzz install install-dev clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON VENV HOST PORT MODEL ARGS TORCH_INDEX, e.g. make serve PORT=9000 ARGS='--device-gib 4'"
+
+serve: $(RUN) ## serve the demo model (or MODEL=...) on HOST:PORT
+	@echo "Once it is ready, try:  curl -s http://$(HOST):$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
+	@echo "  -d '{\"model\": \"$(MODEL)\", \"max_tokens\": 16, \"messages\": [{\"role\": \"user\", \"content\": \"...\"}]}'"
+	@exec $(BIN)/terrace serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(DEV) ## run the whole CPU test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV) ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV) ## speed of scheduler, model and server; fails when a stated goal is missed
+	$(BIN)/python -m server.bench $(ARGS)
+
+sim: $(DEV) ## nightly form of the simulation and property tests: many seeds with faults
+	$(BIN)/python -m pytest -m nightly tests/sim tests/property $(ARGS)
+
+fuzz: $(DEV) ## nightly form of the HTTP fuzzing: schema-driven and random bodies
+	$(BIN)/python -m pytest -m nightly tests/e2e $(ARGS)
+
+install: $(RUN) ## set up $(VENV) to serve
+install-dev: $(DEV) ## set up $(VENV) to develop
+
+clean: ## remove $(VENV) and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Terrace needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "no venv module: on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
+
+# torch first and by itself, so that TORCH_INDEX concerns nothing else.
+$(VENV)/.torch: | $(BIN)/python
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@touch $@
+
+$(RUN): pyproject.toml | $(VENV)/.torch
+	$(PIP) install -e .
+	@touch $@
+
+$(DEV): pyproject.toml | $(VENV)/.torch
+	$(PIP) install -e '.[dev]'
+	@touch $(RUN) $@
