@@ -1,0 +1,29 @@
+"""Memory of the device tier: one tensor, block-major, so that one block is one contiguous range of bytes.
+
+Knows shapes and addresses; refuses to know who owns a frame. The only file of this package that imports torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from server.types import BlockLayout, FrameId
+
+
+def allocate_arena(frames: int, layout: BlockLayout, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """A zeroed arena `[frames, layers, 2, kv_heads, block_tokens, head_dim]` (2: K, then V) on `device`.
+
+    On a CPU the zeros come from fresh anonymous pages: address space is taken now, resident memory only as frames are
+    first touched, so a 10 GiB arena costs nothing until it is used.
+    """
+    assert frames > 0, f"an arena needs at least one frame, got {frames}"
+    assert dtype.itemsize == layout.dtype_bytes, f"{dtype} is not {layout.dtype_bytes} bytes wide"
+    shape = (frames, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def block_bytes_view(arena: Tensor, frame: FrameId) -> Tensor:
+    """The bytes of one frame as a flat uint8 tensor `[block_bytes]` that shares the arena's memory."""
+    assert 0 <= frame < arena.shape[0], f"frame {frame} outside an arena of {arena.shape[0]}"
+    return arena[frame].view(-1).view(torch.uint8)

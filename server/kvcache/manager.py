@@ -1,0 +1,354 @@
+"""KVManager: which block is where, who holds it, what moves next. The only writer of blocks, copies, pools and the index.
+
+Synchronous, deterministic, loop thread only: no I/O, no clock (`now` is passed in), no bytes. It decides; a mover moves and
+reports back through `complete`. Costs: `grow` and `seal` are O(new blocks), `admit` and `release` O(blocks of the
+request), and nothing is O(blocks of the cache).
+
+How a sealed block travels: sealed on the device -> spilled in the background to the tier below -> dropped from the device
+when its frame is wanted (no copy at that moment) -> onboarded when a request matches it again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.kvcache.block import Block, Copy, Lease
+from server.kvcache.eviction import EvictionPolicy, make_policy
+from server.kvcache.hashing import chain_root
+from server.kvcache.pool import FramePool
+from server.types import DEVICE, BlockHash, BlockLayout, FrameId, TierFault, TierName, Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class TierSpec:
+    """One tier as the manager sees it: a name, a number of frames, the name of an eviction policy."""
+
+    name: TierName
+    frames: int
+    eviction: str = "lru"
+
+
+@dataclass(eq=False, slots=True)
+class TierState:
+    name: TierName
+    pool: FramePool
+    policy: EvictionPolicy
+    evicted_blocks: int = 0
+
+    @property
+    def available(self) -> int:
+        """Frames that are free or could be made free now."""
+        return self.pool.free + len(self.policy)
+
+
+class KVManager:
+    def __init__(
+        self, layout: BlockLayout, tiers: Sequence[TierSpec], fingerprint: bytes, *, transfers_max: int = 64
+    ) -> None:
+        """`tiers` from fastest to slowest, the first is the device; at most `transfers_max` are in flight at once."""
+        assert tiers[0].name == DEVICE, f"the first tier is the device, not {tiers[0].name!r}"
+        assert len(tiers) <= 2, "one tier below the device for now"
+        self.layout = layout
+        self.tiers = {t.name: TierState(t.name, FramePool(t.frames), make_policy(t.eviction)) for t in tiers}
+        self.device = self.tiers[DEVICE]
+        self.lower = self.tiers[tiers[1].name] if len(tiers) > 1 else None
+        self.index: dict[BlockHash, Block] = {}
+        self.leases: set[Lease] = set()
+        self.in_flight: dict[int, tuple[Transfer, Block]] = {}
+        self._fingerprint = fingerprint
+        self._transfers_max = transfers_max
+        self._next_transfer = 0
+        self._onboards: deque[tuple[Block, Copy, Copy]] = deque()
+        self._spills: deque[Block] = deque(maxlen=self.device.pool.capacity)
+        self._waiters: dict[Block, list[Lease]] = {}
+
+    # --- what the scheduler asks -------------------------------------------------------------------------------------
+
+    def root(self, cache_salt: str) -> BlockHash:
+        """The chain root of one tenant."""
+        return chain_root(self._fingerprint, cache_salt)
+
+    @property
+    def available_blocks(self) -> int:
+        """Device frames that are free or evictable now."""
+        return self.device.available
+
+    def admit(self, hashes: Sequence[BlockHash], now: float) -> Lease:
+        """Lease the longest resident prefix of `hashes` and plan the onboarding of what is not on the device.
+
+        The lease may hold less than was matched where the device has no room for it. Call `release` exactly once.
+        """
+        lease = Lease()
+        self.leases.add(lease)
+        missing: list[Block] = []
+        for value in hashes:
+            block = self.index.get(value)
+            if block is None:
+                break
+            if DEVICE not in block.copies:
+                missing.append(block)
+            self._hold(block)
+            lease.blocks.append(block)
+        lease.sealed = len(lease.blocks)
+        self._onboard(lease, missing, now)
+        for block in lease.blocks:
+            block.hits += 1
+        if lease.onboarding == 0:
+            self._settle(lease, now)
+        return lease
+
+    def grow(self, lease: Lease, tokens: int, now: float) -> bool:
+        """Make room for `tokens` tokens in all; False, and nothing changed, when the device cannot hold them."""
+        wanted = self.layout.blocks_for(tokens) - len(lease.blocks)
+        if wanted <= 0:
+            return True
+        frames = self._take(self.device, wanted)
+        if frames is None:
+            return False
+        lease.blocks.extend(Block(None, None, {DEVICE: Copy(frame, ready=True)}, leases=1) for frame in frames)
+        lease.table.extend(frames)
+        return True
+
+    def seal(self, lease: Lease, hashes: Sequence[BlockHash], now: float) -> None:
+        """The first `len(hashes)` blocks of `lease` are fully computed: give them their hashes and share them."""
+        for position in range(lease.sealed, len(hashes)):
+            block, value = lease.blocks[position], hashes[position]
+            twin = self.index.get(value)
+            if twin is not None and not self._adopt(lease, position, twin):
+                return
+            if twin is None:
+                self._seal_block(block, value, lease.blocks[position - 1] if position else None)
+            lease.sealed = position + 1
+
+    def release(self, lease: Lease, now: float) -> None:
+        """Let go of every block: shared ones stay cached until evicted, private ones are freed at once."""
+        assert not lease.released, "a lease is released exactly once"
+        lease.released = True
+        self.leases.remove(lease)
+        self._let_go(lease.blocks, now)
+
+    # --- transfers ---------------------------------------------------------------------------------------------------
+
+    def plan_transfers(self, now: float) -> list[Transfer]:
+        """Transfers to start now: onboards first, a request waits for them; then spills, nobody does."""
+        if self.lower is None:
+            return []
+        planned: list[Transfer] = []
+        while self._onboards and len(self.in_flight) < self._transfers_max:
+            block, source, target = self._onboards.popleft()
+            planned.append(self._start(block, (self.lower.name, source.frame), (DEVICE, target.frame), now))
+        while self._spills and len(self.in_flight) < self._transfers_max:
+            self._spill(self._spills.popleft(), planned, now)
+        return planned
+
+    def complete(self, transfer_id: int, fault: TierFault | None, now: float) -> None:
+        """The mover's report: no byte of this transfer moves any more. A faulty target is never used."""
+        transfer, block = self.in_flight.pop(transfer_id)
+        source_tier, target_tier = self.tiers[transfer.source[0]], self.tiers[transfer.target[0]]
+        source, target = block.copies[source_tier.name], block.copies[target_tier.name]
+        source.readers -= 1
+        if fault is None:
+            target.ready = True
+            self._rerank(target_tier, block, now)
+        else:
+            self._drop(target_tier, block)
+        if fault is not None and fault.reason == "corrupt" and source_tier is not self.device and not source.readers:
+            self._drop(source_tier, block)
+        else:
+            self._rerank(source_tier, block, now)
+        if target_tier is self.device:
+            for lease in self._waiters.pop(block, ()):
+                if not lease.released:
+                    lease.onboarding -= 1
+                    if lease.onboarding == 0:
+                        self._settle(lease, now)
+
+    # --- admission and onboarding ------------------------------------------------------------------------------------
+
+    def _onboard(self, lease: Lease, missing: list[Block], now: float) -> None:
+        frames: list[FrameId] | None = []
+        if missing:
+            fits = min(len(missing), self.device.available)
+            frames = self._take(self.device, fits) or []
+            if len(frames) < len(missing):
+                self._truncate(lease, lease.blocks.index(missing[len(frames)]), now)
+        for block, frame in zip(missing, frames, strict=False):
+            assert self.lower is not None, "a block without a device copy lives in a lower tier"
+            source, target = block.copies[self.lower.name], Copy(frame, ready=False)
+            source.readers += 1
+            self._rerank(self.lower, block, now)
+            self._place(self.device, block, target)
+            self._onboards.append((block, source, target))
+        onboarded = set(missing)
+        for block in lease.blocks:
+            tier = self.lower.name if block in onboarded and self.lower is not None else DEVICE
+            lease.hits[tier] = lease.hits.get(tier, 0) + 1
+            if not block.copies[DEVICE].ready:
+                lease.onboarding += 1
+                self._waiters.setdefault(block, []).append(lease)
+
+    def _settle(self, lease: Lease, now: float) -> None:
+        """Every onboard of `lease` has landed: cut it before the first that failed, and fill its table."""
+        for position, block in enumerate(lease.blocks):
+            if DEVICE not in block.copies:
+                self._truncate(lease, position, now)
+                break
+        lease.table.extend(block.copies[DEVICE].frame for block in lease.blocks)
+
+    def _truncate(self, lease: Lease, length: int, now: float) -> None:
+        dropped = lease.blocks[length:]
+        del lease.blocks[length:]
+        lease.sealed = len(lease.blocks)
+        self._let_go(dropped, now)
+
+    # --- sealing -----------------------------------------------------------------------------------------------------
+
+    def _seal_block(self, block: Block, value: BlockHash, parent: Block | None) -> None:
+        block.hash, block.parent = value, parent
+        self._link(self.device, block)
+        self.index[value] = block
+        if self.lower is not None:
+            self._spills.append(block)
+
+    def _adopt(self, lease: Lease, position: int, twin: Block) -> bool:
+        """Someone else sealed the same content: hold theirs and give our bytes up, or to them if they have none on the
+        device. False while theirs is still on its way up: sealing is tried again at the next block."""
+        own = lease.blocks[position]
+        theirs = twin.copies.get(DEVICE)
+        if theirs is None:
+            self._hold(twin)
+            self._place(self.device, twin, own.copies[DEVICE])
+        elif theirs.ready:
+            self._hold(twin)
+            self.device.pool.give_back([own.copies[DEVICE].frame])
+            lease.table.replace(position, theirs.frame)
+        else:
+            return False
+        lease.blocks[position] = twin
+        return True
+
+    # --- holding, ranking, placing -----------------------------------------------------------------------------------
+
+    def _hold(self, block: Block) -> None:
+        block.leases += 1
+        copy = block.copies.get(DEVICE)
+        if copy is not None and copy.ranked:
+            copy.ranked = False
+            self.device.policy.on_remove(block)
+
+    def _let_go(self, blocks: list[Block], now: float) -> None:
+        """Give up one lease on each block of a chain, child before parent, as the eviction policies need it."""
+        private: list[FrameId] = []
+        for block in reversed(blocks):
+            block.leases -= 1
+            if block.hash is None:
+                private.append(block.copies[DEVICE].frame)
+                continue
+            for name in block.copies:
+                self._touch(self.tiers[name], block, now)
+        self.device.pool.give_back(reversed(private))
+
+    def _touch(self, tier: TierState, block: Block, now: float) -> None:
+        copy = block.copies[tier.name]
+        if copy.ranked:
+            copy.ranked = False
+            tier.policy.on_remove(block)
+        self._rerank(tier, block, now)
+
+    def _rerank(self, tier: TierState, block: Block, now: float) -> None:
+        """Tell the tier's policy whether this copy may go: ready, not being read, and on the device not leased."""
+        copy = block.copies[tier.name]
+        evictable = copy.ready and not copy.readers and (tier is not self.device or not block.leases)
+        if evictable == copy.ranked:
+            return
+        copy.ranked = evictable
+        if evictable:
+            tier.policy.on_insert(block, now)
+        else:
+            tier.policy.on_remove(block)
+
+    def _place(self, tier: TierState, block: Block, copy: Copy) -> None:
+        block.copies[tier.name] = copy
+        self._link(tier, block)
+
+    def _link(self, tier: TierState, block: Block) -> None:
+        above = block.parent.copies.get(tier.name) if block.parent is not None else None
+        if above is not None:
+            block.copies[tier.name].above = above
+            above.children += 1
+
+    def _drop(self, tier: TierState, block: Block) -> None:
+        """Forget one copy and free its frame; the block leaves the index with its last copy."""
+        copy = block.copies.pop(tier.name)
+        assert not copy.readers, "a copy is not dropped while it is read"
+        if copy.ranked:
+            tier.policy.on_remove(block)
+        if copy.above is not None:
+            copy.above.children -= 1
+        tier.pool.give_back([copy.frame])
+        if not block.copies:
+            assert block.hash is not None, "only sealed blocks are dropped"
+            del self.index[block.hash]
+
+    # --- frames ------------------------------------------------------------------------------------------------------
+
+    def _take(self, tier: TierState, count: int) -> list[FrameId] | None:
+        """`count` frames, evicting where needed; None, and nothing changed, when that many cannot be had."""
+        short = count - tier.pool.free
+        if short > 0:
+            victims = self._victims(tier, short)
+            if len(victims) < short:
+                return None
+            for block in victims:
+                self._drop(tier, block)
+            tier.evicted_blocks += len(victims)
+        return tier.pool.take(count)
+
+    def _victims(self, tier: TierState, count: int) -> list[Block]:
+        """The `count` blocks to evict, each a leaf once those before it are gone; fewer where there are not as many."""
+        victims: list[Block] = []
+        leaving: dict[Copy, int] = {}
+        if count > len(tier.policy):
+            return victims
+        for block in tier.policy.victims():
+            copy = block.copies[tier.name]
+            if copy.children > leaving.get(copy, 0):
+                continue  # a child is in flight and must not be orphaned
+            victims.append(block)
+            if len(victims) == count:
+                break
+            if copy.above is not None:
+                leaving[copy.above] = leaving.get(copy.above, 0) + 1
+        return victims
+
+    # --- spilling ----------------------------------------------------------------------------------------------------
+
+    def _spill(self, block: Block, planned: list[Transfer], now: float) -> None:
+        """Plan the copy of one sealed block to the lower tier, unless that would be no use or there is no room."""
+        assert self.lower is not None
+        source = block.copies.get(DEVICE)
+        if source is None or not source.ready or self.lower.name in block.copies:
+            return
+        if block.parent is not None and self.lower.name not in block.parent.copies:
+            return  # unreachable down there without its parent
+        frames = self._take(self.lower, 1)
+        if frames is None:
+            return
+        if block.parent is not None and self.lower.name not in block.parent.copies:
+            self.lower.pool.give_back(frames)  # the room was the parent's own
+            return
+        source.readers += 1
+        self._rerank(self.device, block, now)
+        self._place(self.lower, block, Copy(frames[0], ready=False))
+        planned.append(self._start(block, (DEVICE, source.frame), (self.lower.name, frames[0]), now))
+
+    def _start(
+        self, block: Block, source: tuple[TierName, FrameId], target: tuple[TierName, FrameId], now: float
+    ) -> Transfer:
+        assert block.hash is not None, "only sealed blocks travel"
+        self._next_transfer += 1
+        transfer = Transfer(self._next_transfer, block.hash, source, target, now)
+        self.in_flight[transfer.id] = (transfer, block)
+        return transfer

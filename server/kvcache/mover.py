@@ -1,0 +1,38 @@
+"""Carries out transfers and reports their outcome. The only async file of the cache: it decides nothing.
+
+The caller guarantees that both frames of a transfer stay reserved until `done` was called. The mover guarantees that `done`
+is called exactly once per transfer, on the loop thread, when no byte of it moves any more; also when the copy raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from server.types import TierFault, Transfer
+
+CopyFn = Callable[[Transfer], Awaitable[TierFault | None]]
+
+
+class Mover:
+    def __init__(self, copy: CopyFn) -> None:
+        """`copy` moves one block's bytes; it returns a fault, or None when the target holds exactly the source's bytes."""
+        self._copy = copy
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, transfer: Transfer, done: Callable[[int, TierFault | None], None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._carry(transfer, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self) -> None:
+        """Wait until nothing is in flight."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+
+    async def _carry(self, transfer: Transfer, done: Callable[[int, TierFault | None], None]) -> None:
+        try:
+            fault = await self._copy(transfer)
+        except OSError as error:
+            fault = TierFault("io", str(error))
+        done(transfer.id, fault)
