@@ -297,6 +297,11 @@ class Option:
         return f"{self.section}.{self.field}"
 
     @property
+    def metavar(self) -> str:
+        """The unit where the field's name ends in one, else its last word: TOKENS, S, GIB, PORT."""
+        return self.field.rpartition("_")[2].upper()
+
+    @property
     def env(self) -> str:
         return f"{ENV_PREFIX}{self.section.upper()}__{self.field.upper()}"
 

@@ -1,0 +1,170 @@
+"""The command line: `terrace serve|config|bench`. Flags are generated from the configuration tree: none can be missing.
+
+Knows argparse and exit codes; refuses to know what a daemon is made of (`build.py` does, imported only to serve, so
+that `--help` answers at once). Exit codes: 0 done, 1 the work failed, 2 the configuration or environment cannot work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from server.config import OPTIONS, Config, Option, load_config, toml_value
+from server.errors import TerraceError
+
+SECTION_TITLES = {"model": "model", "kv": "KV cache", "scheduler": "scheduling", "server": "HTTP server and process"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. Errors that an operator can mend are one line on stderr, without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        # The benchmarks own their flags; torch and the engine are imported only now.
+        return int(importlib.import_module("server.bench.__main__").main(arguments[1:]))
+    arguments = ["--help-all" if a == "--help=all" else a for a in arguments]
+    args, unknown = _parser(help_all="--help-all" in arguments).parse_known_args(arguments)
+    if unknown:
+        print(f"terrace: error: unknown argument {unknown[0]}{_flag_hint(unknown[0])}", file=sys.stderr)
+        return 2
+    if args.command is None:
+        _parser().print_help()
+        return 2
+    try:
+        return int(args.run(args))
+    except TerraceError as error:
+        if args.debug:
+            raise
+        print(f"terrace: error: {error.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(help_all: bool = False) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="terrace",
+        description="An LLM server whose KV cache is terraced over device memory, host DRAM and SSD.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"terrace {_version()}")
+    parser.set_defaults(command=None, debug=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        usage="terrace serve [MODEL] [flags]",
+        help="serve a model over HTTP",
+        description="Serve MODEL over an OpenAI-compatible HTTP API.",
+        epilog="Every flag can also stand in the --config file (section.field) or in the environment "
+        "(TERRACE_SECTION__FIELD); flags win." + ("" if help_all else " All flags: terrace serve --help-all"),
+        allow_abbrev=False,
+    )
+    _add_options(serve, show_all=help_all)
+    serve.set_defaults(run=_serve)
+
+    config = commands.add_parser("config", help="show or check the configuration", allow_abbrev=False)
+    actions = config.add_subparsers(dest="action", metavar="show|check", required=True)
+    for name, run, text in (
+        ("show", _show, "print every setting, its value and where it comes from"),
+        ("check", _check, "check file, environment and flags; exit 2 when they cannot work"),
+    ):
+        usage = f"terrace config {name} [MODEL] [flags]"
+        action = actions.add_parser(name, usage=usage, help=text, description=text, allow_abbrev=False)
+        _add_options(action, show_all=help_all)
+        action.set_defaults(run=run)
+
+    commands.add_parser("bench", help="measure this machine: scheduler, model, HTTP server", add_help=False)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, *, show_all: bool) -> None:
+    """Every field of the configuration as a flag of `parser`, uncommon ones hidden unless `show_all`.
+
+    Defaults are suppressed: the namespace holds only what the operator typed, under its dotted name.
+    """
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration in TOML")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a configuration error")
+    parser.add_argument("--help-all", action="help", help="show every flag and exit")
+    groups = {section: parser.add_argument_group(title) for section, title in SECTION_TITLES.items()}
+    for option in OPTIONS:
+        _add_option(groups[option.section], option, shown=show_all or option.common)
+
+
+def _add_option(group: Any, option: Option, *, shown: bool) -> None:
+    text = argparse.SUPPRESS
+    if shown:
+        default = "" if option.default in (None, ()) else f" [{toml_value(option.default)}]"
+        text = (option.description + default).replace("%", "%%")
+    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+    metavar = "|".join(option.choices) or option.metavar
+    if option.kind == "positional":
+        group.add_argument(option.name, metavar=option.field.upper(), nargs="?", **settings)
+        return
+    settings["dest"] = option.name
+    if option.kind == "bool":
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        settings |= {"action": "append" if option.kind == "list" else "store", "metavar": metavar}
+    for position, flag in enumerate(option.flags):
+        if position:
+            settings["help"] = argparse.SUPPRESS  # other servers' name for the same thing: accepted, not advertised
+        group.add_argument(flag, **settings)
+
+
+def _flag_hint(argument: str) -> str:
+    flag = argument.partition("=")[0]
+    known = [name for option in OPTIONS for name in option.flags if option.kind != "positional"]
+    near = difflib.get_close_matches(flag, [*known, "--config", "--help-all"], n=1)
+    return f"; did you mean {near[0]}?" if near else "; terrace serve --help-all lists every flag"
+
+
+def _load(args: argparse.Namespace) -> Config:
+    names = {option.name for option in OPTIONS}
+    return load_config({name: value for name, value in vars(args).items() if name in names}, file=args.config)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config = _load(args)
+    build = importlib.import_module("server.build")
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return int(runner.run(build.serve(config)))
+
+
+def _loop_factory() -> Any:
+    """uvloop's event loop where it is installed; None for asyncio's own."""
+    try:
+        return importlib.import_module("uvloop").new_event_loop
+    except ImportError:
+        return None
+
+
+def _show(args: argparse.Namespace) -> int:
+    rows = list(_load(args).rows())
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, value, source in rows:
+        print(f"{name:{widths[0]}}  {value:{widths[1]}}  {source}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    _load(args)
+    print("the configuration is valid")
+    return 0
+
+
+def _version() -> str:
+    try:
+        return version("terrace")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The configuration tree and its command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.cli import main
+from server.config import OPTIONS, Config, load_config
+from server.errors import ConfigError
+
+
+def load(overrides: dict | None = None, file: Path | None = None, **environ: str) -> Config:
+    return load_config(overrides, file, environ)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_bare_config_equals_load_of_nothing():
+    """Without file, environment and flags every field has its default, and says so."""
+    config = load()
+    assert config == Config()
+    assert {source for _, _, source in config.rows()} == {"default"}
+
+
+def test_precedence(tmp_path):
+    """Flags win over the environment, the environment over the file, the file over defaults; each names its source."""
+    file = write(tmp_path / "t.toml", "[kv]\ndevice_gib = 2\nblock_size = 32\neviction = 'slru'\n")
+    config = load({"kv.device_gib": "4"}, file, TERRACE_KV__DEVICE_GIB="3", TERRACE_KV__BLOCK_SIZE="64")
+    assert (config.kv.device_gib, config.kv.block_size, config.kv.eviction) == (4.0, 64, "slru")
+    assert config.source("kv.device_gib") == "flag --device-gib"
+    assert config.source("kv.block_size") == "env TERRACE_KV__BLOCK_SIZE"
+    assert config.source("kv.eviction") == f"file {file}"
+    assert config.source("server.port") == "default"
+
+
+def test_file_named_by_environment(tmp_path):
+    """TERRACE_CONFIG names the file when no flag does."""
+    file = write(tmp_path / "t.toml", "[server]\nport = 9\n")
+    assert load(TERRACE_CONFIG=str(file)).server.port == 9
+
+
+def test_frozen():
+    """A loaded configuration cannot be changed."""
+    with pytest.raises(ValidationError):
+        load().kv.block_size = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("kv.device_gib", "512MiB", 0.5),
+        ("kv.device_gib", "1.5", 1.5),
+        ("kv.device_gib", "2GiB", 2.0),
+        ("server.max_body_bytes", "8MiB", 8 * 2**20),
+        ("server.max_body_bytes", "1_000_000", 1_000_000),
+        ("server.max_body_bytes", "2MB", 2_000_000),
+        ("server.shutdown_timeout_s", "1.5m", 90.0),
+        ("server.shutdown_timeout_s", "250ms", 0.25),
+        ("model.max_model_len", "32k", 32_000),
+        ("model.max_model_len", "32K", 32_768),
+        ("model.dtype", "bf16", "bfloat16"),
+        ("model.dtype", "half", "float16"),
+        ("server.api_keys", "a, b", ("a", "b")),
+        ("server.api_keys", ["a"], ("a",)),
+        ("kv.prefix_caching", "false", False),
+    ],
+)
+def test_units(name, text, value):
+    """Sizes, durations, counts and dtypes take the forms that operators write."""
+    section, field = name.split(".")
+    assert getattr(getattr(load({name: text}), section), field) == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environ", "message"),
+    [
+        ({"kv.block_size": "12"}, {}, "kv.block_size = '12' (flag --block-size): is not a power of two"),
+        ({"kv.block_siz": "16"}, {}, "unknown setting 'kv.block_siz'; did you mean 'kv.block_size'?"),
+        ({"kv.port": "1"}, {}, "did you mean 'server.port'?"),
+        ({"kv.device_gib": "much"}, {}, "is not a size in GiB"),
+        ({"kv.device_gib": "-1"}, {}, "greater than 0"),
+        ({"kv.device_gib": "nan"}, {}, "kv.device_gib"),
+        ({"server.port": "70000"}, {}, "less than or equal to 65535"),
+        ({"server.max_body_bytes": "1.5"}, {}, "not a whole number"),
+        ({"model.dtype": "int3"}, {}, "'float32', 'bfloat16' or 'float16'"),
+        ({}, {"TERRACE_KV__DEVICE_GB": "1"}, "did you mean TERRACE_KV__DEVICE_GIB?"),
+        ({}, {"TERRACE_DEVICE_GIB": "1"}, "did you mean TERRACE_KV__DEVICE_GIB?"),
+        ({}, {"TERRACE_API_KEYS": "a", "TERRACE_SERVER__API_KEYS": "b"}, "keep one"),
+        ({}, {"TERRACE_SERVER__PORT": "http"}, "(env TERRACE_SERVER__PORT)"),
+    ],
+)
+def test_errors_are_one_line_naming_field_and_source(overrides, environ, message):
+    """A bad or misspelt setting is a ConfigError of one line that names it, its source and the remedy."""
+    with pytest.raises(ConfigError) as caught:
+        load(overrides, **environ)
+    assert message in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[kv]\ndevice_gig = 1\n", "unknown key 'kv.device_gig' in {file}; did you mean 'kv.device_gib'?"),
+        ("[kv_cache]\n", "unknown section 'kv_cache'"),
+        ("port = 1\n", "unknown key 'port' in {file}; did you mean 'server.port'?"),
+        ("kv = 1\n", "must be a section"),
+        ("[kv\n", "is not valid TOML"),
+    ],
+)
+def test_file_errors(tmp_path, text, message):
+    """A configuration file with an unknown key or bad syntax is refused, with the file's name and a suggestion."""
+    file = write(tmp_path / "t.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        load(file=file)
+    assert message.format(file=file) in caught.value.message
+
+
+def test_missing_file(tmp_path):
+    """A configuration file that was asked for and is not there is an error."""
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(file=tmp_path / "none.toml")
+
+
+def test_kubernetes_service_variables_are_not_ours():
+    """Variables that Kubernetes injects for a Service named terrace or terrace-x change nothing and are no error."""
+    injected = {
+        "TERRACE_SERVICE_HOST": "10.0.0.1",
+        "TERRACE_SERVICE_PORT": "8000",
+        "TERRACE_SERVICE_PORT_HTTP": "8000",
+        "TERRACE_PORT": "tcp://10.0.0.1:8000",
+        "TERRACE_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "TERRACE_CANARY_SERVICE_HOST": "10.0.0.2",
+    }
+    assert load(**injected) == Config()
+
+
+def test_empty_variable_is_unset():
+    """An empty environment variable counts as not set, as in compose files."""
+    assert load(TERRACE_MODEL="", TERRACE_KV__DEVICE_GIB="") == Config()
+
+
+def test_key_file(tmp_path):
+    """Keys come from the file too, without comments and duplicates; a file without keys must not open the daemon."""
+    file = write(tmp_path / "keys", "# ours\nalpha # comment\n\nbeta\n")
+    config = load({"server.api_key_file": str(file), "server.api_keys": "alpha"})
+    assert config.server.api_keys == ("alpha", "beta")
+    write(file, "# nobody yet\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        load({"server.api_key_file": str(file)})
+
+
+def test_keys_are_never_shown(capsys):
+    """Neither `config show` nor repr nor an error message prints an API key."""
+    assert main(["config", "show", "--api-key", "sesame"]) == 0
+    assert main(["config", "show", "--api-key", " sesame"]) == 2
+    captured = capsys.readouterr()
+    assert "<1 set>" in captured.out
+    assert "sesame" not in captured.out + captured.err + repr(load({"server.api_keys": "sesame"}))
+
+
+def test_every_option_is_described_and_unique():
+    """Every field has a description, and no two share a flag or an environment variable."""
+    assert all(option.description.endswith(".") for option in OPTIONS)
+    flags = [flag for option in OPTIONS for flag in option.flags]
+    assert len(flags) == len(set(flags))
+    assert len({option.env for option in OPTIONS}) == len(OPTIONS)
+    assert len(OPTIONS) <= 60
+
+
+def test_help_lists_common_flags_only(capsys):
+    """`serve --help` shows the common flags, `--help-all` every one."""
+    helped = {}
+    for form in ("--help", "--help-all", "--help=all"):
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", form])
+        assert caught.value.code == 0
+        helped[form] = capsys.readouterr().out
+    shown = [option for option in OPTIONS if f"{option.flags[0]} " in helped["--help"].replace(",", " ")]
+    assert {option.name for option in shown} == {o.name for o in OPTIONS if o.common and o.kind != "positional"}
+    assert all(o.flags[0] in helped["--help-all"] for o in OPTIONS if o.kind != "positional")
+    assert helped["--help-all"] == helped["--help=all"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "--device-gb", "3"], "unknown argument --device-gb; did you mean --device-gib?"),
+        (["serve", "demo", "extra"], "unknown argument extra"),
+        (["config", "check", "--block-size", "3"], "kv.block_size = '3'"),
+        (["config", "check", "--config", "no-such.toml"], "cannot read the configuration file no-such.toml"),
+    ],
+)
+def test_cli_errors_exit_2_in_one_line(argv, message, capsys):
+    """An operator's mistake is one line on stderr and exit code 2, without a traceback."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("terrace: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_flags_of_other_servers_are_accepted(capsys):
+    """Where the meaning is the same, vLLM's flag names work."""
+    argv = [
+        "--max-model-len",
+        "2K",
+        "--kv-cache-dtype",
+        "fp16",
+        "--no-enable-prefix-caching",
+        "--scheduling-policy",
+        "x",
+    ]
+    assert main(["config", "show", *argv]) == 0
+    shown = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert shown["model.max_model_len"] == "2048"
+    assert shown["kv.kv_dtype"] == '"float16"'
+    assert shown["kv.prefix_caching"] == "false"
+    assert shown["scheduler.policy"] == '"x"'
+
+
+def test_help_needs_no_torch():
+    """`--help` and `config` answer without importing torch or the web framework."""
+    code = (
+        "import sys; from server.cli import main; main(['config', 'check']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'fastapi', 'uvicorn')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
