@@ -1,4 +1,4 @@
-"""The invariants of the KV manager, each one function that raises InvariantViolation. Reads everything, changes nothing.
+"""The invariants of the KV manager, each one function that raises InvariantViolation. Reads all, changes nothing.
 
 `check` costs O(blocks of the cache): it runs after every rule of the property machine, at the end of every simulation,
 and in the daemon when it goes idle.
@@ -63,7 +63,7 @@ def leases_match_holders(kv: KVManager) -> None:
 def flights_are_protected(kv: KVManager) -> None:
     """What a transfer reads or writes is neither evictable, nor free, nor forgotten; readers equal transfers."""
     reading: Counter[tuple[str, FrameId]] = Counter(transfer.source for transfer, _ in kv.in_flight.values())
-    queued = [(kv.lower.name, source.frame) for _, source, _ in kv._onboards] if kv.lower else []
+    queued = [(kv.lower.name, source.frame) for _, source, _ in kv.onboards] if kv.lower else []
     reading.update(queued)
     for transfer, block in kv.in_flight.values():
         target = block.copies.get(transfer.target[0])
@@ -73,7 +73,7 @@ def flights_are_protected(kv: KVManager) -> None:
         for name, copy in block.copies.items():
             expected = reading[(name, copy.frame)]
             _require(copy.readers == expected, f"{name}: {copy.readers} readers counted, {expected} transfers read")
-    _require(len(kv.in_flight) <= kv._transfers_max, "more transfers in flight than allowed")
+    _require(len(kv.in_flight) <= kv.transfers_max, "more transfers in flight than allowed")
 
 
 def _rank_is_exact(kv: KVManager, tier: TierState) -> None:
@@ -116,7 +116,7 @@ def suffix_first(kv: KVManager) -> None:
 def quiet_when_idle(kv: KVManager) -> None:
     """No leases: then nothing waits and every owned frame belongs to a sealed block."""
     if not kv.leases:
-        _require(not kv._onboards or kv.lower is not None, "an onboard waits without a tier to come from")
+        _require(not kv.onboards or kv.lower is not None, "an onboard waits without a tier to come from")
         _require(all(block.hash is not None for block in _known_blocks(kv)), "a private block outlived its lease")
 
 

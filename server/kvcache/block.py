@@ -78,12 +78,12 @@ class Lease:
     """Keeps a request's blocks on the device from eviction, in prompt order. Released exactly once, by `KVManager`.
 
     The first `sealed` blocks carry a hash. `onboarding` blocks must still land before the request may run; while it is
-    above zero `table` is incomplete. `hits` counts the matched blocks by the tier they were found in.
+    above zero `table` is incomplete. `found_in` names the tier of each block that was matched.
     """
 
     blocks: list[Block] = field(default_factory=list)
     table: BlockTable = field(default_factory=BlockTable)
     sealed: int = 0
     onboarding: int = 0
-    hits: dict[TierName, int] = field(default_factory=dict)
+    found_in: list[TierName] = field(default_factory=list)
     released: bool = False

@@ -1,9 +1,9 @@
 """The eviction seam: in which order do the evictable copies of one tier go?
 
 A policy ranks; it moves no bytes and frees no frames. The manager guarantees: `on_insert` when a copy becomes evictable
-(sealed, ready, not leased, not being read), `on_remove` when it stops being so or is gone, and along a chain the child's
-`on_insert` comes before its parent's. The policy guarantees suffix first: `victims` yields no block before a resident
-block that follows it. The caller stops iterating before it changes anything.
+(sealed, ready, not leased, not being read), `on_remove` when it stops being so or is gone, and along a chain the
+child's `on_insert` comes before its parent's. The policy guarantees suffix first: `victims` yields no block before a
+resident block that follows it. The caller stops iterating before it changes anything.
 """
 
 from __future__ import annotations

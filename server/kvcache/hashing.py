@@ -1,8 +1,8 @@
 """Content addresses of blocks. Knows bytes and tokens; refuses to know models, tiers and requests.
 
 A block's hash covers every token before it and everything that decides what its KV bytes are: the chain's root is keyed
-by the fingerprint (weights, effective config, layout, dtype, block size) and by the tenant's cache salt. blake2b with 32
-bytes: collisions are out of reach for an attacker too, and one 16-token block costs about 1 us.
+by the fingerprint (weights, effective config, layout, dtype, block size) and by the tenant's cache salt. blake2b with
+32 bytes: collisions are out of reach for an attacker too, and one 16-token block costs about 1 us.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""KVManager: which block is where, who holds it, what moves next. The only writer of blocks, copies, pools and the index.
+"""KVManager: which block is where, who holds it, what moves next. The one writer of blocks, copies, pools and index.
 
-Synchronous, deterministic, loop thread only: no I/O, no clock (`now` is passed in), no bytes. It decides; a mover moves and
-reports back through `complete`. Costs: `grow` and `seal` are O(new blocks), `admit` and `release` O(blocks of the
+Synchronous, deterministic, loop thread only: no I/O, no clock (`now` is passed in), no bytes. It decides; a mover moves
+and reports back through `complete`. Costs: `grow` and `seal` are O(new blocks), `admit` and `release` O(blocks of the
 request), and nothing is O(blocks of the cache).
 
-How a sealed block travels: sealed on the device -> spilled in the background to the tier below -> dropped from the device
-when its frame is wanted (no copy at that moment) -> onboarded when a request matches it again.
+How a sealed block travels: sealed on the device -> spilled in the background to the tier below -> dropped from the
+device when its frame is wanted (no copy at that moment) -> onboarded when a request matches it again.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class KVManager:
         self.leases: set[Lease] = set()
         self.in_flight: dict[int, tuple[Transfer, Block]] = {}
         self._fingerprint = fingerprint
-        self._transfers_max = transfers_max
+        self.transfers_max = transfers_max
         self._next_transfer = 0
-        self._onboards: deque[tuple[Block, Copy, Copy]] = deque()
+        self.onboards: deque[tuple[Block, Copy, Copy]] = deque()
         self._spills: deque[Block] = deque(maxlen=self.device.pool.capacity)
         self._waiters: dict[Block, list[Lease]] = {}
 
@@ -111,9 +111,9 @@ class KVManager:
         lease.table.extend(frames)
         return True
 
-    def seal(self, lease: Lease, hashes: Sequence[BlockHash], now: float) -> None:
-        """The first `len(hashes)` blocks of `lease` are fully computed: give them their hashes and share them."""
-        for position in range(lease.sealed, len(hashes)):
+    def seal(self, lease: Lease, hashes: Sequence[BlockHash], full: int) -> None:
+        """The first `full` blocks of `lease` are computed to their last token: name them by `hashes` and share them."""
+        for position in range(lease.sealed, full):
             block, value = lease.blocks[position], hashes[position]
             twin = self.index.get(value)
             if twin is not None and not self._adopt(lease, position, twin):
@@ -136,10 +136,10 @@ class KVManager:
         if self.lower is None:
             return []
         planned: list[Transfer] = []
-        while self._onboards and len(self.in_flight) < self._transfers_max:
-            block, source, target = self._onboards.popleft()
+        while self.onboards and len(self.in_flight) < self.transfers_max:
+            block, source, target = self.onboards.popleft()
             planned.append(self._start(block, (self.lower.name, source.frame), (DEVICE, target.frame), now))
-        while self._spills and len(self.in_flight) < self._transfers_max:
+        while self._spills and len(self.in_flight) < self.transfers_max:
             self._spill(self._spills.popleft(), planned, now)
         return planned
 
@@ -168,23 +168,19 @@ class KVManager:
     # --- admission and onboarding ------------------------------------------------------------------------------------
 
     def _onboard(self, lease: Lease, missing: list[Block], now: float) -> None:
-        frames: list[FrameId] | None = []
-        if missing:
-            fits = min(len(missing), self.device.available)
-            frames = self._take(self.device, fits) or []
-            if len(frames) < len(missing):
-                self._truncate(lease, lease.blocks.index(missing[len(frames)]), now)
+        frames = self._take(self.device, min(len(missing), self.device.available)) or []
+        if len(frames) < len(missing):
+            self._truncate(lease, lease.blocks.index(missing[len(frames)]), now)
         for block, frame in zip(missing, frames, strict=False):
             assert self.lower is not None, "a block without a device copy lives in a lower tier"
             source, target = block.copies[self.lower.name], Copy(frame, ready=False)
             source.readers += 1
             self._rerank(self.lower, block, now)
             self._place(self.device, block, target)
-            self._onboards.append((block, source, target))
+            self.onboards.append((block, source, target))
         onboarded = set(missing)
         for block in lease.blocks:
-            tier = self.lower.name if block in onboarded and self.lower is not None else DEVICE
-            lease.hits[tier] = lease.hits.get(tier, 0) + 1
+            lease.found_in.append(self.lower.name if block in onboarded and self.lower is not None else DEVICE)
             if not block.copies[DEVICE].ready:
                 lease.onboarding += 1
                 self._waiters.setdefault(block, []).append(lease)
@@ -199,7 +195,7 @@ class KVManager:
 
     def _truncate(self, lease: Lease, length: int, now: float) -> None:
         dropped = lease.blocks[length:]
-        del lease.blocks[length:]
+        del lease.blocks[length:], lease.found_in[length:]
         lease.sealed = len(lease.blocks)
         self._let_go(dropped, now)
 

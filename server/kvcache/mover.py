@@ -1,7 +1,8 @@
 """Carries out transfers and reports their outcome. The only async file of the cache: it decides nothing.
 
-The caller guarantees that both frames of a transfer stay reserved until `done` was called. The mover guarantees that `done`
-is called exactly once per transfer, on the loop thread, when no byte of it moves any more; also when the copy raised.
+The caller guarantees that both frames of a transfer stay reserved until `done` was called. The mover guarantees that
+`done` is called exactly once per transfer, on the loop thread, when no byte of it moves any more; also when the copy
+raised.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ CopyFn = Callable[[Transfer], Awaitable[TierFault | None]]
 
 class Mover:
     def __init__(self, copy: CopyFn) -> None:
-        """`copy` moves one block's bytes; it returns a fault, or None when the target holds exactly the source's bytes."""
+        """`copy` moves one block's bytes; it returns a fault, or None when the target is exactly the source."""
         self._copy = copy
         self._tasks: set[asyncio.Task[None]] = set()
 

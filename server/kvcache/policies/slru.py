@@ -2,8 +2,8 @@
 
 A one-off long prompt then cannot flush the system prompts that everybody shares. Suffix first holds: whoever finds a
 block finds its parent too, so a parent has at least its child's hits and is never in a lower segment, and inside one
-segment the argument of plain LRU applies. The protected segment is bounded, else yesterday's favourites never leave; its
-oldest blocks fall back to the young end of probation, child before parent.
+segment the argument of plain LRU applies. The protected segment is bounded, else yesterday's favourites never leave;
+its oldest blocks fall back to the young end of probation, child before parent.
 """
 
 from __future__ import annotations
