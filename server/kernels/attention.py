@@ -1,0 +1,72 @@
+"""The attention seam: what a step looks like to a kernel, and the names of the kernels there are.
+
+Knows positions and frames; refuses to know requests, blocks or models. Imports no torch, so that the control plane and the
+configuration can name a backend without loading one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from server.types import ModelGeometry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BACKENDS: dict[str, str] = {
+    "reference": "server.kernels.reference:ReferenceAttention",
+    "cpu": "server.kernels.cpu:CpuAttention",
+}
+"""Name -> "module:Class" for `server.registry.resolve`. A class is built as `Class(arena, geometry)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """The rows of one step. Row r feeds the tokens `query_starts[r] : query_starts[r + 1]` of the flat batch.
+
+    `starts[r]` is the absolute position of its first token, `context_lens[r]` = start + query length, and `frames[r]` its
+    block table: an int32 view with at least ceil(context_len / block_tokens) entries. A row has at least one token; no
+    two rows write the same frame.
+    """
+
+    query_starts: npt.NDArray[np.int32]  # [rows + 1]
+    starts: npt.NDArray[np.int32]  # [rows]
+    context_lens: npt.NDArray[np.int32]  # [rows]
+    frames: Sequence[npt.NDArray[np.int32]]  # rows x [>= blocks of the row]
+
+    @property
+    def rows(self) -> int:
+        return len(self.starts)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.query_starts[-1])
+
+
+class AttentionBackend(Protocol):
+    """Causal (optionally sliding-window) grouped-query attention over a paged arena. Device thread only.
+
+    The caller guarantees: `plan` once a step, then `run` once for each layer in order, with the frames of the batch
+    reserved and the arena written by nobody else until the last `run` returned. The backend guarantees: the result of a
+    row depends on no other row of the batch (but for float rounding), and bytes of a frame beyond the row's context (stale,
+    infinite, NaN) never reach it. Sliding-window layers may not read blocks that lie wholly outside the window, so frames
+    of such blocks may hold anything.
+    """
+
+    def __init__(self, arena: Tensor, geometry: ModelGeometry) -> None:
+        """`arena`: [frames, layers, 2, kv_heads, block_tokens, head_dim], float32, bfloat16 or float16."""
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepares what all layers of this step share."""
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Writes k and v (already rotated) into the arena, then attends.
+
+        q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]. Returns [tokens, heads * head_dim] in q's dtype.
+        """
+        ...

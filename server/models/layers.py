@@ -1,0 +1,163 @@
+"""The parts decoders are made of: linear maps, norms, rotary positions and the gated MLP.
+
+At batch sizes of a CPU server most operations are small and dispatch (~3-5 us each) is a good part of a step, so each part
+is written for few operations: projections that share an input are one matrix, queries and keys are rotated together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.errors import ConfigError
+
+
+class Linear:
+    """`y = x W^T + b`, W [out, in]. Parameters are uninitialised until a loader fills them."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.weight = torch.empty(outputs, inputs, dtype=dtype, device=device)
+        self.bias = torch.empty(outputs, dtype=dtype, device=device) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [tokens, in] -> [tokens, out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm:
+    """Root-mean-square norm over the last axis with one gain per channel."""
+
+    __slots__ = ("eps", "shape", "weight")
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.weight = torch.empty(size, dtype=dtype, device=device)
+        self.shape = (size,)
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class Rotary:
+    """Rotary position embedding, half-split form (channel i is paired with channel i + head_dim / 2).
+
+    The angles of a step are computed once from its positions and shared by all layers. That is a handful of small
+    operations, so no table of `max_positions` rows is kept (64 MB for a 128k-token model).
+    """
+
+    def __init__(self, config: Any, head_dim: int, device: torch.device | str) -> None:
+        frequencies, self.amplitude = rope_frequencies(config, head_dim)
+        self.frequencies = frequencies.to(device)  # fp32 [head_dim / 2], radians per token
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of every position, [tokens, 1, head_dim] each: what `rotate` takes."""
+        angle = positions.to(torch.float32)[:, None] * self.frequencies
+        cos, sin = angle.cos(), angle.sin()
+        if self.amplitude != 1.0:
+            cos, sin = cos * self.amplitude, sin * self.amplitude
+        return (
+            torch.cat((cos, cos), dim=-1)[:, None, :].to(dtype),
+            torch.cat((-sin, sin), dim=-1)[:, None, :].to(dtype),
+        )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates every head of x [tokens, heads, head_dim] by `Rotary.angles` of its token."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return swapped.mul_(sin).addcmul_(x, cos)
+
+
+def silu_gate(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for `gate_up` = [gate | up], [tokens, 2 * inner] -> [tokens, inner]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def rope_parameters(config: Any) -> dict[str, Any]:
+    """The RoPE settings of a transformers config as one flat dict, from the new form or the older one.
+
+    New: `rope_parameters = {rope_type, rope_theta, ...}`. Older: `rope_theta` beside `rope_scaling = {type, ...} | None`.
+    """
+    given = getattr(config, "rope_parameters", None)
+    if not given:
+        given = dict(getattr(config, "rope_scaling", None) or {})
+    settings = dict(given)
+    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
+    if settings.get("rope_theta") is None:
+        settings["rope_theta"] = getattr(config, "rope_theta", None) or 10000.0
+    return settings
+
+
+def rope_frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
+    """(frequencies fp32 [head_dim / 2], factor on cos and sin). Raises ConfigError for a RoPE type not supported.
+
+    `dynamic` NTK equals `default` up to max_position_embeddings, and a request never gets beyond those; past them keys
+    already cached would have to be rotated anew, which a prefix cache rules out.
+    """
+    settings = rope_parameters(config)
+    partial = settings.get("partial_rotary_factor")
+    if partial is not None and partial != 1.0:
+        raise ConfigError(f"partial rotary embedding (partial_rotary_factor={partial}) is not supported")
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / (float(settings["rope_theta"]) ** exponents)
+    kind = settings["rope_type"]
+    try:
+        if kind in ("default", "dynamic"):
+            return plain, 1.0
+        if kind == "linear":
+            return plain / float(settings["factor"]), 1.0
+        if kind == "llama3":
+            return _llama3(plain, settings, config), 1.0
+        if kind == "yarn":
+            return _yarn(plain, settings, config, head_dim)
+    except KeyError as missing:
+        raise ConfigError(f"config.json: RoPE type {kind!r} needs the setting {missing}") from None
+    raise ConfigError(f"RoPE type {kind!r} is not supported (there are: default, linear, dynamic, llama3, yarn)")
+
+
+def _original_positions(settings: Mapping[str, Any], config: Any) -> float:
+    return float(settings.get("original_max_position_embeddings") or config.max_position_embeddings)
+
+
+def _llama3(plain: Tensor, settings: Mapping[str, Any], config: Any) -> Tensor:
+    """Llama 3.1: waves longer than the original context are stretched by `factor`, short ones kept, a ramp between."""
+    factor, low, high = (float(settings[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = _original_positions(settings, config) * plain / (2 * math.pi)  # full turns within the original context
+    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return plain * (keep + (1.0 - keep) / factor)
+
+
+def _yarn(plain: Tensor, settings: Mapping[str, Any], config: Any, head_dim: int) -> tuple[Tensor, float]:
+    """YaRN: channels that turn often are kept, those that turn seldom are stretched by `factor`, a linear ramp between."""
+    original, theta = _original_positions(settings, config), float(settings["rope_theta"])
+    factor = float(settings.get("factor") or config.max_position_embeddings / original)
+
+    def channel(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = channel(float(settings.get("beta_fast") or 32)), channel(float(settings.get("beta_slow") or 1))
+    if settings.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = (high - low) or 0.001
+    stretch = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
+    return plain * (1.0 - stretch) + plain / factor * stretch, _yarn_amplitude(settings, factor)
+
+
+def _yarn_amplitude(settings: Mapping[str, Any], factor: float) -> float:
+    def amplitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if settings.get("attention_factor") is not None:
+        return float(settings["attention_factor"])
+    if settings.get("mscale") and settings.get("mscale_all_dim"):
+        return amplitude(settings["mscale"]) / amplitude(settings["mscale_all_dim"])
+    return amplitude(1.0)

@@ -1,0 +1,313 @@
+"""From a folder or hub id to a loaded model: finds the files, checks them, and streams tensors into the parameters.
+
+Tensors are read one at a time from memory-mapped safetensors straight into (slices of) the fused parameters, so the peak
+is the model plus one tensor. Whatever is wrong with the checkpoint is a ConfigError that names the culprit and says what to
+do; a tensor that the model has no place for is an error too, because a model that ignores weights answers wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from server.errors import ConfigError
+from server.models import MODELS
+from server.models.base import Model
+from server.registry import resolve
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+Progress = Callable[[int, int], None]
+"""`progress(done_bytes, total_bytes)`, called after every tensor."""
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
+IGNORED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$|\.masked_bias$")
+"""Derived buffers that old checkpoints carry; they hold nothing the config does not say."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_folder(model: str, revision: str | None = None, *, offline: bool = False, weights: bool = True) -> Path:
+    """The local folder of `model`: a folder as it is, or a hub id downloaded to (or found in) the hub's cache.
+
+    `offline` looks in the cache only, as huggingface_hub's own offline mode does. Without `weights` only configuration
+    and tokenizer files are fetched, enough for `load_format="dummy"`. Blocking; does network and file I/O.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ConfigError(f"model {model!r} is a file; pass the folder that holds config.json", param="model")
+    if not HUB_ID.fullmatch(model):
+        raise ConfigError(f"model {model!r} is neither a folder nor a hub id of the form owner/name", param="model")
+    return _download(model, revision, offline, weights)
+
+
+def _download(model: str, revision: str | None, offline: bool, weights: bool) -> Path:
+    patterns = [*CONFIG_PATTERNS, "*.safetensors"] if weights else list(CONFIG_PATTERNS)
+    ignored = ["*/*", "consolidated*"]  # exports to other formats, and second copies of the weights
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                local_files_only=offline,
+                allow_patterns=patterns,
+                ignore_patterns=ignored,
+            )
+        )
+    except GatedRepoError:
+        advice = "asks for a licence: accept it on the hub, then log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        advice = "is not on the hub and not a folder here (a private one needs `hf auth login`)"
+    except RevisionNotFoundError:
+        advice = f"has no revision {revision!r} on the hub"
+    except LocalEntryNotFoundError:
+        advice = (
+            "is not a folder here and not (wholly) in the hub cache, and the hub is out of reach: run "
+            f"`hf download {model}` on a machine with network and bring the cache over, or pass a folder"
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        advice = f"could not be fetched from the hub: {error}"
+    raise ConfigError(f"model {model!r} {advice}", param="model")
+
+
+def load_config(folder: Path) -> Any:
+    """The checkpoint's transformers config. Never runs code from the folder.
+
+    Raises ConfigError if config.json is missing, unreadable, or names an architecture that is not in `MODELS`.
+    """
+    from transformers import AutoConfig  # a second of imports that a caller with a bad path need not wait for
+
+    raw = _read_json(folder / "config.json", "is it a model folder?")
+    model_class(raw)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a bad config; each becomes the operator's one line
+        raise ConfigError(f"{folder / 'config.json'}: {error}", param="model") from error
+
+
+def model_class(raw: Mapping[str, Any]) -> type[Model]:
+    """The class in `MODELS` for the contents of a config.json; without `architectures`, by its `model_type`."""
+    names = raw.get("architectures") or []
+    if not names:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(raw.get("model_type", ""), str(raw.get("model_type")))]
+    if names[0] not in MODELS:
+        raise ConfigError(f"architecture {names[0]!r} is not supported (there are: {', '.join(MODELS)})", param="model")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(f"the checkpoint is quantised ({method}); use the original float checkpoint", param="model")
+    return resolve("architecture", MODELS, names[0])
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: DTypeName = "auto",
+    device: torch.device | str = "cpu",
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Model:
+    """Loads the checkpoint in `folder` into a new model on `device`.
+
+    `dtype="auto"` is the checkpoint's own. On a CPU without bf16/fp16 arithmetic half-precision matrix products are many
+    times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows.
+    `load_format="dummy"` reads only config.json and fills the parameters with random values that depend on `seed`.
+    """
+    config = load_config(folder)
+    cls = model_class(config.to_dict())
+    report = progress or (lambda done, total: None)
+    if load_format == "dummy":
+        model = cls.build(config, _dtype(dtype, config, ()), device)
+        fill_random(model.parameters(), seed, report)
+        return model
+    files = checkpoint_files(folder)
+    model = cls.build(config, _dtype(dtype, config, files), device)
+    _fill(model, files, report)
+    return model
+
+
+def checkpoint_files(folder: Path) -> Sequence[Path]:
+    """The safetensors files of a folder, in order. Raises ConfigError for a missing shard or a pickle-only checkpoint."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _shards(index)
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    pickles = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in folder.glob(suffix))
+    if pickles:
+        raise ConfigError(
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded: save them as safetensors "
+            "(in transformers: from_pretrained, then save_pretrained) or pick a revision that has safetensors",
+            param="model",
+        )
+    raise ConfigError(
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json: fetch the weights, or use "
+        "load format 'dummy' for random ones",
+        param="model",
+    )
+
+
+def _shards(index: Path) -> Sequence[Path]:
+    weight_map = _read_json(index, "fetch it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index} has no weight_map: fetch it again", param="model")
+    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise ConfigError(
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}; fetch them again",
+            param="model",
+        )
+    return shards
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent} has no {path.name}: {advice}", param="model") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): {advice}", param="model") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a JSON object: {advice}", param="model")
+    return content
+
+
+def _dtype(wanted: DTypeName, config: Any, files: Sequence[Path]) -> torch.dtype:
+    """The parameters' dtype: the wanted one, else the config's, else that of the checkpoint's first tensor, else fp32."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(own, str):
+        own = getattr(torch, own, own)
+    if own is None and files:
+        with _opened(files[0]) as file:
+            stored = file.get_slice(next(iter(file.keys()))).get_dtype()
+            own = SAFETENSORS_DTYPES.get(stored, stored)
+    own = own or torch.float32
+    if own not in DTYPES.values():
+        raise ConfigError(
+            f"the checkpoint's dtype {own} is not supported: choose one of {', '.join(DTYPES)}", param="dtype"
+        )
+    return own
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is damaged or cut short ({error}): fetch it again", param="model") from error
+
+
+@torch.inference_mode()
+def _fill(model: Model, files: Sequence[Path], report: Progress) -> None:
+    targets, fused = dict(model.parameters()), model.fused()
+    tied = "lm_head.weight" not in targets
+    total = sum(target.nbytes for target in targets.values())
+    done = 0
+    for name, tensor in _tensors(files):
+        if IGNORED_TENSORS.search(name) or (tied and name == "lm_head.weight"):
+            continue
+        for part, values in _split(name, tensor, fused, targets):
+            target = targets.pop(part, None)
+            if target is None:
+                raise ConfigError(_unplaced(part, model), param="model")
+            if target.shape != values.shape:
+                raise ConfigError(
+                    f"tensor {name}: the checkpoint has shape {list(values.shape)}, config.json asks for "
+                    f"{list(target.shape)}",
+                    param="model",
+                )
+            target.copy_(values)
+            done += target.nbytes
+            report(done, total)
+    if targets:
+        raise ConfigError(_missing(sorted(targets)), param="model")
+
+
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in files:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, file.get_tensor(name)
+
+
+def _split(
+    name: str, tensor: Tensor, fused: Mapping[str, Sequence[str]], targets: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(parameter, values) pairs of one checkpoint tensor: itself, or the parts stacked in it along the first axis."""
+    parts = fused.get(name)
+    if parts is None or not all(part in targets for part in parts):
+        yield name, tensor
+        return
+    rows = [targets[part].shape[0] for part in parts]
+    if sum(rows) != tensor.shape[0]:
+        raise ConfigError(
+            f"tensor {name}: the checkpoint has shape {list(tensor.shape)}, config.json asks for {sum(rows)} rows",
+            param="model",
+        )
+    yield from zip(parts, tensor.split(rows), strict=True)
+
+
+def _unplaced(name: str, model: Model) -> str:
+    if name in model.parameters():
+        return f"tensor {name} is in the checkpoint twice"
+    return (
+        f"tensor {name} has no place in the model that config.json describes: config and weights are not of the same model, "
+        "or this variant is not supported"
+    )
+
+
+def _missing(names: Sequence[str]) -> str:
+    hint = "; does config.json lack tie_word_embeddings?" if "lm_head.weight" in names else ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"the checkpoint lacks {', '.join(names[:3])}{more}: fetch it again{hint}"
+
+
+@torch.inference_mode()
+def fill_random(parameters: Mapping[str, Tensor], seed: int, report: Progress) -> None:
+    """Fills parameters with seeded values under which activations and logits stay of order one.
+
+    Matrices are uniform with standard deviation 1 / sqrt(inputs), gains are one, biases small. One generator for all, in
+    the order of the names, so a seed gives the same values on every machine.
+    """
+    total = sum(target.nbytes for target in parameters.values())
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    for name in sorted(parameters):
+        target = parameters[name]
+        if target.ndim == 1 and name.endswith("norm.weight"):
+            target.fill_(1.0)
+        else:
+            bound = math.sqrt(3.0 / target.shape[-1]) if target.ndim > 1 else 0.1
+            values = target if target.device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype)
+            target.copy_(values.uniform_(-bound, bound, generator=generator))
+        done += target.nbytes
+        report(done, total)
