@@ -99,7 +99,7 @@ class KVManager:
             self._settle(lease, now)
         return lease
 
-    def grow(self, lease: Lease, tokens: int, now: float) -> bool:
+    def grow(self, lease: Lease, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; False, and nothing changed, when the device cannot hold them."""
         wanted = self.layout.blocks_for(tokens) - len(lease.blocks)
         if wanted <= 0:

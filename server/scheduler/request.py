@@ -1,0 +1,81 @@
+"""One request's control state: `computed_tokens` chasing `len(tokens)`. Plain data, loop thread only.
+
+There is no prefill phase and no decode phase: a request that lacks more than one token is prefilling, one that lacks
+exactly the newest is decoding, and a preempted one simply starts to chase again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from server.kvcache.block import Lease
+from server.types import BlockHash, RequestId, SamplingParams, TokenLogprobs
+
+
+class RequestState(Enum):
+    WAITING = auto()
+    ONBOARDING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """`root` starts the hash chain (fingerprint and cache salt); `hashes` are extended and never recomputed.
+
+    `cached_tokens` counts the prompt tokens found in the cache at the first admission. `needed_blocks` is the room
+    that the last failed admission wanted. `claimed` are the positions of `hashes` that this request will seal, and
+    `awaits` a hash that another one will. `prompt_logprobs` collects entries until the prompt is done; None when not
+    wanted.
+    """
+
+    id: RequestId
+    tokens: array[int]
+    params: SamplingParams
+    root: BlockHash
+    priority: int = 0
+    arrival_s: float = 0.0
+    prompt_tokens: int = field(init=False)
+    computed_tokens: int = 0
+    hashes: list[BlockHash] = field(default_factory=list)
+    lease: Lease | None = None
+    state: RequestState = RequestState.WAITING
+    aborted: bool = False
+    cached_tokens: int | None = None
+    needed_blocks: int = 0
+    claimed: range = range(0)
+    awaits: BlockHash | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = []
+
+    @property
+    def lacking(self) -> int:
+        """Tokens whose KV is not computed yet; the last of them is what the next token is sampled from."""
+        return len(self.tokens) - self.computed_tokens
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Prompt logprobs are wanted and not complete: no prompt token may come from the cache unscored."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_tokens - 1
+
+
+def request_from(
+    id: RequestId, prompt: Sequence[int], params: SamplingParams, root: BlockHash, *, priority: int, now: float
+) -> Request:
+    """A waiting request over a copy of `prompt`."""
+    return Request(id, array("i", prompt), params, root, priority=priority, arrival_s=now)

@@ -1,0 +1,417 @@
+"""Scheduler: which tokens of which requests go into the next step. Pure, synchronous, loop thread only.
+
+One token budget per step: first one token for every request that decodes, then prompt chunks of those that are behind,
+then admissions while budget and memory last. When the device is full, the request that ranks last gives its blocks back
+and starts to chase again later; its sealed blocks stay cached, so it usually finds most of them.
+
+Between `plan` and `commit` the plan's requests keep their frames, whatever happens to them meanwhile.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from server.errors import InvalidRequest, Overloaded
+from server.kvcache.hashing import extend_hashes
+from server.kvcache.manager import KVManager
+from server.scheduler.policy import SchedulingPolicy
+from server.scheduler.request import Request, RequestState
+from server.types import (
+    BlockHash,
+    FinishReason,
+    RequestId,
+    SampleSpec,
+    StepPlan,
+    StepResult,
+    StepRow,
+    TokenEvent,
+)
+
+ADMIT_RESERVE_RATIO = 0.01
+"""Share of the device's frames that an admission leaves for running requests to grow into."""
+DEFER_LOOK_AHEAD = 64
+"""How many waiting requests are looked at behind ones that wait for a prefix which a running request computes."""
+
+
+class _Draft:
+    """A step being put together: rows in the order they were granted, and the token budget that is left."""
+
+    __slots__ = ("budget", "rows")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: dict[RequestId, StepRow] = {}
+
+    def add(self, row: StepRow) -> None:
+        self.rows[row.request_id] = row
+        self.budget -= len(row.tokens)
+
+    def drop(self, id: RequestId) -> None:
+        row = self.rows.pop(id, None)
+        if row is not None:
+            self.budget += len(row.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Named bounds of the scheduler; every one is in the configuration."""
+
+    max_running: int
+    max_step_tokens: int
+    max_chunk_tokens: int
+    max_queued_requests: int
+    max_queued_tokens: int
+    max_model_len: int
+
+
+class Scheduler:
+    def __init__(self, kv: KVManager, policy: SchedulingPolicy, limits: Limits) -> None:
+        assert limits.max_running <= limits.max_step_tokens, "every running request may decode in one step"
+        self.kv = kv
+        self.policy = policy
+        self.limits = limits
+        self.requests: dict[RequestId, Request] = {}
+        self.waiting: list[Request] = []
+        self.onboarding: list[Request] = []
+        self.running: list[Request] = []
+        self.planned: StepPlan | None = None
+        self.queued_tokens = 0
+        self.preemptions = 0
+        self._block_tokens = kv.layout.block_tokens
+        self._computing: dict[BlockHash, int] = {}
+        self._planned_ids: dict[RequestId, StepRow] = {}
+        self._retired: list[RequestId] = []
+        self._next_plan = 0
+
+    # --- requests come and go ----------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequest when it can never fit, Overloaded when a queue limit is reached."""
+        limits, prompt = self.limits, request.prompt_tokens
+        if prompt == 0:
+            raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
+        if prompt + request.params.max_tokens > limits.max_model_len:
+            raise InvalidRequest(
+                f"prompt ({prompt} tokens) plus max_tokens ({request.params.max_tokens}) exceed the model's context of "
+                f"{limits.max_model_len} tokens; shorten the prompt or lower max_tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if len(self.waiting) >= limits.max_queued_requests:
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later", retry_after_s=1)
+        if self.waiting and self.queued_tokens + prompt > limits.max_queued_tokens:
+            raise Overloaded(
+                f"{self.queued_tokens} prompt tokens are waiting already; try again later", retry_after_s=1
+            )
+        self.requests[request.id] = request
+        extend_hashes(request.hashes, request.root, request.tokens, self._block_tokens)
+        self._enqueue(request)
+
+    def abort(self, id: RequestId, now: float) -> None:
+        """Forget a request and free its blocks: now, or at the end of the step that it is in. Idempotent."""
+        request = self.requests.get(id)
+        if request is None or request.aborted:
+            return
+        request.aborted = True
+        if self.planned is None or id not in self._planned_ids:
+            self._finish(request, now)
+
+    @property
+    def idle(self) -> bool:
+        return not self.requests
+
+    # --- plan --------------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None when nothing can run before a request or a transfer arrives."""
+        assert self.planned is None, "one step at a time"
+        self._start_onboarded()
+        rows: dict[RequestId, StepRow] = {}
+        preempted = True
+        while preempted and not rows:  # places were given up and nobody took them yet: look again
+            before = self.preemptions
+            rows = self._draft(now)
+            preempted = self.preemptions > before
+        if not rows:
+            assert not self.requests or self.onboarding or self.kv.in_flight, "requests wait and nothing can ever run"
+            return None
+        self._next_plan += 1
+        self._planned_ids = rows
+        self.planned = StepPlan(self._next_plan, list(rows.values()), self._retired)
+        self._retired = []
+        return self.planned
+
+    def _draft(self, now: float) -> dict[RequestId, StepRow]:
+        draft = _Draft(self.limits.max_step_tokens)
+        preemptions = self.preemptions
+        for decoding in (True, False):
+            for request in self._by_rank(decoding):
+                if draft.budget == 0:
+                    break
+                if request.state is RequestState.RUNNING:
+                    self._advance(request, draft, now)
+        if self.waiting and self.preemptions == preemptions:
+            self._admit(draft, now)
+        return draft.rows
+
+    def _by_rank(self, decoding: bool) -> list[Request]:
+        return [r for r in self.running if (len(r.tokens) - r.computed_tokens == 1) == decoding]
+
+    def _advance(self, request: Request, draft: _Draft, now: float) -> None:
+        """Give `request` its row, preempting whoever ranks last for room; that may be itself."""
+        count = min(len(request.tokens) - request.computed_tokens, draft.budget, self.limits.max_chunk_tokens)
+        end = request.computed_tokens + count
+        lease = request.lease
+        assert lease is not None
+        if end > len(lease.blocks) * self._block_tokens:
+            while not self.kv.grow(lease, end):
+                victim = self.running[-1]
+                draft.drop(victim.id)
+                self._preempt(victim, now)
+                if victim is request:
+                    return
+        draft.add(self._row(request, end))
+
+    def _row(self, request: Request, end: int) -> StepRow:
+        start, tokens = request.computed_tokens, request.tokens
+        assert request.lease is not None
+        sample = None
+        if end == len(tokens) and request.generated < request.params.max_tokens:
+            sample = SampleSpec(request.params, end, request.prompt_tokens, tokens)
+        if not request.scores_prompt:
+            return StepRow(request.id, tokens[start:end], start, request.lease.table.view(), sample)
+        return StepRow(
+            request.id,
+            tokens[start:end],
+            start,
+            request.lease.table.view(),
+            sample,
+            request.params.prompt_logprobs,
+            tokens[start + 1 : min(end + 1, request.prompt_tokens)],
+        )
+
+    def _preempt(self, request: Request, now: float) -> None:
+        """Take a running request's blocks back and queue it again, at its rank."""
+        self.running.remove(request)
+        self._retire(request, now)
+        request.computed_tokens = 0
+        if request.scores_prompt:
+            request.prompt_logprobs = []
+        request.preemptions += 1
+        self.preemptions += 1
+        self._enqueue(request)
+
+    # --- admission ---------------------------------------------------------------------------------------------------
+
+    def _admit(self, draft: _Draft, now: float) -> None:
+        """Start waiting requests in rank order. The first that lacks room stops the rest: no one overtakes it for ever.
+
+        A request whose next block is being computed by a running one waits for that block instead of computing it too
+        (n choices of one prompt, or a thousand users of one new system prompt); those behind it may pass.
+        """
+        promised = self._promised_blocks()
+        for request in self._candidates():
+            if draft.budget == 0:
+                return
+            if not self._place(request, promised, now):
+                if self.running and self.policy.outranks(request, self.running[-1]):
+                    draft.drop(self.running[-1].id)
+                    self._preempt(self.running[-1], now)
+                return
+            if request.state is RequestState.RUNNING:
+                self._advance(request, draft, now)
+            if request.lease is not None:
+                promised += self._missing_blocks(request)
+
+    def _candidates(self) -> Iterator[Request]:
+        deferred = 0
+        for request in self.waiting[: self.limits.max_running]:
+            if self._next_block_is_coming(request):
+                deferred += 1
+                if deferred >= DEFER_LOOK_AHEAD:
+                    return
+                continue
+            yield request
+
+    def _next_block_is_coming(self, request: Request) -> bool:
+        if not self._computing:
+            return False
+        if request.awaits in self._computing:
+            return True
+        usable = self._usable_hashes(request)
+        request.awaits = next((h for h in islice(request.hashes, usable) if h not in self.kv.index), None)
+        return request.awaits in self._computing
+
+    def _usable_hashes(self, request: Request) -> int:
+        """How many leading blocks may come from the cache: at least one token is left to sample from."""
+        return 0 if request.scores_prompt else min(len(request.hashes), (len(request.tokens) - 1) // self._block_tokens)
+
+    def _place(self, request: Request, promised: int, now: float) -> bool:
+        """Lease what is cached and start `request` if the rest of its tokens fits as well; else leave all as it was."""
+        busy = len(self.running) + len(self.onboarding)
+        room = self.kv.available_blocks - promised
+        if busy >= self.limits.max_running or (busy and room < request.needed_blocks):
+            return False
+        request.lease = self.kv.admit(request.hashes[: self._usable_hashes(request)], now)
+        reserve = int(ADMIT_RESERVE_RATIO * self.kv.device.pool.capacity) if busy else 0
+        wanted = self._missing_blocks(request) + reserve
+        if self.kv.available_blocks - promised < wanted:
+            request.needed_blocks = wanted + room - (self.kv.available_blocks - promised)
+            self.kv.release(request.lease, now)
+            request.lease = None
+            return False
+        self._dequeue(request)
+        if request.admitted_s is None:
+            request.admitted_s = now
+        if request.lease.onboarding:
+            request.state = RequestState.ONBOARDING
+            self.onboarding.append(request)
+        else:
+            self._run(request)
+        return True
+
+    def _run(self, request: Request) -> None:
+        """The lease is complete: compute from its end on."""
+        assert request.lease is not None
+        hit = len(request.lease.blocks)
+        request.computed_tokens = hit * self._block_tokens
+        if request.cached_tokens is None:
+            request.cached_tokens = request.computed_tokens
+        request.state = RequestState.RUNNING
+        request.claimed = range(hit, len(request.hashes))
+        for value in request.hashes[hit:]:
+            self._computing[value] = self._computing.get(value, 0) + 1
+        insort(self.running, request, key=self.policy.rank)
+
+    def _start_onboarded(self) -> None:
+        if self.onboarding:
+            landed = [r for r in self.onboarding if r.lease is not None and not r.lease.onboarding]
+            for request in landed:
+                self.onboarding.remove(request)
+                self._run(request)
+
+    def _promised_blocks(self) -> int:
+        """Device frames that admitted requests were granted and have not taken yet."""
+        behind = [r for r in self.running if len(r.tokens) - r.computed_tokens > 1]
+        return sum(self._missing_blocks(r) for r in behind) + sum(self._missing_blocks(r) for r in self.onboarding)
+
+    def _missing_blocks(self, request: Request) -> int:
+        assert request.lease is not None
+        return max(0, self.kv.layout.blocks_for(len(request.tokens) + 1) - len(request.lease.blocks))
+
+    # --- commit ------------------------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
+        """Apply a finished step: seal full blocks, append sampled tokens, end what is over. One event per new token."""
+        assert self.planned is plan and result.id == plan.id, f"step {result.id} committed, {plan.id} planned"
+        self.planned = None
+        events: list[TokenEvent] = []
+        for position, row in enumerate(plan.rows):
+            request = self.requests[row.request_id]
+            request.computed_tokens = row.start + len(row.tokens)
+            self._seal(request)
+            scored = result.prompt_logprobs[position]
+            if scored is not None and request.prompt_logprobs is not None:
+                request.prompt_logprobs.extend(scored)
+            if request.aborted:
+                self._finish(request, now)
+            elif request.computed_tokens == len(request.tokens):
+                events.append(self._emit(request, result, position, now))
+        return events
+
+    def fail(self, plan: StepPlan, message: str, now: float) -> list[TokenEvent]:
+        """The step produced nothing: end its requests with an error. What earlier steps sealed stays cached."""
+        assert self.planned is plan, "only the planned step can fail"
+        self.planned = None
+        events = []
+        for row in plan.rows:
+            request = self.requests[row.request_id]
+            if not request.aborted:
+                events.append(TokenEvent(request.id, None, finish=FinishReason.ERROR, error=message))
+            self._finish(request, now)
+        return events
+
+    def _seal(self, request: Request) -> None:
+        lease = request.lease
+        assert lease is not None
+        full = request.computed_tokens // self._block_tokens
+        if full <= lease.sealed:
+            return
+        extend_hashes(request.hashes, request.root, request.tokens, self._block_tokens)
+        before = lease.sealed
+        self.kv.seal(lease, request.hashes, full)
+        self._unclaim(request, range(before, lease.sealed))
+
+    def _emit(self, request: Request, result: StepResult, position: int, now: float) -> TokenEvent:
+        token = result.tokens[position]
+        finish = None
+        if token is None:
+            finish = FinishReason.LENGTH  # max_tokens == 0: the prompt alone was wanted
+        else:
+            request.tokens.append(token)
+            finish = self._finish_reason(request, token)
+        if request.first_token_s is None:
+            request.first_token_s = now
+            prompt_logprobs = request.prompt_logprobs
+        else:
+            prompt_logprobs = None
+        request.last_token_s = now
+        if finish is not None:
+            self._finish(request, now)
+        return TokenEvent(request.id, token, result.logprobs[position], prompt_logprobs, finish)
+
+    @staticmethod
+    def _finish_reason(request: Request, token: int) -> FinishReason | None:
+        if token in request.params.stop_token_ids and request.generated > request.params.min_tokens:
+            return FinishReason.STOP
+        if request.generated >= request.params.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    # --- bookkeeping -------------------------------------------------------------------------------------------------
+
+    def _finish(self, request: Request, now: float) -> None:
+        del self.requests[request.id]
+        if request.state is RequestState.WAITING:
+            self._dequeue(request)
+        elif request.state is RequestState.ONBOARDING:
+            self.onboarding.remove(request)
+        else:
+            self.running.remove(request)
+        if request.lease is not None:
+            self._retire(request, now)
+        request.state = RequestState.FINISHED
+
+    def _retire(self, request: Request, now: float) -> None:
+        assert request.lease is not None
+        self.kv.release(request.lease, now)
+        request.lease = None
+        self._unclaim(request, request.claimed)
+        self._retired.append(request.id)
+
+    def _unclaim(self, request: Request, positions: Sequence[int]) -> None:
+        """Blocks that `request` sealed, or will not seal after all, are no longer worth waiting for."""
+        for position in positions:
+            if position in request.claimed:
+                value = request.hashes[position]
+                left = self._computing[value] - 1
+                if left:
+                    self._computing[value] = left
+                else:
+                    del self._computing[value]
+        if positions:
+            request.claimed = range(max(request.claimed.start, positions[-1] + 1), request.claimed.stop)
+
+    def _enqueue(self, request: Request) -> None:
+        request.state = RequestState.WAITING
+        self.queued_tokens += len(request.tokens)
+        insort(self.waiting, request, key=self.policy.rank)
+
+    def _dequeue(self, request: Request) -> None:
+        position = bisect_left(self.waiting, self.policy.rank(request), key=self.policy.rank)
+        assert self.waiting[position] is request, "the waiting queue is in rank order"
+        del self.waiting[position]
+        self.queued_tokens -= len(request.tokens)
