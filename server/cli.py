@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from server.config import OPTIONS, Config, Option, load_config, toml_value
+from server.config import OPTIONS, Config, Option, example_toml, load_config, toml_value
 from server.errors import TerraceError
 
 SECTION_TITLES = {"model": "model", "kv": "KV cache", "scheduler": "scheduling", "server": "HTTP server and process"}
@@ -70,7 +70,7 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     config = commands.add_parser("config", help="show or check the configuration", allow_abbrev=False)
-    actions = config.add_subparsers(dest="action", metavar="show|check", required=True)
+    actions = config.add_subparsers(dest="action", metavar="show|check|example", required=True)
     for name, run, text in (
         ("show", _show, "print every setting, its value and where it comes from"),
         ("check", _check, "check file, environment and flags; exit 2 when they cannot work"),
@@ -79,6 +79,8 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
         action = actions.add_parser(name, usage=usage, help=text, description=text, allow_abbrev=False)
         _add_options(action, show_all=help_all)
         action.set_defaults(run=run)
+    example = actions.add_parser("example", help="print a configuration file with every default", allow_abbrev=False)
+    example.set_defaults(run=_example)
 
     commands.add_parser("bench", help="measure this machine: scheduler, model, HTTP server", add_help=False)
     return parser
@@ -156,6 +158,11 @@ def _show(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     _load(args)
     print("the configuration is valid")
+    return 0
+
+
+def _example(args: argparse.Namespace) -> int:
+    print(example_toml(), end="")
     return 0
 
 

@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 import re
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -333,6 +334,22 @@ def _options() -> Iterator[Option]:
 
 OPTIONS: tuple[Option, ...] = tuple(_options())
 _BY_NAME = {option.name: option for option in OPTIONS}
+
+
+def example_toml() -> str:
+    """A commented configuration file in which every field stands at its default: deploy/config.example.toml."""
+    lines = [
+        "# Every setting of Terrace with its default. Uncomment what you change; unknown keys are errors.",
+        "# Precedence: this file < environment (TERRACE_SECTION__FIELD) < flags. `terrace config show` tells what holds.",
+    ]
+    for section in Config.model_fields:
+        lines += ["", f"[{section}]"]
+        for option in OPTIONS:
+            if option.section == section:
+                lines += ["", *textwrap.wrap(option.description, 118, initial_indent="# ", subsequent_indent="# ")]
+                unset = f"# {option.field} =  # not set"
+                lines += [unset if option.default is None else f"# {option.field} = {toml_value(option.default)}"]
+    return "\n".join(lines) + "\n"
 
 
 def load_config(

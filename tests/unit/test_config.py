@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from server.cli import main
-from server.config import OPTIONS, Config, load_config
+from server.config import OPTIONS, Config, example_toml, load_config
 from server.errors import ConfigError
 
 
@@ -173,6 +173,19 @@ def test_every_option_is_described_and_unique():
     assert len(flags) == len(set(flags))
     assert len({option.env for option in OPTIONS}) == len(OPTIONS)
     assert len(OPTIONS) <= 60
+
+
+def test_example_file_is_current_and_valid(tmp_path):
+    """deploy/config.example.toml is what `terrace config example` prints: as it stands or uncommented, the defaults."""
+    text = example_toml()
+    shipped = Path(__file__).parents[2] / "deploy" / "config.example.toml"
+    assert shipped.read_text(encoding="utf-8") == text
+    assert load(file=shipped) == Config()
+    fields = {option.field for option in OPTIONS if option.default is not None}
+    lines = [line[2:] if line[2:].partition(" =")[0] in fields else line for line in text.splitlines()]
+    uncommented = load(file=write(tmp_path / "t.toml", "\n".join(lines)))
+    assert uncommented.model_dump() == Config().model_dump()
+    assert sum(not line.startswith(("#", "[")) and line != "" for line in lines) == len(fields)
 
 
 def test_help_lists_common_flags_only(capsys):
