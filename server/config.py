@@ -340,7 +340,7 @@ def example_toml() -> str:
     """A commented configuration file in which every field stands at its default: deploy/config.example.toml."""
     lines = [
         "# Every setting of Terrace with its default. Uncomment what you change; unknown keys are errors.",
-        "# Precedence: this file < environment (TERRACE_SECTION__FIELD) < flags. `terrace config show` tells what holds.",
+        "# This file < environment (TERRACE_SECTION__FIELD) < flags. `terrace config show` shows the outcome.",
     ]
     for section in Config.model_fields:
         lines += ["", f"[{section}]"]
