@@ -1,0 +1,310 @@
+"""The composition root: the only place that names concrete classes together, and the life of the daemon.
+
+Order at start: bind the port, load the model, allocate the arena, say ready. Order at SIGTERM: not ready, finish what
+runs (at most `shutdown_timeout_s`), close the sockets, exit 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from server.api.app import create_app
+from server.api.service import Service, hash_keys
+from server.config import Config
+from server.engine import Engine
+from server.errors import ConfigError
+from server.kernels.attention import BACKENDS
+from server.kvcache.arena import allocate_arena
+from server.kvcache.manager import KVManager, TierSpec
+from server.kvcache.mover import Mover
+from server.metrics import Metrics
+from server.models.base import Model
+from server.models.weights import load_model, resolve_folder
+from server.registry import resolve
+from server.runner.runner import TorchRunner
+from server.scheduler.policy import make_policy
+from server.scheduler.scheduler import Limits, Scheduler
+from server.text import Tokenizer
+from server.types import DEVICE, BlockLayout, TierFault, Transfer
+
+log = logging.getLogger("terrace")
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+MIN_BLOCKS = 8
+"""A device tier with fewer blocks than this serves nobody."""
+LAG_PROBE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """Everything that runs, put together. `runner` owns the device thread: `aclose` it last."""
+
+    config: Config
+    engine: Engine
+    runner: TorchRunner
+    tokenizer: Tokenizer
+    metrics: Metrics
+    model_name: str
+    summary: str
+
+
+def build(config: Config) -> Daemon:
+    """Load the model and wire the daemon up; nothing runs yet. Raises ConfigError with one line to act on."""
+    import torch
+
+    folder = DEMO_MODEL if config.model.model == "demo" else resolve_folder(config.model.model, config.model.revision)
+    tokenizer = Tokenizer.load(folder, _chat_template(config))
+    model = _load(config, folder)
+    layout = _layout(config, model)
+    kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
+    frames = int(config.kv.device_gib * 2**30) // layout.block_bytes
+    max_model_len = _max_model_len(config, model, layout, frames)
+    arena = allocate_arena(frames, layout, kv_dtype, config.model.device)
+    backend = config.model.attention if config.model.attention != "auto" else "cpu"
+    attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
+    name = config.model.served_model_name or _default_name(config, folder)
+    metrics = Metrics(name, version(), max_model_len=max_model_len)
+    kv = KVManager(layout, [TierSpec(DEVICE, frames, config.kv.eviction)], _fingerprint(folder, layout, str(kv_dtype)))
+    scheduler = Scheduler(kv, make_policy(config.scheduler.policy), _limits(config, max_model_len))
+    runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
+    engine = Engine(
+        scheduler, runner, Mover(_no_lower_tier), metrics, time.monotonic, prefix_caching=config.kv.prefix_caching
+    )
+    summary = (
+        f"model {name}: {model.geometry.layers} layers, {str(model.dtype).removeprefix('torch.')}, context "
+        f"{max_model_len} tokens; device tier {frames} blocks of {layout.block_tokens} tokens "
+        f"({frames * layout.block_tokens} tokens, {layout.token_bytes} B each, {config.kv.device_gib:g} GiB); "
+        f"attention {backend}"
+    )
+    return Daemon(config, engine, runner, tokenizer, metrics, name, summary)
+
+
+async def serve(config: Config) -> int:
+    """Run the daemon until SIGTERM or SIGINT; the exit code: 0 after a clean drain, 1 when the engine failed."""
+    configure_logging(config)
+    sys.setswitchinterval(config.server.switch_interval_s)
+    listener = _bind(config)
+    daemon = build(config)
+    app = create_app(service_of(daemon))
+    http = uvicorn.Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=65, lifespan="off"
+        )
+    )
+    http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    engine = asyncio.create_task(daemon.engine.run())
+    lag = asyncio.create_task(_probe_lag(daemon.metrics))
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(http._serve([listener]))
+    _announce(daemon, listener)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({engine, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+    log.info("stopping: no new requests, running ones get %g s", config.server.shutdown_timeout_s)
+    await daemon.engine.drain(config.server.shutdown_timeout_s)
+    http.should_exit = True
+    await serving
+    for task in (lag, stopping):
+        task.cancel()
+    await daemon.runner.aclose()
+    with suppress(Exception):  # logged by the engine already
+        await engine
+    log.info("stopped")
+    return 0 if daemon.engine.state == "stopped" else 1
+
+
+def service_of(daemon: Daemon) -> Service:
+    """What the HTTP routes get to see of the daemon."""
+    return Service(
+        engine=daemon.engine,
+        tokenizer=daemon.tokenizer,
+        metrics=daemon.metrics,
+        model_name=daemon.model_name,
+        version=version(),
+        wall_clock=time.time,
+        limits=daemon.config.server,
+        api_key_hashes=hash_keys(daemon.config.server.api_keys),
+    )
+
+
+def version() -> str:
+    """The installed distribution's version, or `unknown` when run from a bare tree."""
+    try:
+        return metadata.version("terrace")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _load(config: Config, folder: Path) -> Model:
+    """The model, with a progress bar on a terminal."""
+    dtype = config.model.dtype
+    if dtype == "auto" and config.model.device == "cpu":
+        dtype = "float32"
+    with Progress(
+        TextColumn("loading {task.fields[name]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+        disable=not sys.stderr.isatty(), transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("load", name=folder.name)
+        return load_model(
+            folder,
+            dtype=dtype,
+            device=config.model.device,
+            load_format=config.model.load_format,
+            seed=config.model.seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _layout(config: Config, model: Model) -> BlockLayout:
+    import torch
+
+    dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
+    geometry = model.geometry
+    return BlockLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, dtype.itemsize, config.kv.block_size)
+
+
+def _max_model_len(config: Config, model: Model, layout: BlockLayout, frames: int) -> int:
+    """The longest request that always fits. Raises ConfigError with the numbers when it would be none at all."""
+    own = model.geometry.max_positions
+    wanted = config.model.max_model_len or own
+    if wanted > own:
+        raise ConfigError(
+            f"max_model_len {wanted} exceeds the model's {own} positions; lower it", param="model.max_model_len"
+        )
+    fits = (frames - 1) * layout.block_tokens
+    if frames < MIN_BLOCKS or (config.model.max_model_len is not None and wanted > fits):
+        needed = max(MIN_BLOCKS, layout.blocks_for(wanted) + 1) * layout.block_bytes / 2**30
+        raise ConfigError(
+            f"device_gib {config.kv.device_gib:g} holds {max(0, fits)} tokens, one request of max_model_len {wanted} "
+            f"needs {needed:.3g} GiB; raise --device-gib or lower --max-model-len to {max(1, fits)}",
+            param="kv.device_gib",
+        )
+    return min(wanted, fits)
+
+
+def _limits(config: Config, max_model_len: int) -> Limits:
+    knobs = config.scheduler
+    if knobs.max_num_seqs > knobs.max_num_batched_tokens:
+        raise ConfigError(
+            f"max_num_seqs {knobs.max_num_seqs} exceeds max_num_batched_tokens {knobs.max_num_batched_tokens}: every "
+            "running request takes a token of each step; raise the latter or lower the former",
+            param="scheduler.max_num_seqs",
+        )
+    return Limits(
+        max_running=knobs.max_num_seqs,
+        max_step_tokens=knobs.max_num_batched_tokens,
+        max_chunk_tokens=knobs.prefill_chunk_tokens or knobs.max_num_batched_tokens,
+        max_queued_requests=knobs.max_queued_requests,
+        max_queued_tokens=knobs.max_queued_tokens,
+        max_model_len=max_model_len,
+    )
+
+
+def _fingerprint(folder: Path, layout: BlockLayout, dtype: str) -> bytes:
+    """Root of all block hashes. With one tier that dies with the process, config and layout identify the bytes."""
+    config = (folder / "config.json").read_bytes()
+    return hashlib.blake2b(config + f"{layout}{dtype}".encode(), digest_size=32).digest()
+
+
+async def _no_lower_tier(transfer: Transfer) -> TierFault | None:
+    raise AssertionError(f"a transfer to {transfer.target[0]} was planned, but there is only the device")
+
+
+def _chat_template(config: Config) -> str | None:
+    path = config.model.chat_template
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}", param="model.chat_template") from error
+
+
+def _default_name(config: Config, folder: Path) -> str:
+    if config.model.model == "demo":
+        return "demo"
+    return folder.name if Path(config.model.model).is_dir() else config.model.model
+
+
+# --- process ---------------------------------------------------------------------------------------------------------
+
+
+def _bind(config: Config) -> socket.socket:
+    """Take the port before the slow part of the start, so that a wrong one is known at once."""
+    host, port = config.server.host, config.server.port
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port", param="server.port"
+        ) from error
+    return listener
+
+
+def _announce(daemon: Daemon, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("%s", daemon.summary)
+    log.info("ready at %s (API: %s/v1, metrics: %s/metrics)", url, url, url)
+    body = json.dumps({"model": daemon.model_name, "prompt": "Once upon a time", "max_tokens": 16})
+    if daemon.model_name == "demo":
+        body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": _demo_question()}]})
+    route = "chat/completions" if daemon.model_name == "demo" else "completions"
+    print(f"\ntry it:\n  curl -s {url}/v1/{route} -H 'Content-Type: application/json' -d '{body}'\n", flush=True)
+
+
+def _demo_question() -> str:
+    return "Mira keeps the copper key in the old mill. Where does Mira keep the copper key?"
+
+
+async def _probe_lag(metrics: Metrics) -> None:
+    """How late the event loop runs what it was asked to run."""
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(LAG_PROBE_S)
+        metrics.loop_lag(time.monotonic() - before - LAG_PROBE_S)
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object per line: time, level, logger, message, and the traceback if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name,
+            "message": record.getMessage(),
+        }  # fmt: skip
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def configure_logging(config: Config) -> None:
+    """Events to stderr: readable lines on a terminal, JSON lines elsewhere."""
+    json_lines = config.server.log_format == "json" or (config.server.log_format == "auto" and not sys.stderr.isatty())
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if json_lines else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=config.server.log_level.upper(), handlers=[handler], force=True)
+    for noisy in ("httpx", "uvicorn.error", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,303 @@
+"""The asyncio shell around the deterministic core: one step loop, one stream per request.
+
+Loop thread only. It owns no policy: it asks the KV manager for transfers, the scheduler for a step, has both carried
+out, and hands the tokens to the streams. It reads the time only from the clock that it is given, so that the simulator
+runs this very code on virtual time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from server.errors import InvalidRequest, NotReady, Overloaded, StepFailed
+from server.kvcache import audit
+from server.kvcache.manager import KVManager
+from server.kvcache.mover import Mover
+from server.metrics import Metrics
+from server.scheduler.request import Request, request_from
+from server.scheduler.scheduler import Scheduler
+from server.types import FinishReason, SamplingParams, StepPlan, StepRunner, TierFault, TokenEvent
+
+log = logging.getLogger("terrace.engine")
+
+IDLE_AUDIT_S = 1.0
+"""How long the daemon must be idle before it audits its books; once per idle period."""
+
+State = Literal["starting", "ready", "draining", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateSpec:
+    """What a client wants: validated parameters and token ids. `priority`: lower goes first."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    cache_salt: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """Gauges at one moment. `blocks_used` are held by requests, `blocks_cached` could be evicted, the rest is free."""
+
+    state: State
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+
+
+class Stream:
+    """The tokens of one request, in batches as steps deliver them; the last event carries `finish`.
+
+    Loop thread, one consumer. What waits here is bounded by the request's own max_tokens. Always `close()` it.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine = engine
+        self._request = request
+        self._events: list[TokenEvent] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._finished = False
+        self.last_token_s: float | None = None
+
+    @property
+    def request_id(self) -> int:
+        return self._request.id
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens that came from the cache; known from the first event on."""
+        return self._request.cached_tokens
+
+    def deliver(self, event: TokenEvent) -> None:
+        """The engine's side: add an event and wake the consumer, at most once per step."""
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Sequence[TokenEvent]:
+        """Everything that arrived since the last call, waiting if nothing did."""
+        while not self._events:
+            if self._finished:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        batch, self._events = self._events, []
+        self._finished = batch[-1].finish is not None
+        return batch
+
+    def close(self) -> None:
+        """Nobody reads on: an unfinished request is aborted and its blocks are freed. Idempotent."""
+        self._finished = True
+        self._events = []
+        self._engine.forget(self)
+
+
+class Engine:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        mover: Mover,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        *,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.state: State = "starting"
+        self.scheduler = scheduler
+        self.kv: KVManager = scheduler.kv
+        self._runner = runner
+        self._mover = mover
+        self._metrics = metrics
+        self._clock = clock
+        self._prefix_caching = prefix_caching
+        self._streams: dict[int, Stream] = {}
+        self._wake = asyncio.Event()
+        self._over = asyncio.Event()
+        self._next_id = 0
+        self._audited = True
+        self._idle_since_s: float | None = None
+        metrics.bind(self.snapshot)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.scheduler.limits.max_model_len
+
+    # --- what the API calls ------------------------------------------------------------------------------------------
+
+    def submit(self, spec: GenerateSpec) -> Stream:
+        """Queue a request. Raises NotReady, Overloaded or InvalidRequest; then nothing was queued."""
+        if self.state != "ready":
+            self._metrics.rejected("draining")
+            raise NotReady(f"the server is {self.state}")
+        self._next_id += 1
+        salt = spec.cache_salt if self._prefix_caching else f"{spec.cache_salt}\0only for request {self._next_id}"
+        request = request_from(
+            self._next_id, spec.prompt, spec.params, self.kv.root(salt), priority=spec.priority, now=self._clock()
+        )
+        try:
+            self.scheduler.submit(request)
+        except InvalidRequest:
+            self._metrics.rejected("too_long")
+            raise
+        except Overloaded:
+            self._metrics.rejected("queue_full")
+            raise
+        stream = self._streams[request.id] = Stream(self, request)
+        self._audited = False
+        self._wake.set()
+        return stream
+
+    def forget(self, stream: Stream) -> None:
+        """A stream was closed: abort its request if it still lives."""
+        if self._streams.pop(stream.request_id, None) is not None:
+            now = self._clock()
+            self._count_finished(stream._request, FinishReason.ABORT, now)
+            self.scheduler.abort(stream.request_id, now)
+            self._wake.set()
+
+    def snapshot(self) -> EngineSnapshot:
+        device = self.kv.device
+        cached = len(device.policy)
+        return EngineSnapshot(
+            state=self.state,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting) + len(self.scheduler.onboarding),
+            blocks_total=device.pool.capacity,
+            blocks_used=device.pool.capacity - device.pool.free - cached,
+            blocks_cached=cached,
+        )
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until drained. An error in the books or the code stops admission and propagates: never clamp."""
+        self.state = "ready"
+        try:
+            while not (self.state == "draining" and self.scheduler.idle and not self.kv.in_flight):
+                now = self._clock()
+                for transfer in self.kv.plan_transfers(now):
+                    self._mover.start(transfer, self._landed)
+                plan = self.scheduler.plan(now)
+                if plan is None:
+                    await self._rest()
+                else:
+                    await self._step(plan)
+            audit.check(self.kv)
+            self.state = "stopped"
+        except Exception as error:
+            self.state = "failed"
+            log.exception("the engine failed and takes no more work")
+            self._end_all(FinishReason.ERROR, f"the server failed: {type(error).__name__}")
+            raise
+        finally:
+            self._over.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new work, let running requests finish for `timeout_s` at most, then abort what is left."""
+        if self.state in ("ready", "starting"):
+            self.state = "draining"
+        self._wake.set()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), timeout_s)
+        if not self._over.is_set():
+            self._end_all(FinishReason.ABORT, "the server is shutting down")
+            self._wake.set()
+            await self._over.wait()
+
+    async def _rest(self) -> None:
+        """Nothing to run: sleep until something arrives, and audit the books once if that takes a while."""
+        self._idle_since_s = self._clock()
+        if self._audited or not self.scheduler.idle:
+            await self._wake.wait()
+        else:
+            try:
+                await asyncio.wait_for(self._wake.wait(), IDLE_AUDIT_S)
+            except TimeoutError:
+                audit.check(self.kv)
+                self._audited = True
+                return
+        self._wake.clear()
+
+    async def _step(self, plan: StepPlan) -> None:
+        planned_s = self._clock()
+        try:
+            result = await self._runner.run(plan)
+        except Exception as error:  # the device's error, whatever it is: those in the step fail, the daemon goes on
+            log.exception("a step failed; its requests end with an error")
+            message = error.message if isinstance(error, StepFailed) else f"the step failed: {type(error).__name__}"
+            self._deliver(self.scheduler.fail(plan, message, self._clock()), self._clock())
+            return
+        now = self._clock()
+        preempted = self.scheduler.preemptions
+        self._deliver(self.scheduler.commit(plan, result, now), now)
+        assert self.scheduler.preemptions == preempted, "a commit preempts nobody"
+        busy_s = result.finished_s - result.started_s
+        self._metrics.step(_kind(plan), busy_s, plan.tokens, self._clock() - planned_s - busy_s)
+
+    def _landed(self, transfer_id: int, fault: TierFault | None) -> None:
+        if fault is not None:
+            log.warning("transfer %d failed: %s %s", transfer_id, fault.reason, fault.detail)
+        self.kv.complete(transfer_id, fault, self._clock())
+        self._wake.set()
+
+    # --- delivery ----------------------------------------------------------------------------------------------------
+
+    def _deliver(self, events: Sequence[TokenEvent], now: float) -> None:
+        gaps: dict[float, int] = {}
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is None:
+                continue
+            if event.token is not None:
+                if stream.last_token_s is None:
+                    self._metrics.first_token(now - stream._request.arrival_s)
+                else:
+                    gaps[stream.last_token_s] = gaps.get(stream.last_token_s, 0) + 1
+                stream.last_token_s = now
+            if event.finish is not None:
+                del self._streams[event.request_id]
+                self._count_finished(stream._request, event.finish, now)
+            stream.deliver(event)
+        for last_s, count in gaps.items():
+            self._metrics.inter_token(now - last_s, count)
+
+    def _end_all(self, reason: FinishReason, message: str) -> None:
+        now = self._clock()
+        for stream in list(self._streams.values()):
+            stream.deliver(TokenEvent(stream.request_id, None, finish=reason, error=message))
+            del self._streams[stream.request_id]
+            self._count_finished(stream._request, reason, now)
+            if self.state != "failed":
+                self.scheduler.abort(stream.request_id, now)
+
+    def _count_finished(self, request: Request, reason: FinishReason, now: float) -> None:
+        admitted_s = now if request.admitted_s is None else request.admitted_s
+        first_s = now if request.first_token_s is None else request.first_token_s
+        self._metrics.finished(
+            reason.value,
+            e2e_s=now - request.arrival_s,
+            queue_s=admitted_s - request.arrival_s,
+            prefill_s=first_s - admitted_s,
+            decode_s=now - first_s,
+            prompt_tokens=request.prompt_tokens,
+            generated_tokens=request.generated,
+            cached_tokens=request.cached_tokens or 0,
+        )
+
+
+def _kind(plan: StepPlan) -> str:
+    """`decode`: every row feeds one token; `prefill`: none does; else `mixed`."""
+    single = sum(len(row.tokens) == 1 for row in plan.rows)
+    return "decode" if single == len(plan.rows) else "mixed" if single else "prefill"

@@ -1,0 +1,106 @@
+"""The device thread: turns a StepPlan into tokens. Sees plans, tensors and frames; never requests or blocks.
+
+One thread owns model, attention backend and sampler, so that none of them needs a lock. `run` may be awaited from the
+loop thread only, one plan at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.kernels.attention import AttentionBackend, AttentionBatch
+from server.models.base import Model
+from server.runner.sampling import Sampler
+from server.types import StepPlan, StepResult, StepRow, TokenLogprobs
+
+
+class TorchRunner:
+    """A StepRunner over a torch model. `clock` is monotonic seconds; `threads` torch's arithmetic threads, or None."""
+
+    def __init__(
+        self, model: Model, attention: AttentionBackend, clock: Callable[[], float], *, threads: int | None = None
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._sampler = Sampler(model.geometry.vocab)
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, "terrace-device", initializer=_set_threads, initargs=(threads,))
+
+    async def run(self, plan: StepPlan) -> StepResult:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.step, plan)
+
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self._thread.shutdown)
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepResult:
+        """One forward pass and the sampling after it. Device thread."""
+        started_s = self._clock()
+        self._sampler.forget(plan.retired)
+        batch, tokens, positions = _flatten(plan.rows)
+        self._attention.plan(batch)
+        wanted, spans = _wanted(plan.rows, batch)
+        logits = self._model.forward(tokens, positions, self._attention.run, wanted)
+        sampled, logprobs = self._sample(plan.rows, logits)
+        scored = [
+            None if span is None else self._score(row, logits[span[0] : span[1]])
+            for row, span in zip(plan.rows, spans, strict=True)
+        ]
+        return StepResult(plan.id, sampled, logprobs, scored, started_s, self._clock())
+
+    def _sample(self, rows: Sequence[StepRow], logits: Tensor) -> tuple[list[int | None], list[TokenLogprobs | None]]:
+        """The sampled rows' logits are the first of `logits`, in row order."""
+        tokens: list[int | None] = [None] * len(rows)
+        logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+        sampling = [(i, row.request_id, row.sample) for i, row in enumerate(rows) if row.sample is not None]
+        if sampling:
+            places, ids, specs = zip(*sampling, strict=True)
+            drawn = self._sampler.sample(logits[: len(places)], ids, specs)
+            for place, (token, entry) in zip(places, drawn, strict=True):
+                tokens[place], logprobs[place] = token, entry
+        return tokens, logprobs
+
+    def _score(self, row: StepRow, logits: Tensor) -> list[TokenLogprobs]:
+        assert row.targets is not None
+        assert row.prompt_logprobs is not None
+        return self._sampler.prompt_logprobs(logits, row.targets, row.prompt_logprobs)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _flatten(rows: Sequence[StepRow]) -> tuple[AttentionBatch, Tensor, Tensor]:
+    """The rows as one flat batch: attention's view of it, tokens int64 [n] and positions int64 [n]."""
+    flat = array("i")
+    for row in rows:
+        flat.extend(row.tokens)
+    lengths = np.fromiter((len(row.tokens) for row in rows), np.int32, len(rows))
+    starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
+    query_starts = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(lengths, out=query_starts[1:])
+    positions = np.arange(len(flat), dtype=np.int64) + np.repeat(starts - query_starts[:-1], lengths)
+    batch = AttentionBatch(query_starts, starts, starts + lengths, [row.frames for row in rows])
+    return batch, torch.from_numpy(np.array(flat, dtype=np.int64)), torch.from_numpy(positions)
+
+
+def _wanted(rows: Sequence[StepRow], batch: AttentionBatch) -> tuple[Tensor, list[tuple[int, int] | None]]:
+    """Batch indices whose logits are needed, int64 [m]: the last token of each sampled row, then, for each row that
+    scores its prompt, every fed token with a target; and where in [m] the latter lie, per row."""
+    ends = batch.query_starts[1:]
+    wanted = [int(ends[i]) - 1 for i, row in enumerate(rows) if row.sample is not None]
+    spans: list[tuple[int, int] | None] = [None] * len(rows)
+    for i, row in enumerate(rows):
+        if row.targets is not None:
+            first = int(batch.query_starts[i])
+            spans[i] = (len(wanted), len(wanted) + len(row.targets))
+            wanted.extend(range(first, first + len(row.targets)))
+    return torch.tensor(wanted, dtype=torch.int64), spans
