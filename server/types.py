@@ -1,7 +1,8 @@
 """The nouns that every layer shares: what a block, a step and a token event are.
 
 Plain data only. This module imports neither torch nor asyncio and knows no policy: it can be imported by the control
-plane, by the device thread and by the simulator alike. Units live in names (`_s`, `_tokens`, `_bytes`).
+plane, by the device thread and by the simulator alike. Units live in names (`_s`, `_tokens`, `_bytes`). Nobody changes
+any of these after making it; the three that a step makes per row are not frozen only because that doubles their cost.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class TokenLogprobs:
     top: Sequence[tuple[int, float]] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampleSpec:
     """Sample one token after this row. `history` is every token before it; never mutated while a step runs.
 
@@ -135,7 +136,7 @@ class SampleSpec:
         return self.position - self.prompt_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepRow:
     """One request's share of a step: feed `tokens`, whose first has position `start`.
 
@@ -189,7 +190,7 @@ class StepRunner(Protocol):
     async def aclose(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenEvent:
     """What one commit tells one stream: at most one new token, and whether the request is over."""
 
