@@ -1,0 +1,63 @@
+"""The ASGI application: routes, middlewares, error bodies and the OpenAPI document put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
+
+from server.api import errors, schema
+from server.api.auth import BearerAuth
+from server.api.middleware import RequestContext
+from server.api.openai import OpenAIRoutes
+from server.api.ops import OpsRoutes
+from server.api.requests import Encoder
+from server.api.service import Service
+
+_BODIES = (schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application over `service`. No CORS, no interactive documentation (it would load scripts from elsewhere)."""
+    encoder = Encoder(service.tokenizer)
+
+    app = FastAPI(
+        title="Terrace",
+        version=service.version,
+        summary="OpenAI-compatible LLM serving with a tiered KV cache.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    openai, ops = OpenAIRoutes(service, encoder), OpsRoutes(service)
+    app.include_router(openai.router)
+    app.include_router(ops.router)
+    errors.install(app)
+    # Added last is outermost: even a refusal has a request id and is counted.
+    app.add_middleware(BearerAuth, key_hashes=service.api_key_hashes)
+    app.add_middleware(RequestContext, metrics=service.metrics)
+    _document(app, guarded=bool(service.api_key_hashes))
+    routes = [*openai.router.routes, *ops.router.routes]
+    service.metrics.declare_http(
+        (route.path, method)
+        for route in routes
+        if isinstance(route, APIRoute)
+        for method in sorted(route.methods or ())
+    )
+    return app
+
+
+def _document(app: FastAPI, *, guarded: bool) -> None:
+    """Adds the bodies that handlers read themselves to the OpenAPI document, which is made once."""
+    document: dict[str, Any] = app.openapi()
+    _, definitions = models_json_schema(
+        [(body, "validation") for body in _BODIES], ref_template="#/components/schemas/{model}"
+    )
+    components = document.setdefault("components", {})
+    components.setdefault("schemas", {}).update(definitions["$defs"])
+    if guarded:
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"bearer": []}]
+    app.openapi_schema = document

@@ -1,0 +1,120 @@
+"""What wraps every request: its id, its line in the metrics and in the log, and the net under unexpected errors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import traceback
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import UNEXPECTED, BodyTimeout, UnsupportedMediaType, error_response
+from server.api.sse import CLIENT_GONE
+from server.errors import BodyTooLarge, InvalidRequest
+from server.metrics import Metrics
+
+log = logging.getLogger("terrace.api")
+
+REQUEST_ID = "request_id"
+_GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+BODY_TIMEOUT_S = 60.0
+"""A body that takes longer is a stuck or hostile client; 8 MiB in a minute is 1.1 Mbit/s."""
+DISCARD_BYTES = 64 * 2**20
+"""How much of an over-long body is read and dropped, so that the client sees the 413 and not a reset connection."""
+DISCARD_TIMEOUT_S = 10.0
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+
+
+class RequestContext:
+    """Outermost middleware, pure ASGI. Takes a well-formed X-Request-Id or makes one; every answer carries it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})[REQUEST_ID] = request_id
+        status = CLIENT_GONE
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - the net under every bug of ours
+            # The message of an exception may quote the prompt, and prompts never go to the log: type and place only.
+            place = traceback.extract_tb(error.__traceback__)[-6:]
+            where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(place))
+            log.error("request failed: %s at %s", type(error).__name__, where, extra={REQUEST_ID: request_id})
+            if status == CLIENT_GONE:
+                await error_response(UNEXPECTED)(scope, receive, send_with_id)
+        finally:
+            self._record(scope, status, request_id)
+
+    def _record(self, scope: Scope, status: int, request_id: str) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+        self._metrics.http(route, method, status)
+        level = logging.WARNING if status >= 500 else logging.DEBUG
+        log.log(level, "request %s %s %s %d", request_id, method, route, status, extra={REQUEST_ID: request_id})
+
+
+async def read_json_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """The body, never holding more than `limit_bytes` of it. Raises BodyTooLarge and its like."""
+    headers = Headers(scope=scope)
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # Besides being clearer, this keeps web pages from posting to a local daemon: a browser asks first.
+        raise UnsupportedMediaType(f"Content-Type must be application/json, got {kind[:100]!r}", param="content-type")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("compressed bodies are not supported", param="content-encoding")
+    declared = headers.get("content-length", "")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            if declared.isdigit() and int(declared[:20]) > limit_bytes:
+                await _refuse(receive, limit_bytes, 0, more=True)
+            return await _read(receive, limit_bytes)
+    except TimeoutError:
+        raise BodyTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+
+
+async def _read(receive: Receive, limit_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest("the client left before its body was complete", code="incomplete_body")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit_bytes:
+            parts.clear()
+            await _refuse(receive, limit_bytes, size, more=message.get("more_body", False))
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _refuse(receive: Receive, limit_bytes: int, size: int, *, more: bool) -> None:
+    """Raises BodyTooLarge after dropping what is still to come, within reason."""
+    try:
+        async with asyncio.timeout(DISCARD_TIMEOUT_S):
+            while more and size < DISCARD_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
+    except TimeoutError:
+        pass
+    raise BodyTooLarge(f"the body is larger than the limit of {limit_bytes} bytes; send a shorter prompt")

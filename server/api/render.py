@@ -1,0 +1,178 @@
+"""The JSON of answers: log-probabilities in OpenAI's two shapes, whole answers, and stream chunks built without models.
+
+A chunk costs one `json.dumps` of its text and one concatenation; what does not change within a stream is encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from server.api.generate import Generation, Piece, Shown, Whole
+from server.text import Tokenizer
+from server.types import TokenLogprobs
+
+LOWEST_LOGPROB = -9999.0
+"""OpenAI's stand-in for minus infinity, which JSON cannot say."""
+
+
+def _finite(logprob: float) -> float:
+    # Written so that NaN fails the comparison too.
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Shown], count: int) -> dict[str, Any]:
+    """The `logprobs` object of /v1/completions: parallel lists. The first prompt token of an echo has none."""
+    return {
+        "text_offset": [shown.offset for shown in tokens],
+        "token_logprobs": [_finite(shown.logprobs.logprob) if shown.logprobs else None for shown in tokens],
+        "tokens": [tokenizer.token_text(shown.token) for shown in tokens],
+        "top_logprobs": [_top(tokenizer, shown.logprobs, count) if shown.logprobs else None for shown in tokens],
+    }
+
+
+def _top(tokenizer: Tokenizer, logprobs: TokenLogprobs, count: int) -> dict[str, float]:
+    """Alternatives by text, likeliest first, the chosen one among them; of two tokens with one text the likelier."""
+    shown: dict[str, float] = {}
+    for token, logprob in (*logprobs.top[:count], (logprobs.token, logprobs.logprob)):
+        shown.setdefault(tokenizer.token_text(token), _finite(logprob))
+    return shown
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Shown]) -> dict[str, Any]:
+    """The `logprobs` object of chat: one entry per token with its bytes and alternatives."""
+    content = []
+    for shown in tokens:
+        known = shown.logprobs
+        assert known is not None, "a chat shows generated tokens only, each with its log-probabilities"
+        top = [_chat_token(tokenizer, token, logprob) for token, logprob in known.top]
+        content.append(_chat_token(tokenizer, known.token, known.logprob) | {"top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": tokenizer.token_text(token),
+        "logprob": _finite(logprob),
+        "bytes": list(tokenizer.token_bytes(token)),
+    }
+
+
+def prompt_logprobs(tokenizer: Tokenizer, known: Sequence[TokenLogprobs], count: int) -> list[dict[str, Any] | None]:
+    """One entry per prompt token, keyed by token id; None for the first, which nothing precedes."""
+    entries: list[dict[str, Any] | None] = [None]
+    for logprobs in known:
+        ranked = {logprobs.token: (logprobs.logprob, logprobs.rank)}
+        for rank, (token, logprob) in enumerate(logprobs.top[:count], start=1):
+            ranked.setdefault(token, (logprob, rank))
+        entries.append(
+            {
+                str(token): {"logprob": _finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(token)}
+                for token, (logprob, rank) in ranked.items()
+            }
+        )
+    return entries
+
+
+class Format:
+    """How one endpoint's answers look. `head` holds what every chunk of one answer repeats."""
+
+    kind: str
+    chunk_kind: str
+    id_prefix: str
+
+    def __init__(self, tokenizer: Tokenizer, answer_id: str, created: int, model: str, generation: Generation) -> None:
+        self._tokenizer = tokenizer
+        self._generation = generation
+        self._plan = generation.plan
+        self._fields = {"id": f"{self.id_prefix}-{answer_id}", "created": created, "model": model}
+        fixed = json.dumps({**self._fields, "object": self.chunk_kind}, separators=(",", ":"))
+        self._head = f'data: {fixed[:-1]},"choices":['
+
+    def whole(self, wholes: Sequence[Whole]) -> bytes:
+        """The answer of a request that does not stream."""
+        choices = [self._choice(whole, index) for index, whole in enumerate(wholes)]
+        body = {**self._fields, "object": self.kind, "choices": choices, "usage": self._generation.usage()}
+        return json.dumps(body, separators=(",", ":")).encode()
+
+    def usage_chunk(self) -> bytes:
+        usage = json.dumps(self._generation.usage(), separators=(",", ":"))
+        return f'{self._head}],"usage":{usage}}}\n\n'.encode()
+
+    def _choice(self, whole: Whole, index: int) -> dict[str, Any]:
+        prompt_known = None
+        if self._plan.prompt_logprobs is not None:
+            first = whole.choice.index - whole.choice.index % len(self._plan.specs[0])
+            known = self._generation.choices[first].prompt_logprobs
+            prompt_known = prompt_logprobs(self._tokenizer, known, self._plan.prompt_logprobs)
+        return {
+            "index": index,
+            **self._content(whole),
+            "finish_reason": whole.choice.finish,
+            "stop_reason": whole.choice.stop_reason,
+            "prompt_logprobs": prompt_known,
+        }
+
+    def _content(self, whole: Whole) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def openings(self, tail: str) -> list[bytes]:
+        """Chunks that go out before any token."""
+        raise NotImplementedError
+
+    def chunk(self, index: int, piece: Piece, stop_reason: str | int | None, tail: str) -> bytes:
+        """One event (or two in one) for what `piece` adds to choice `index`."""
+        raise NotImplementedError
+
+
+class CompletionFormat(Format):
+    kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl"
+
+    def _content(self, whole: Whole) -> dict[str, Any]:
+        return {"text": whole.text, "logprobs": self._logprobs(whole.tokens)}
+
+    def _logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any] | None:
+        count = self._plan.logprobs
+        return None if count is None else completion_logprobs(self._tokenizer, tokens, count)
+
+    def openings(self, tail: str) -> list[bytes]:
+        return []
+
+    def chunk(self, index: int, piece: Piece, stop_reason: str | int | None, tail: str) -> bytes:
+        logprobs = json.dumps(self._logprobs(piece.tokens)) if piece.tokens else "null"
+        finish = "null" if piece.finish is None else f'"{piece.finish}","stop_reason":{json.dumps(stop_reason)}'
+        return (
+            f'{self._head}{{"index":{index},"text":{json.dumps(piece.text)},"logprobs":{logprobs},'
+            f'"finish_reason":{finish}}}]{tail}'
+        ).encode()
+
+
+class ChatFormat(Format):
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    def _content(self, whole: Whole) -> dict[str, Any]:
+        logprobs = None if self._plan.logprobs is None else chat_logprobs(self._tokenizer, whole.tokens)
+        return {"message": {"role": "assistant", "content": whole.text, "refusal": None}, "logprobs": logprobs}
+
+    def openings(self, tail: str) -> list[bytes]:
+        delta = '{"role":"assistant","content":""}'
+        return [self._event(index, delta, "null", "null", tail) for index in range(len(self._generation.choices))]
+
+    def chunk(self, index: int, piece: Piece, stop_reason: str | int | None, tail: str) -> bytes:
+        event = b""
+        if piece.text or piece.tokens:
+            logprobs = json.dumps(chat_logprobs(self._tokenizer, piece.tokens)) if piece.tokens else "null"
+            event = self._event(index, f'{{"content":{json.dumps(piece.text)}}}', logprobs, "null", tail)
+        if piece.finish is not None:
+            finish = f'"{piece.finish}","stop_reason":{json.dumps(stop_reason)}'
+            event += self._event(index, "{}", "null", finish, tail)
+        return event
+
+    def _event(self, index: int, delta: str, logprobs: str, finish: str, tail: str) -> bytes:
+        return (
+            f'{self._head}{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}]{tail}'
+        ).encode()

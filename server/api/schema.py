@@ -1,0 +1,486 @@
+"""What clients may send and what they get back: the wire formats of every route, as strict pydantic models.
+
+This module knows shapes, static bounds and words for what is wrong; it knows neither the vocabulary nor the configured
+limits (`requests.py` checks those). Strict on purpose: an unknown field, a string for a number, NaN or Infinity is a
+400 that names the field, because a parameter that is silently ignored is an answer the client did not ask for. Known
+OpenAI fields that this daemon does not implement are declared with the only values that change nothing (null, or the
+default).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from server.errors import InvalidRequest
+
+MAX_CHOICES = 128
+"""Static ceiling of `n` and `best_of`; the configured limit is usually lower."""
+MAX_STOPS = 128
+MAX_STOP_CHARS = 1024
+"""A stop string is searched for at every delivery and holds back that much text: it must stay short."""
+MAX_STOP_TOKENS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 1024
+MAX_MESSAGES = 4096
+MAX_PROMPTS = 4096
+MAX_NAME_CHARS = 256
+INT31 = 2**31 - 1
+INT63 = 2**63 - 1
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class _Response(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+def _one_or_many_strings(value: Any) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
+    if len(items) > MAX_STOPS:
+        raise PydanticCustomError("stop", f"must hold at most {MAX_STOPS} strings, got {len(items)}")
+    for item in items:
+        if not 0 < len(item) <= MAX_STOP_CHARS:
+            raise PydanticCustomError(
+                "stop", f"each string must have 1 to {MAX_STOP_CHARS} characters, got {len(item)}"
+            )
+    return tuple(dict.fromkeys(items))
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _prompts(value: Any) -> tuple[str | list[int], ...]:
+    """One entry per prompt, text or token ids. A flat list of integers is one prompt, not many."""
+    if isinstance(value, str):
+        items: list[Any] = [value]
+    elif isinstance(value, list):
+        items = [value] if value and _is_ids(value) else value
+    else:
+        raise PydanticCustomError("prompt", "must be a string, a list of strings, token ids or lists of token ids")
+    if not items:
+        raise PydanticCustomError("prompt", "must not be empty")
+    if len(items) > MAX_PROMPTS:
+        raise PydanticCustomError("prompt", f"must hold at most {MAX_PROMPTS} prompts, got {len(items)}")
+    if not (all(isinstance(item, str) for item in items) or all(_is_ids(item) for item in items)):
+        raise PydanticCustomError("prompt", "must be a string, a list of strings, token ids or lists of token ids")
+    return tuple(items)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("logit_bias", "must be an object that maps token ids to biases")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("logit_bias", f"must hold at most {MAX_LOGIT_BIAS} tokens, got {len(value)}")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10):
+            raise PydanticCustomError("logit_bias", "keys must be token ids in decimal digits")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise PydanticCustomError("logit_bias", f"the bias of token {key} must be a number from -100 to 100")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def _scalar(value: Any) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float) and -1e18 <= value <= 1e18:
+        return value
+    raise PydanticCustomError("scalar", "must be a string, a boolean, null or a number of ordinary size")
+
+
+_TOKEN = {"type": "integer", "minimum": 0, "maximum": INT31}
+_IDS = {"type": "array", "items": _TOKEN, "minItems": 1}
+Prompts = Annotated[
+    tuple[str | list[int], ...],
+    PlainValidator(_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MAX_PROMPTS},
+                _IDS,
+                {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
+            ]
+        }
+    ),
+]
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+Stops = Annotated[
+    tuple[str, ...],
+    PlainValidator(_one_or_many_strings),
+    WithJsonSchema({"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOPS}]}),
+]
+LogitBias = Annotated[
+    dict[int, float],
+    PlainValidator(_biases),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
+        }
+    ),
+]
+TokenId = Annotated[int, Field(ge=0, le=INT31)]
+Scalar = Annotated[
+    Any,
+    PlainValidator(_scalar),
+    WithJsonSchema({"type": ["string", "boolean", "number", "null"], "minimum": -1e18, "maximum": 1e18}),
+]
+TemplateVariables = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")], Scalar], Field(max_length=32)
+]
+NoneOnly = Annotated[None, Field(description="Not supported: must be null or absent.")]
+NoneOrEmpty = Annotated[
+    list[JsonValue], Field(max_length=0, description="Not supported: must be null, absent or empty.")
+]
+ShortText = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
+Metadata = Annotated[dict[str, str], Field(max_length=64)]
+
+
+class StreamOptions(_Request):
+    include_usage: bool = Field(default=False, description="Send one last chunk that carries the usage.")
+    include_obfuscation: bool | None = Field(default=None, description="Accepted; no padding is ever sent.")
+
+
+class GenerationRequest(_Request):
+    """What /v1/completions and /v1/chat/completions have in common. Null means absent, everywhere."""
+
+    model: ShortText | None = Field(default=None, description="A name from /v1/models; absent: the model served.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="Choices per prompt.")
+    max_tokens: int | None = Field(default=None, ge=0, le=INT31, description="Most tokens to generate per choice.")
+    min_tokens: int | None = Field(default=None, ge=0, le=INT31, description="No stop before that many tokens.")
+    temperature: float | None = Field(default=None, ge=0, le=10, description="0: always the likeliest token.")
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, le=INT31, description="0 or -1: off.")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: LogitBias | None = None
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description="Alternatives per prompt token; not with stream."
+    )
+    stop: Stops | None = Field(default=None, description="Text that ends a choice; may straddle tokens.")
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MAX_STOP_TOKENS)
+    include_stop_str_in_output: bool | None = Field(default=None, description="Keep the text that ended the choice.")
+    ignore_eos: bool | None = Field(default=None, description="Go on after the model's end-of-sequence tokens.")
+    skip_special_tokens: bool | None = Field(
+        default=None, description="Leave special tokens out of the text; default true."
+    )
+    seed: int | None = Field(default=None, ge=-INT63 - 1, le=INT63, description="Same seed, same output.")
+    priority: int | None = Field(
+        default=None, ge=-1000, le=1000, description="Lower runs sooner, where the scheduling policy is `priority`."
+    )
+    cache_salt: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = Field(
+        default=None, description="Requests share cached prefixes only with requests of the same salt and API key."
+    )
+    user: ShortText | None = Field(default=None, description="Accepted; has no effect.")
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Prompts
+    echo: bool | None = Field(default=None, description="Put the prompt in front of the text.")
+    best_of: int | None = Field(
+        default=None, ge=1, le=MAX_CHOICES, description="Generate that many, answer the n likeliest; not with stream."
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, description="Alternatives per token.")
+    suffix: NoneOnly = None
+
+
+class TextPart(_Request):
+    type: Literal["text"]
+    text: str
+
+
+def _content_tag(value: Any) -> str:
+    return "~text" if isinstance(value, str) else "~parts"
+
+
+Content = Annotated[
+    Annotated[str, Tag("~text")] | Annotated[list[TextPart], Field(min_length=1, max_length=1024), Tag("~parts")],
+    Discriminator(_content_tag),
+]
+
+
+class Message(_Request):
+    """One turn. Fields that an assistant message of an earlier answer carries are accepted while they are empty."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: ShortText | None = None
+    refusal: NoneOnly = None
+    annotations: NoneOrEmpty | None = None
+    audio: NoneOnly = None
+    function_call: NoneOnly = None
+    tool_calls: NoneOrEmpty | None = None
+    reasoning_content: NoneOnly = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class ResponseFormat(_Request):
+    type: Literal["text"] = Field(description="Only plain text; json_object and json_schema are not supported.")
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=INT31, description="The newer name of max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs: true.")
+    chat_template_kwargs: TemplateVariables | None = Field(
+        default=None, description="Variables for the model's chat template, e.g. enable_thinking."
+    )
+    # Known to OpenAI clients; these values change nothing.
+    store: bool | None = Field(default=None, description="Accepted; nothing is ever stored.")
+    metadata: Metadata | None = Field(default=None, description="Accepted; has no effect.")
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
+    prompt_cache_key: ShortText | None = Field(default=None, description="Accepted; prefixes are found by content.")
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
+    parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
+    tool_choice: Literal["none", "auto"] | None = None
+    tools: NoneOrEmpty | None = None
+    functions: NoneOrEmpty | None = None
+    function_call: Literal["none", "auto"] | None = None
+    verbosity: Literal["medium"] | None = None
+    audio: NoneOnly = None
+    prediction: NoneOnly = None
+    reasoning_effort: NoneOnly = None
+    web_search_options: NoneOnly = None
+    moderation: NoneOnly = None
+    prompt_cache_options: NoneOnly = None
+    prompt_cache_retention: NoneOnly = None
+
+
+class TokenizeRequest(_Request):
+    """Body of POST /tokenize: either a prompt or messages."""
+
+    model: ShortText | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = Field(default=None, description="Default: true for a prompt, false for messages.")
+    add_generation_prompt: bool | None = Field(default=None, description="With messages; default true.")
+    chat_template_kwargs: TemplateVariables | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Request):
+    """Body of POST /detokenize."""
+
+    model: ShortText | None = None
+    tokens: list[TokenId]
+
+
+class ErrorDetail(_Response):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(_Response):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(_Response):
+    cached_tokens: int
+
+
+class Usage(_Response):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class PromptLogprob(_Response):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class CompletionLogprobs(_Response):
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(_Response):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs | None
+
+
+class CompletionResponse(_Response):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopLogprob(_Response):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Response):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class ChatMessage(_Response):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Response):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs | None
+
+
+class ChatResponse(_Response):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelCard(_Response):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(_Response):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeResponse(_Response):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(_Response):
+    prompt: str
+
+
+class StatusResponse(_Response):
+    status: str
+
+
+class VersionResponse(_Response):
+    version: str
+
+
+RequestT = TypeVar("RequestT", bound=_Request)
+
+
+def parse(model: type[RequestT], body: bytes) -> RequestT:
+    """The request in `body`, or InvalidRequest with one sentence that names the first field at fault and the fix."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        # One sentence is enough to go on with; the input is left out because it may be a whole prompt.
+        detail = error.errors(include_url=False, include_context=True)[0]
+    message, param = _explain(model, detail)
+    raise InvalidRequest(message, param=param, code="invalid_json" if param is None else None)
+
+
+def _explain(model: type[_Request], detail: ErrorDetails) -> tuple[str, str | None]:
+    kind, words, given = detail["type"], detail["msg"], detail["input"]
+    if kind == "json_invalid":
+        return f"the body is not valid JSON: {words.partition(': ')[2] or words}", None
+    param = _path(detail["loc"])
+    if param is None:
+        return "the body must be a JSON object", None
+    if kind == "missing":
+        return f"'{param}' is required", param
+    if kind == "extra_forbidden":
+        known = difflib.get_close_matches(str(detail["loc"][-1]), model.model_fields, n=1)
+        hint = f"; did you mean '{known[0]}'?" if known and len(detail["loc"]) == 1 else "; remove it"
+        return f"'{param}' is not a parameter that this server knows{hint}", param
+    if kind == "none_required" or (kind == "too_long" and "at most 0" in words):
+        return f"'{param}' is not supported by this server; remove it or set it to null", param
+    words = words.removeprefix("Input should ").removeprefix("Value error, ")
+    words = words if words.startswith(("be ", "have ", "must ", "each ", "keys ", "the ")) else f"be right: {words}"
+    sentence = words if words.startswith(("must ", "each ", "keys ", "the ")) else f"must {words}"
+    shown = f", got {given!r}" if isinstance(given, bool | float) or _short_int(given) else ""
+    return f"'{param}': {sentence}{shown}", param
+
+
+def _short_int(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 10**20
+
+
+def _path(loc: tuple[int | str, ...]) -> str | None:
+    """('messages', 0, '~text', 'content') -> 'messages[0].content'; None for the body itself."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("~"):
+            path += f".{part}" if path else part
+    return path[:MAX_NAME_CHARS] or None

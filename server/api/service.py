@@ -1,0 +1,39 @@
+"""What the routes need, in one place: handed over by `build.py`, faked by tests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from server.config import ServerConfig
+from server.engine import Engine
+from server.metrics import Metrics
+from server.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Service:
+    """One served model. Loop thread.
+
+    `wall_clock` gives Unix seconds (for `created`). `limits` is the configuration of the HTTP front.
+    `api_key_hashes` are SHA-256 digests; empty: open to all.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    metrics: Metrics
+    model_name: str
+    version: str
+    wall_clock: Callable[[], float]
+    limits: ServerConfig
+    api_key_hashes: Sequence[bytes] = ()
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.max_model_len
+
+
+def hash_keys(keys: Sequence[str]) -> tuple[bytes, ...]:
+    """The digests under which API keys are kept, so that no key stands in memory for longer than a comparison."""
+    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)

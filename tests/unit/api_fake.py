@@ -1,0 +1,203 @@
+"""A scripted engine and a byte-level tokenizer: the two seams under the HTTP surface, small enough to read at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import httpx
+from fastapi import FastAPI
+
+from server.api.app import create_app
+from server.api.service import Service, hash_keys
+from server.config import ServerConfig
+from server.engine import GenerateSpec
+from server.errors import InvalidRequest, TerraceError
+from server.metrics import Metrics
+from server.types import FinishReason, TokenEvent, TokenLogprobs
+
+BOS, EOS = 256, 257
+VOCAB = 258
+SPECIAL = {BOS: "<s>", EOS: "</s>"}
+
+
+class ByteTokenizer:
+    """Token = byte of UTF-8, so that every character beyond ASCII spans several tokens."""
+
+    eos_token_ids = frozenset({EOS})
+    bos_token_id = BOS
+    vocab_size = VOCAB
+    has_chat_template = True
+    generation_defaults: ClassVar[Mapping[str, Any]] = {}
+    is_byte_level = True
+    strips_leading_space = False
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        parts = (b"" if skip_special_tokens and i in SPECIAL else self.token_bytes(i) for i in ids)
+        return b"".join(parts).decode(errors="replace")
+
+    def is_special(self, token: int) -> bool:
+        return token in SPECIAL
+
+    def byte_piece(self, token: int) -> bytes:
+        return SPECIAL[token].encode() if token in SPECIAL else bytes([token])
+
+    token_bytes = byte_piece
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode(errors="backslashreplace")
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **more: Any) -> str:
+        if more.get("fail"):
+            raise InvalidRequest("the chat template refuses these messages: no", param="messages")
+        turns = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+        return turns + ("<assistant>" if add_generation_prompt else "")
+
+
+@dataclass
+class FakeStream:
+    """One scripted sequence. Delivers `burst` events at a time, when `gate` is open."""
+
+    engine: FakeEngine
+    spec: GenerateSpec
+    request_id: int
+    cached_tokens: int | None = None
+    closed: bool = False
+    _events: Iterator[TokenEvent] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._events = self._script()
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> Sequence[TokenEvent]:
+        await self.engine.gate.wait()
+        await asyncio.sleep(0)
+        if self.closed:
+            raise StopAsyncIteration
+        batch = []
+        for event in self._events:
+            batch.append(event)
+            if len(batch) == self.engine.burst or event.finish:
+                break
+        if not batch:
+            raise StopAsyncIteration
+        self.cached_tokens = self.engine.cached_tokens
+        if batch[-1].finish:
+            self.engine.open.pop(self.request_id, None)
+        return batch
+
+    def close(self) -> None:
+        self.closed = True
+        if self.engine.open.pop(self.request_id, None) is not None:
+            self.engine.aborted += 1
+
+    def _script(self) -> Iterator[TokenEvent]:
+        params, prompt = self.spec.params, self.spec.prompt
+        known = None
+        if params.prompt_logprobs is not None:
+            known = [self._logprobs(token, params.prompt_logprobs) for token in prompt[1:]]
+        for count, token in enumerate(self.engine.reply(self.spec), start=1):
+            if self.engine.failure is not None and count == 3:
+                yield TokenEvent(self.request_id, None, finish=self.engine.failure, error="it broke")
+                return
+            stop = token in params.stop_token_ids and count > params.min_tokens
+            finish = FinishReason.STOP if stop else FinishReason.LENGTH if count >= params.max_tokens else None
+            shown = None if params.logprobs is None else self._logprobs(token, params.logprobs)
+            yield TokenEvent(self.request_id, token, shown, known if count == 1 else None, finish)
+            if finish:
+                return
+        raise AssertionError("a reply must end with a stop token or be as long as max_tokens")
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+        mean = -1.0 - self.spec.params.seed % 7
+        top = [((token + k) % VOCAB, mean - 0.5 * k) for k in range(count)]
+        return TokenLogprobs(token, mean, 1, top)
+
+
+def echo_reply(spec: GenerateSpec) -> Iterator[int]:
+    """Says the prompt backwards, for ever."""
+    text = [token for token in spec.prompt if token < 128] or [ord("x")]
+    while True:
+        yield from reversed(text)
+
+
+@dataclass
+class Gauges:
+    state: str
+    running: int
+    waiting: int = 0
+    blocks_total: int = 8
+    blocks_used: int = 0
+    blocks_cached: int = 0
+
+
+class FakeEngine:
+    """Implements the engine's seam: submit, snapshot, state."""
+
+    def __init__(self, reply: Callable[[GenerateSpec], Iterator[int]] = echo_reply, max_model_len: int = 512) -> None:
+        self.state = "ready"
+        self.max_model_len = max_model_len
+        self.reply = reply
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.burst = 1
+        self.cached_tokens = 0
+        self.failure: FinishReason | None = None
+        self.refuse: TerraceError | None = None
+        self.refuse_after = 0
+        self.submitted: list[GenerateSpec] = []
+        self.open: dict[int, FakeStream] = {}
+        self.aborted = 0
+
+    def submit(self, spec: GenerateSpec) -> FakeStream:
+        if self.refuse is not None and len(self.submitted) >= self.refuse_after:
+            raise self.refuse
+        assert len(spec.prompt) + spec.params.max_tokens <= self.max_model_len, "the API checks lengths first"
+        self.submitted.append(spec)
+        stream = FakeStream(self, spec, len(self.submitted))
+        self.open[stream.request_id] = stream
+        return stream
+
+    def snapshot(self) -> Gauges:
+        return Gauges(self.state, len(self.open))
+
+
+def text_reply(text: str) -> Callable[[GenerateSpec], Iterator[int]]:
+    """Says `text`, then end of sequence, for ever."""
+
+    def reply(spec: GenerateSpec) -> Iterator[int]:
+        while True:
+            yield from text.encode()
+            yield EOS
+
+    return reply
+
+
+def make_app(engine: FakeEngine, *, keys: Sequence[str] = (), **limits: Any) -> FastAPI:
+    """The application over `engine` with a byte-level tokenizer."""
+    metrics = Metrics("fake", "1.2.3", max_model_len=engine.max_model_len)
+    metrics.bind(engine.snapshot)
+    return create_app(
+        Service(
+            engine=engine,
+            tokenizer=ByteTokenizer(),
+            metrics=metrics,
+            model_name="fake",
+            version="1.2.3",
+            wall_clock=lambda: 1_700_000_000.5,
+            limits=ServerConfig(**limits),
+            api_key_hashes=hash_keys(keys),
+        )
+    )
+
+
+def client(app: FastAPI, **kwargs: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    return httpx.AsyncClient(transport=transport, base_url="http://terrace", **kwargs)
