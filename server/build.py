@@ -7,6 +7,7 @@ runs (at most `shutdown_timeout_s`), close the sockets, exit 0.
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
 import logging
@@ -48,6 +49,9 @@ DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 MIN_BLOCKS = 8
 """A device tier with fewer blocks than this serves nobody."""
 LAG_PROBE_S = 0.1
+GC_THRESHOLDS = (50_000, 20, 20)
+"""A step of 256 rows makes about 1,000 objects that live for one step: with the default of 700 the collector would run
+in every one of them, and a full collection over a large cache takes longer than a step."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ async def serve(config: Config) -> int:
     sys.setswitchinterval(config.server.switch_interval_s)
     listener = _bind(config)
     daemon = build(config)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     app = create_app(service_of(daemon))
     http = uvicorn.Server(
         uvicorn.Config(
