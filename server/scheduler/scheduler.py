@@ -103,9 +103,7 @@ class Scheduler:
         if len(self.waiting) >= limits.max_queued_requests:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later", retry_after_s=1)
         if self.waiting and self.queued_tokens + prompt > limits.max_queued_tokens:
-            raise Overloaded(
-                f"{self.queued_tokens} prompt tokens are waiting already; try again later", retry_after_s=1
-            )
+            raise Overloaded(f"{self.queued_tokens} prompt tokens are waiting; try again later", retry_after_s=1)
         self.requests[request.id] = request
         extend_hashes(request.hashes, request.root, request.tokens, self._block_tokens)
         self._enqueue(request)
@@ -306,7 +304,8 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Apply a finished step: seal full blocks, append sampled tokens, end what is over. One event per new token."""
-        assert self.planned is plan and result.id == plan.id, f"step {result.id} committed, {plan.id} planned"
+        assert self.planned is plan, "only the planned step is committed"
+        assert result.id == plan.id, f"step {result.id} committed, {plan.id} planned"
         self.planned = None
         events: list[TokenEvent] = []
         for position, row in enumerate(plan.rows):
