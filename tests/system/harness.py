@@ -1,0 +1,46 @@
+"""A whole daemon but for its sockets: the production engine over a real model, driven from a test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from server.build import Daemon, build
+from server.config import load_config
+from server.engine import GenerateSpec
+from server.kvcache import audit
+from server.types import SamplingParams
+
+
+@asynccontextmanager
+async def running(**settings: Any) -> AsyncIterator[Daemon]:
+    """A ready daemon; `settings` are `section__field=value`. Its books are audited at the end."""
+    daemon = build(load_config({name.replace("__", "."): value for name, value in settings.items()}, environ={}))
+    loop = asyncio.create_task(daemon.engine.run())
+    await asyncio.sleep(0)
+    try:
+        yield daemon
+        audit.check(daemon.engine.kv)
+    finally:
+        await daemon.engine.drain(0)
+        await loop
+        await daemon.runner.aclose()
+
+
+async def complete(daemon: Daemon, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+    """All tokens of one request."""
+    stream = daemon.engine.submit(GenerateSpec(prompt, params))
+    try:
+        return [event.token async for events in stream for event in events if event.token is not None]
+    finally:
+        stream.close()
+
+
+async def complete_all(
+    daemon: Daemon, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+) -> list[list[int]]:
+    """All tokens of all requests, submitted at once."""
+    each = params if not isinstance(params, SamplingParams) else [params] * len(prompts)
+    return await asyncio.gather(*(complete(daemon, p, s) for p, s in zip(prompts, each, strict=True)))
