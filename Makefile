@@ -25,8 +25,6 @@ help: ## this list
 	@echo "  variables: PYTHON VENV HOST PORT MODEL ARGS TORCH_INDEX, e.g. make serve PORT=9000 ARGS='--device-gib 4'"
 
 serve: $(RUN) ## serve the demo model (or MODEL=...) on HOST:PORT
-	@echo "Once it is ready, try:  curl -s http://$(HOST):$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
-	@echo "  -d '{\"model\": \"$(MODEL)\", \"max_tokens\": 16, \"messages\": [{\"role\": \"user\", \"content\": \"...\"}]}'"
 	@exec $(BIN)/terrace serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(DEV) ## run the whole CPU test suite

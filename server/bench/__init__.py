@@ -1,0 +1,1 @@
+"""Benchmarks of the daemon's own claims: scheduler host time, model speed, many clients. See README.md."""
