@@ -1,7 +1,7 @@
 """The attention seam: what a step looks like to a kernel, and the names of the kernels there are.
 
-Knows positions and frames; refuses to know requests, blocks or models. Imports no torch, so that the control plane and the
-configuration can name a backend without loading one.
+Knows positions and frames; refuses to know requests, blocks or models. Imports no torch, so that the control plane and
+the configuration can name a backend without loading one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ BACKENDS: dict[str, str] = {
 class AttentionBatch:
     """The rows of one step. Row r feeds the tokens `query_starts[r] : query_starts[r + 1]` of the flat batch.
 
-    `starts[r]` is the absolute position of its first token, `context_lens[r]` = start + query length, and `frames[r]` its
-    block table: an int32 view with at least ceil(context_len / block_tokens) entries. A row has at least one token; no
-    two rows write the same frame.
+    `starts[r]` is the absolute position of its first token, `context_lens[r]` = start + query length, and `frames[r]`
+    its block table: an int32 view with at least ceil(context_len / block_tokens) entries. A row has at least one token;
+    no two rows write the same frame.
     """
 
     query_starts: npt.NDArray[np.int32]  # [rows + 1]
@@ -53,9 +53,9 @@ class AttentionBackend(Protocol):
 
     The caller guarantees: `plan` once a step, then `run` once for each layer in order, with the frames of the batch
     reserved and the arena written by nobody else until the last `run` returned. The backend guarantees: the result of a
-    row depends on no other row of the batch (but for float rounding), and bytes of a frame beyond the row's context (stale,
-    infinite, NaN) never reach it. Sliding-window layers may not read blocks that lie wholly outside the window, so frames
-    of such blocks may hold anything.
+    row depends on no other row of the batch (but for float rounding), and bytes of a frame beyond the row's context
+    (stale, infinite, NaN) never reach it. Sliding-window layers read no block that lies wholly outside the window, so
+    frames of such blocks may hold anything.
     """
 
     def __init__(self, arena: Tensor, geometry: ModelGeometry) -> None:
@@ -67,6 +67,7 @@ class AttentionBackend(Protocol):
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes k and v (already rotated) into the arena, then attends.
 
-        q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]. Returns [tokens, heads * head_dim] in q's dtype.
+        q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]; any strides with unit stride in head_dim.
+        Returns [tokens, heads * head_dim] in q's dtype.
         """
         ...

@@ -1,7 +1,7 @@
 """The oracle: paged attention in the plainest torch, one row at a time, fp32 arithmetic, on any device.
 
-Written to be checked by eye, not to be fast: it gathers each row's whole context in each layer and forms the whole score
-matrix. Every other backend is tested against it.
+Written to be checked by eye, not to be fast: it gathers each row's whole context in each layer and forms the whole
+score matrix. Every other backend is tested against it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Model families, by the name a checkpoint's config.json gives in `architectures[0]`. Resolved lazily: no torch here."""
+"""Model families, by the name a checkpoint's config.json gives in `architectures[0]`. Resolved lazily."""
 
 from __future__ import annotations
 

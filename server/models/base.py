@@ -1,7 +1,7 @@
 """The model seam: what the runner and the loader need from a model family.
 
-Knows tensors in and logits out; refuses to know requests, blocks, frames or sampling. Attention over the cache comes in as
-a function, so that a model never sees where keys and values live.
+Knows tensors in and logits out; refuses to know requests, blocks, frames or sampling. Attention over the cache comes in
+as a function, so that a model never sees where keys and values live.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from server.types import ModelGeometry
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`attend(layer, q, k, v)`: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], rotated; stores k and v and
-returns [tokens, heads * head_dim]. Called once for each layer, in order."""
+"""`attend(layer, q, k, v)`: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], rotated; stores k and v
+and returns [tokens, heads * head_dim]. Called once for each layer, in order."""
 
 
 class Model(Protocol):
@@ -27,11 +27,11 @@ class Model(Protocol):
 
     @classmethod
     def build(cls, config: Any, dtype: torch.dtype, device: torch.device | str) -> Self:
-        """A model with uninitialised parameters from a transformers config. Raises ConfigError for what it cannot do."""
+        """A model with uninitialised parameters from a transformers config. ConfigError for what it cannot do."""
         ...
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """Checkpoint tensor name -> where its values go: a view into a parameter. Together they cover every parameter."""
+        """Checkpoint tensor name -> where its values go: a view into a parameter. Together they cover all."""
         ...
 
     def fused(self) -> Mapping[str, Sequence[str]]:
@@ -41,6 +41,7 @@ class Model(Protocol):
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, wanted: Tensor) -> Tensor:
         """One step over the flat batch `tokens` int64 [n] at absolute `positions` int64 [n].
 
-        `wanted` int64 [m]: the rows of the batch whose logits the caller needs, in any order. Returns float32 [m, vocab].
+        `wanted` int64 [m]: the rows of the batch whose logits the caller needs, in any order.
+        Returns float32 [m, vocab].
         """
         ...

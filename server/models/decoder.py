@@ -1,7 +1,7 @@
 """The decoder that the Llama-like families share: pre-norm blocks of grouped-query attention and a gated MLP.
 
-A family differs only in its `DecoderSpec` (biases, norms on queries and keys, windows); it lives in its own file that turns
-a transformers config into one. Projections that share an input are stored as one matrix: q, k, v and gate, up.
+A family differs only in its `DecoderSpec` (biases, norms on queries and keys, windows); it lives in its own file that
+turns a transformers config into one. Projections that share an input are stored as one matrix: q, k, v and gate, up.
 """
 
 from __future__ import annotations

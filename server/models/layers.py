@@ -1,7 +1,7 @@
 """The parts decoders are made of: linear maps, norms, rotary positions and the gated MLP.
 
-At batch sizes of a CPU server most operations are small and dispatch (~3-5 us each) is a good part of a step, so each part
-is written for few operations: projections that share an input are one matrix, queries and keys are rotated together.
+At batch sizes of a CPU server most operations are small and dispatch (~3-5 us each) is a good part of a step, so each
+part is written for few operations: projections that share an input are one matrix, queries and keys rotate together.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def silu_gate(gate_up: Tensor) -> Tensor:
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
-    """The RoPE settings of a transformers config as one flat dict, from the new form or the older one.
+    """The RoPE settings of a transformers config as one flat dict.
 
-    New: `rope_parameters = {rope_type, rope_theta, ...}`. Older: `rope_theta` beside `rope_scaling = {type, ...} | None`.
+    New form: `rope_parameters = {rope_type, rope_theta, ...}`. Older: `rope_theta` beside `rope_scaling = {type, ...}`.
     """
     given = getattr(config, "rope_parameters", None)
     if not given:
@@ -136,7 +136,7 @@ def _llama3(plain: Tensor, settings: Mapping[str, Any], config: Any) -> Tensor:
 
 
 def _yarn(plain: Tensor, settings: Mapping[str, Any], config: Any, head_dim: int) -> tuple[Tensor, float]:
-    """YaRN: channels that turn often are kept, those that turn seldom are stretched by `factor`, a linear ramp between."""
+    """YaRN: channels that turn often are kept, those that turn seldom stretched by `factor`, a linear ramp between."""
     original, theta = _original_positions(settings, config), float(settings["rope_theta"])
     factor = float(settings.get("factor") or config.max_position_embeddings / original)
 

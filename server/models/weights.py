@@ -1,8 +1,8 @@
 """From a folder or hub id to a loaded model: finds the files, checks them, and streams tensors into the parameters.
 
-Tensors are read one at a time from memory-mapped safetensors straight into (slices of) the fused parameters, so the peak
-is the model plus one tensor. Whatever is wrong with the checkpoint is a ConfigError that names the culprit and says what to
-do; a tensor that the model has no place for is an error too, because a model that ignores weights answers wrongly.
+Tensors are read one at a time from memory-mapped safetensors straight into (slices of) the fused parameters, so the
+peak is the model plus one tensor. Whatever is wrong with the checkpoint is a ConfigError that names the culprit and
+says what to do; a tensor that the model has no place for is one too: a model that ignores weights answers wrongly.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def load_config(folder: Path) -> Any:
     model_class(raw)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a bad config; each becomes the operator's one line
+    except Exception as error:  # transformers raises many kinds for a bad config: each becomes the operator's one line
         raise ConfigError(f"{folder / 'config.json'}: {error}", param="model") from error
 
 
@@ -135,8 +135,8 @@ def load_model(
 ) -> Model:
     """Loads the checkpoint in `folder` into a new model on `device`.
 
-    `dtype="auto"` is the checkpoint's own. On a CPU without bf16/fp16 arithmetic half-precision matrix products are many
-    times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows.
+    `dtype="auto"` is the checkpoint's own. On a CPU without bf16/fp16 arithmetic half-precision matrix products are
+    many times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows.
     `load_format="dummy"` reads only config.json and fills the parameters with random values that depend on `seed`.
     """
     config = load_config(folder)
@@ -153,7 +153,7 @@ def load_model(
 
 
 def checkpoint_files(folder: Path) -> Sequence[Path]:
-    """The safetensors files of a folder, in order. Raises ConfigError for a missing shard or a pickle-only checkpoint."""
+    """The safetensors files of a folder. Raises ConfigError for a missing shard or a pickle-only checkpoint."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _shards(index)
@@ -163,8 +163,8 @@ def checkpoint_files(folder: Path) -> Sequence[Path]:
     pickles = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in folder.glob(suffix))
     if pickles:
         raise ConfigError(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded: save them as safetensors "
-            "(in transformers: from_pretrained, then save_pretrained) or pick a revision that has safetensors",
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded: save them as "
+            "safetensors (in transformers: from_pretrained, then save_pretrained) or pick a revision that has them",
             param="model",
         )
     raise ConfigError(
@@ -201,7 +201,7 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def _dtype(wanted: DTypeName, config: Any, files: Sequence[Path]) -> torch.dtype:
-    """The parameters' dtype: the wanted one, else the config's, else that of the checkpoint's first tensor, else fp32."""
+    """The wanted dtype, else the config's, else that of the checkpoint's first tensor, else fp32."""
     if wanted != "auto":
         return DTYPES[wanted]
     own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
@@ -280,8 +280,8 @@ def _unplaced(name: str, model: Model) -> str:
     if name in model.parameters():
         return f"tensor {name} is in the checkpoint twice"
     return (
-        f"tensor {name} has no place in the model that config.json describes: config and weights are not of the same model, "
-        "or this variant is not supported"
+        f"tensor {name} has no place in the model that config.json describes: config and weights are not of the same "
+        "model, or this variant is not supported"
     )
 
 
@@ -295,8 +295,8 @@ def _missing(names: Sequence[str]) -> str:
 def fill_random(parameters: Mapping[str, Tensor], seed: int, report: Progress) -> None:
     """Fills parameters with seeded values under which activations and logits stay of order one.
 
-    Matrices are uniform with standard deviation 1 / sqrt(inputs), gains are one, biases small. One generator for all, in
-    the order of the names, so a seed gives the same values on every machine.
+    Matrices are uniform with standard deviation 1 / sqrt(inputs), gains are one, biases small. One generator for all,
+    in the order of the names, so a seed gives the same values on every machine.
     """
     total = sum(target.nbytes for target in parameters.values())
     generator = torch.Generator().manual_seed(seed)
