@@ -87,7 +87,7 @@ async def _waves(report: Report, process: subprocess.Popen[bytes], port: int, cl
         first = [outcome.first_s for outcome in outcomes if not outcome.fault] or [float("nan")]
         rate = sum(outcome.chunks for outcome in outcomes) / seconds
         cells = (f"{seconds:.1f}", f"{rate:.0f}", f"{quantile(first, 0.5):.2f}", f"{quantile(first, 0.99):.2f}")
-        report.row(wave, clients, len(faults), *cells, f"<={lag_s * 1e3:.0f}", f"{after[-1] / 2**20:.0f}")
+        report.row(wave, clients, len(faults), *cells, f"<={lag_s * 1e3:g}", f"{after[-1] / 2**20:.0f}")
         report.keep(
             wave=wave,
             clients=clients,
