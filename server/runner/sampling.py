@@ -341,7 +341,7 @@ def _draw(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
 
 
 def _draw_ranked(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """top_k, top_p: rank as many tokens as the widest row of `specs` is known to need, more for those that need more.
+    """top_k, top_p: rank a few tokens of every row, then more of the rows whose nucleus may be wider.
 
     A row's nucleus is the same prefix of the same order whichever way it was found, so the way cannot be seen in the
     result.
