@@ -133,7 +133,11 @@ def test_only_commands_print():
 
 
 # Distributions that are used without an import of ours, and by whom.
-USED_BY_OTHERS = {"httptools": "uvicorn picks it when present", "uvloop": "resolved by name in server/cli.py"}
+USED_BY_OTHERS = {
+    "httptools": "uvicorn picks it when present",
+    "jinja2": "transformers renders chat templates with it",
+    "uvloop": "resolved by name in server/cli.py",
+}
 
 
 def _imports(top: str) -> set[str]:
