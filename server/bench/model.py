@@ -130,10 +130,11 @@ async def _compete(report: Report, workload: Workload, ours: Daemon, theirs: Any
     random = torch.Generator().manual_seed(1)
     for concurrency in workload.concurrency:
         turns = []
-        for repeat in range(-1, workload.repeats):  # the first turn warms up and does not count
+        for repeat in range(-1, workload.repeats):  # the first turn is short, warms up and does not count
             shape = (concurrency, workload.prompt)
             prompts = torch.randint(0, workload.vocab, shape, generator=random).tolist()
-            turn = await _turn(contenders, prompts, workload.output, reverse=repeat % 2 == 1)
+            output = workload.output if repeat >= 0 else min(8, workload.output)
+            turn = await _turn(contenders, prompts, output, reverse=repeat % 2 == 1)
             if repeat >= 0:
                 turns.append(turn)
                 _keep(report, concurrency, repeat, turn)
