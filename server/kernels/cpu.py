@@ -192,17 +192,18 @@ class CpuAttention:
         """Decode rows that are computed together: of like length, and within the scratch memory."""
         row_bytes = self._kv_bytes * self._geometry.kv_heads
         longest = max((len(row.frames) for row in rows), default=0)
-        padding = sum(longest - len(row.frames) for row in rows) * row_bytes
-        if padding > GROUP_BYTES:  # otherwise the order of the batch is kept: one group and no permutation
+        alike = sum(longest - len(row.frames) for row in rows) * row_bytes <= GROUP_BYTES
+        if not alike:  # else the order of the batch is kept, so that its queries need not be permuted
             rows = sorted(rows, key=lambda row: -len(row.frames))
         group: list[_Row] = []
         padding = 0
         for row in rows:
-            longest = max([len(row.frames), *(len(group[0].frames),)] if group else [len(row.frames)])
             padding += (longest - len(row.frames)) * row_bytes
             if group and (padding > GROUP_BYTES or (len(group) + 1) * longest * row_bytes > SCRATCH_BYTES):
                 yield group
                 group, padding = [], 0
+            if not group and not alike:
+                longest = len(row.frames)
             group.append(row)
         if group:
             yield group
@@ -223,11 +224,8 @@ class CpuAttention:
     def _chunk_parts(self, row: _Row, window: int | None) -> Iterator[_Chunk]:
         table = row.frames[None, :]
         blocks, queries = table.shape[1], row.last - row.first
-        bias = (
-            None
-            if row.start == 0 and row.oldest == 0 and (window or row.context) >= row.context
-            else (_reversed_bias(queries, row.context, window))
-        )
+        whole = row.start == 0 and (window is None or window >= row.context)  # nothing before it, nothing out of sight
+        bias = None if whole else _reversed_bias(queries, row.context, window)
         for heads in self._head_slices(1, blocks):
             shape = (2, heads.stop - heads.start, blocks * self._block_tokens, self._geometry.head_dim)
             index = self._gather_index(table, heads)
