@@ -7,6 +7,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 MODEL  ?= demo
 ARGS   ?=
+SEEDS  ?= 0..9999
 # Package index for torch alone. Empty: pip's own, which on Linux may bring CUDA libraries of several GB. On a machine
 # without a GPU, set it to PyTorch's index of CPU wheels to save the download.
 TORCH_INDEX ?=
@@ -22,7 +23,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON VENV HOST PORT MODEL ARGS TORCH_INDEX, e.g. make serve PORT=9000 ARGS='--device-gib 4'"
+	@echo "  variables: PYTHON VENV HOST PORT MODEL ARGS SEEDS TORCH_INDEX, e.g. make serve PORT=9000 ARGS='--device-gib 4'"
 
 serve: $(RUN) ## serve the demo model (or MODEL=...) on HOST:PORT
 	@exec $(BIN)/terrace serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -42,8 +43,9 @@ format: $(DEV) ## let ruff format and fix
 bench: $(DEV) ## speed of scheduler, model and server; fails when a stated goal is missed
 	$(BIN)/python -m server.bench $(ARGS)
 
-sim: $(DEV) ## nightly form of the simulation and property tests: many seeds with faults
-	$(BIN)/python -m pytest -m nightly tests/sim tests/property $(ARGS)
+sim: $(DEV) ## nightly form: SEEDS of the simulation with faults, and the property machines with many examples
+	$(BIN)/python -m server.sim --seeds $(SEEDS)
+	$(BIN)/python -m pytest --hypothesis-profile=nightly tests/property $(ARGS)
 
 fuzz: $(DEV) ## nightly form of the HTTP fuzzing: schema-driven and random bodies
 	$(BIN)/python -m pytest -m nightly tests/e2e $(ARGS)

@@ -12,6 +12,7 @@ _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much)
 settings.register_profile("default", deadline=None, suppress_health_check=_QUIET)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True)
 settings.register_profile("nightly", parent=settings.get_profile("default"), max_examples=2000)
+"""`make sim` asks for it by name: --hypothesis-profile=nightly."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,8 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in [name for name in os.environ if name.startswith("TERRACE_")]:
         del os.environ[name]
-    nightly = config.getoption("markexpr") == "nightly"
-    settings.load_profile("nightly" if nightly else "ci" if os.environ.get("CI") else "default")
+    if not config.getoption("--hypothesis-profile", None):
+        settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
