@@ -93,6 +93,12 @@ def test_every_package_has_a_readme():
     assert [str(p.relative_to(ROOT)) for p in packages if not (p / "README.md").is_file()] == []
 
 
+def test_every_folder_of_code_is_a_package():
+    """A folder without __init__.py would be left out of the wheel."""
+    folders = {path.parent for top in ("server", "loadgen") for path in (ROOT / top).rglob("*.py")}
+    assert [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
 def test_every_test_says_what_it_proves():
     """Each test function has a docstring: the sentence it proves."""
     silent = [
