@@ -107,7 +107,7 @@ def _add_option(group: Any, option: Option, *, shown: bool) -> None:
     settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
     metavar = "|".join(option.choices) or option.metavar
     if option.kind == "positional":
-        group.add_argument(option.name, metavar=option.field.upper(), nargs="?", **settings)
+        group.add_argument(option.name, metavar=option.metavar, nargs="?", **settings)
         return
     settings["dest"] = option.name
     if option.kind == "bool":
@@ -122,7 +122,7 @@ def _add_option(group: Any, option: Option, *, shown: bool) -> None:
 
 def _flag_hint(argument: str) -> str:
     flag = argument.partition("=")[0]
-    known = [name for option in OPTIONS for name in option.flags if option.kind != "positional"]
+    known = [name for option in OPTIONS for name in option.flags]
     near = difflib.get_close_matches(flag, [*known, "--config", "--help-all"], n=1)
     return f"; did you mean {near[0]}?" if near else "; terrace serve --help-all lists every flag"
 

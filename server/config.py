@@ -258,7 +258,7 @@ class Config(_Section):
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def source(self, name: str) -> str:
-        """Where `section.field` got its value: `default`, `file PATH`, `env NAME` or `flag --name`."""
+        """Where `section.field` got its value: `default`, `file PATH`, `env NAME`, `flag --name` or `argument NAME`."""
         return self._sources.get(name, "default")
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
@@ -303,6 +303,11 @@ class Option:
         return self.field.rpartition("_")[2].upper()
 
     @property
+    def typed(self) -> str:
+        """How an error message calls it when it came from the command line."""
+        return f"flag {self.flags[0]}" if self.flags else f"argument {self.metavar}"
+
+    @property
     def env(self) -> str:
         return f"{ENV_PREFIX}{self.section.upper()}__{self.field.upper()}"
 
@@ -323,7 +328,7 @@ def _options() -> Iterator[Option]:
             yield Option(
                 section=section,
                 field=field,
-                flags=flag.names or ("--" + field.replace("_", "-"),),
+                flags=() if flag.positional else flag.names or ("--" + field.replace("_", "-"),),
                 kind=kind,
                 choices=tuple(schema[field].get("enum", ())),
                 common=flag.common,
@@ -378,7 +383,7 @@ def load_config(
         if name not in _BY_NAME:
             raise ConfigError(f"unknown setting {name!r}{_hint(name)}", param=name)
         values[name] = value
-        sources[name] = f"flag {_BY_NAME[name].flags[0]}"
+        sources[name] = _BY_NAME[name].typed
     config = _with_key_file(_validate(values, sources))
     config._sources.update(sources)
     return config

@@ -123,7 +123,7 @@ def make_scheduler(blocks: int, step_tokens: int) -> Scheduler:
     """A scheduler over a device tier with room for `blocks` blocks of 16 tokens, without bytes behind them."""
     layout = BlockLayout(layers=1, kv_heads=1, head_dim=1, dtype_bytes=2, block_tokens=BLOCK_TOKENS)
     limits = Limits(
-        max_running=1024,
+        max_running=min(1024, step_tokens),
         max_step_tokens=step_tokens,
         max_chunk_tokens=step_tokens,
         max_queued_requests=4096,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from server.cli import main
-from server.config import OPTIONS, Config, example_toml, load_config
+from server.config import OPTIONS, Config, Option, example_toml, load_config
 from server.errors import ConfigError
 
 
@@ -123,6 +124,32 @@ def test_file_errors(tmp_path, text, message):
     assert message.format(file=file) in caught.value.message
 
 
+def sample(option: Option) -> str:
+    """Some valid value of an option that is not its default, as text."""
+    if option.choices:
+        return next(choice for choice in option.choices if choice != option.default)
+    if option.kind == "bool":
+        return str(not option.default).lower()
+    if isinstance(option.default, int | float):
+        return (
+            str(type(option.default)(option.default * 2 or 3)) if option.name != "server.switch_interval_s" else "0.5"
+        )
+    return "64" if option.field in ("max_model_len", "threads", "prefill_chunk_tokens") else "text"
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.field != "api_key_file"], ids=lambda option: option.name)
+def test_every_setting_can_be_set_everywhere(option, tmp_path):
+    """File, environment and command line set each field to the same value, and each is named as its source."""
+    text = sample(option)
+    quoted = not (option.kind == "bool" or text.replace(".", "").isdigit())
+    file = write(tmp_path / "t.toml", f"[{option.section}]\n{option.field} = {json.dumps(text) if quoted else text}\n")
+    loaded = [load(file=file), load(**{option.env: text}), load({option.name: text})]
+    values = [getattr(getattr(config, option.section), option.field) for config in loaded]
+    assert values[0] != option.default
+    assert values == [values[0]] * 3
+    assert [config.source(option.name) for config in loaded] == [f"file {file}", f"env {option.env}", option.typed]
+
+
 def test_missing_file(tmp_path):
     """A configuration file that was asked for and is not there is an error."""
     with pytest.raises(ConfigError, match="cannot read"):
@@ -196,9 +223,10 @@ def test_help_lists_common_flags_only(capsys):
             main(["serve", form])
         assert caught.value.code == 0
         helped[form] = capsys.readouterr().out
-    shown = [option for option in OPTIONS if f"{option.flags[0]} " in helped["--help"].replace(",", " ")]
-    assert {option.name for option in shown} == {o.name for o in OPTIONS if o.common and o.kind != "positional"}
-    assert all(o.flags[0] in helped["--help-all"] for o in OPTIONS if o.kind != "positional")
+    flagged = [option for option in OPTIONS if option.flags]
+    shown = [option for option in flagged if f"{option.flags[0]} " in helped["--help"].replace(",", " ")]
+    assert {option.name for option in shown} == {option.name for option in flagged if option.common}
+    assert all(option.flags[0] in helped["--help-all"] for option in flagged)
     assert helped["--help-all"] == helped["--help=all"]
 
 

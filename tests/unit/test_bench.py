@@ -1,0 +1,60 @@
+"""The benchmarks' own arithmetic and machinery; never how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from server.bench import clients, report
+from server.bench.scheduler import make_scheduler, measure_decode, measure_prefill
+
+
+@pytest.mark.parametrize(("q", "value"), [(0.0, 1), (0.5, 2), (0.75, 3), (0.99, 4), (1.0, 4)])
+def test_quantile(q, value):
+    """A quantile is a sample: the smallest that at least the share q does not exceed."""
+    assert report.quantile([4, 1, 3, 2], q) == value
+
+
+def test_report_keeps_what_it_found(tmp_path, monkeypatch, capsys):
+    """A saved result holds samples, goals and environment; a missed goal is counted and said."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    found = report.Report("example", quick=True)
+    found.header("a", "b")
+    found.row(1, "x")
+    found.keep(seconds=1.5)
+    found.goal("one is one", met=True)
+    found.goal("one is two", met=False)
+    found.print_verdict()
+    saved = json.loads(found.save().read_text())
+    assert saved["samples"] == [{"seconds": 1.5}]
+    assert (saved["goals_met"], saved["goals_missed"]) == (["one is one"], ["one is two"])
+    assert {"commit", "cpu", "versions"} <= saved["environment"].keys()
+    assert "GOAL MISSED: one is two" in capsys.readouterr().out
+
+
+def test_scheduler_measurement_runs_the_real_thing():
+    """Every decode and prefill step that is measured is one of the production scheduler's, with one sample each."""
+    times = measure_decode(running=8, context=40, steps=20)
+    assert len(times.plan_s) == len(times.commit_s) == len(times.cpu_s) == 20
+    assert len(measure_prefill(running=2, context=256, step_tokens=64).total_s) == 6
+    assert make_scheduler(blocks=100, step_tokens=64).kv.available_blocks >= 100
+
+
+SCRAPE = """\
+# TYPE terrace_event_loop_lag_seconds histogram
+terrace_event_loop_lag_seconds_bucket{model_name="demo",le="0.001"} %d
+terrace_event_loop_lag_seconds_bucket{model_name="demo",le="0.1"} %d
+terrace_event_loop_lag_seconds_bucket{model_name="demo",le="+Inf"} %d
+terrace_event_loop_lag_seconds_count{model_name="demo"} 9
+"""
+
+
+def test_lag_between_two_scrapes():
+    """The lag's quantile is that of the samples between two scrapes, as the upper edge of a bucket."""
+    before, after = clients.lag_buckets(SCRAPE % (5, 5, 5)), clients.lag_buckets(SCRAPE % (6, 14, 15))
+    assert clients.lag_quantile(before, after, 0.1) == 0.001
+    assert clients.lag_quantile(before, after, 0.9) == 0.1
+    assert clients.lag_quantile(before, after, 0.99) == math.inf
+    assert math.isnan(clients.lag_quantile(before, before, 0.99))
