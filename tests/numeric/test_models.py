@@ -1,0 +1,107 @@
+"""Every supported family computes what transformers computes: logits, and greedy continuations token for token."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from server.models import MODELS
+from server.models.weights import load_model
+from tests.numeric.conftest import Checkpoint
+from tests.numeric.families import FAMILIES, VARIANTS, VOCAB, Paged
+
+TOLERANCE = 1e-4
+"""Greatest absolute difference of logits, relative to their standard deviation (fp32 both sides)."""
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(VOCAB) for _ in range(count)]
+
+
+@torch.inference_mode()
+def reference_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    return model(torch.tensor([tokens])).logits[0].float()
+
+
+def test_every_family_in_the_dict_is_compared() -> None:
+    """A family added to MODELS without a checkpoint here fails this test."""
+    compared = {model_class.__name__ for _, model_class, _ in FAMILIES.values()}
+    assert set(MODELS) == compared
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
+def test_logits(checkpoint: Checkpoint, name: str, backend: str) -> None:
+    """Logits of a 150-token text (longer than any window here) equal transformers', fed whole or in chunks."""
+    folder, reference = checkpoint(name)
+    tokens = random_tokens(150, seed=3)
+    expected = reference_logits(reference, tokens)
+    paged = Paged(load_model(folder), backend)
+    for chunk in (len(tokens), 64, 7):
+        difference = (paged.logits(tokens, chunk) - expected).abs().max()
+        assert difference <= TOLERANCE * expected.std()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_continuations(checkpoint: Checkpoint, name: str) -> None:
+    """64 greedy tokens on 20 prompts equal transformers' generate, with the prompts one by one and batched together."""
+    folder, reference = checkpoint(name)
+    prompts = [random_tokens(length, seed=length + i) for length in (3, 17, 40, 70) for i in range(5)]
+    expected = []
+    for first in range(0, 20, 5):  # prompts of one length at a time: no padding on the other side
+        batch = torch.tensor(prompts[first : first + 5])
+        mask = torch.ones_like(batch)
+        out = reference.generate(
+            batch, attention_mask=mask, do_sample=False, max_new_tokens=64, min_new_tokens=64, pad_token_id=0
+        )
+        expected += out[:, batch.shape[1] :].tolist()
+    model = load_model(folder)
+    together = Paged(model, frames=500).greedy(prompts, 64, chunk=16)
+    assert together == expected
+    paged = Paged(model, frames=500)
+    assert [paged.greedy([prompt], 64, chunk=1000)[0] for prompt in prompts] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama3.1", "qwen3"])
+def test_half_precision(checkpoint: Checkpoint, name: str, dtype: str) -> None:
+    """In bf16 and fp16, KV included, logits are no further from fp32 than twice what transformers' own are."""
+    folder, reference = checkpoint(name)
+    tokens = random_tokens(100, seed=5)
+    exact = reference_logits(reference, tokens)
+    half = type(reference)(reference.config)
+    half.load_state_dict(reference.state_dict())
+    torch_dtype = getattr(torch, dtype)
+    theirs = (reference_logits(half.to(torch_dtype), tokens) - exact).abs().max()
+    model = load_model(folder, dtype=dtype)
+    assert model.dtype == torch_dtype
+    ours = (Paged(model, kv_dtype=torch_dtype).logits(tokens, 33) - exact).abs().max()
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_cache_under_fp32_weights(checkpoint: Checkpoint, kv_dtype: torch.dtype) -> None:
+    """An fp32 model over a half-precision cache differs by the rounding of K and V only: a few hundredths of a logit."""
+    folder, reference = checkpoint("llama2")
+    tokens = random_tokens(100, seed=6)
+    exact = reference_logits(reference, tokens)
+    ours = Paged(load_model(folder), kv_dtype=kv_dtype).logits(tokens, 33)
+    assert (ours - exact).abs().max() <= 0.1 * exact.std()
+
+
+def test_only_wanted_rows(checkpoint: Checkpoint) -> None:
+    """Logits come for the wanted rows, in the order asked for, none of them if none is wanted."""
+    folder, _ = checkpoint("qwen2")
+    model = load_model(folder)
+    tokens = torch.tensor(random_tokens(12, seed=7))
+    positions = torch.arange(12)
+    paged = Paged(model)
+    everything = paged.step([(0, 0, tokens.tolist())], everywhere=True)
+    again = model.forward(tokens, positions, paged.attention.run, torch.tensor([7, 2, 11, 7]))
+    torch.testing.assert_close(again, everything[[7, 2, 11, 7]], rtol=0, atol=1e-5)
+    nothing = model.forward(tokens, positions, paged.attention.run, torch.empty(0, dtype=torch.int64))
+    assert nothing.shape == (0, VOCAB)
+    assert nothing.dtype == torch.float32
