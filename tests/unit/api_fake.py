@@ -186,8 +186,8 @@ def make_app(engine: FakeEngine, *, keys: Sequence[str] = (), **limits: Any) -> 
     metrics.bind(engine.snapshot)
     return create_app(
         Service(
-            engine=engine,
-            tokenizer=ByteTokenizer(),
+            engine=engine,  # type: ignore[arg-type]
+            tokenizer=ByteTokenizer(),  # type: ignore[arg-type]
             metrics=metrics,
             model_name="fake",
             version="1.2.3",

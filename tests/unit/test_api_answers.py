@@ -319,7 +319,7 @@ async def test_logprobs_are_always_json_numbers() -> None:
     engine = FakeEngine(text_reply("ab"))
     bad = TokenLogprobs(97, float("-inf"), 1, [(98, float("nan"))])
     real = api_fake.FakeStream._logprobs
-    api_fake.FakeStream._logprobs = lambda *_: bad  # type: ignore[assignment, method-assign]
+    api_fake.FakeStream._logprobs = lambda *_: bad  # type: ignore[method-assign]
     try:
         answer = await whole(engine, TEXT, {"prompt": "a", "logprobs": 1, "max_tokens": 1})
     finally:

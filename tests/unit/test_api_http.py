@@ -130,8 +130,8 @@ async def test_keys_guard_every_route_that_serves(path: str) -> None:
             assert refused(answer, 401)["type"] == "invalid_request_error"
             assert answer.headers["www-authenticate"] == "Bearer"
         for key in ("one", "twö"):
-            headers = {"authorization": f"bearer {key}".encode(), "content-type": "application/json"}
-            refused(await http.post(path, content=b"{", headers=headers), 400)
+            known = {b"authorization": f"bearer {key}".encode(), b"content-type": b"application/json"}
+            refused(await http.post(path, content=b"{", headers=known), 400)
 
 
 async def test_probes_and_metrics_need_no_key() -> None:
@@ -160,8 +160,8 @@ async def test_request_ids_are_accepted_if_sane_and_always_sent_back() -> None:
     async with client(make_app(FakeEngine())) as http:
         answer = await http.post("/v1/completions", json=BODY, headers={"x-request-id": "trace-1/a.b:c"})
         assert answer.headers["x-request-id"] == "trace-1/a.b:c"
-        for bad in ("", "a b", "x" * 129, "é".encode("latin-1"), '"><script>'):
-            answer = await http.get("/livez", headers={"x-request-id": bad})
+        for bad in (b"", b"a b", b"x" * 129, b"\xe9", b'"><script>'):
+            answer = await http.get("/livez", headers={b"x-request-id": bad})
             assert len(answer.headers["x-request-id"]) == 32
 
 
@@ -292,7 +292,7 @@ async def test_openapi_document_describes_bodies_and_errors() -> None:
         document = (await http.get("/openapi.json")).json()
     text = json.dumps(document)
     schemas = document["components"]["schemas"]
-    for name in set(part.split('"')[0] for part in text.split("#/components/schemas/")[1:]):
+    for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert name in schemas
     for path, operations in document["paths"].items():
         for method, operation in operations.items():

@@ -1,0 +1,189 @@
+"""A whole daemon over a real socket on a model made in a second: random weights, one token per byte."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import uvicorn
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from server.api.app import create_app
+from server.build import Daemon, build, service_of
+from server.config import Config, load_config
+from server.engine import EngineSnapshot
+
+NAME = "tiny"
+CONTEXT = 512
+SPECIALS = ("<|bos|>", "<|eos|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+T = TypeVar("T")
+
+
+def write_model(folder: Path, context: int = CONTEXT) -> Path:
+    """A Llama of two layers as Hugging Face writes it, without weights: serve it with `load_format=dummy`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE(vocab={_byte_name(byte): byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIALS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    bos, eos = SPECIALS
+    files: dict[str, Any] = {
+        "config.json": {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": tokenizer.get_vocab_size(),
+            "max_position_embeddings": context,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "torch_dtype": "float32",
+            "bos_token_id": tokenizer.token_to_id(bos),
+            "eos_token_id": tokenizer.token_to_id(eos),
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": eos,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def tiny_config(folder: Path, **overrides: Any) -> Config:
+    """Configuration for `folder`; 2 MiB of KV is 512 blocks, 8,192 tokens."""
+    settings = {
+        "model.model": str(folder),
+        "model.served_model_name": NAME,
+        "model.load_format": "dummy",
+        "model.threads": 1,
+        "kv.device_gib": 2 / 1024,
+    }
+    return load_config(settings | overrides, environ={})
+
+
+def _byte_name(byte: int) -> str:
+    """How byte-level tokenizers write `byte`: printable ones as themselves, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return chr(byte) if byte in plain else chr(0x100 + [b for b in range(256) if b not in plain].index(byte))
+
+
+def fuzz_config(folder: Path) -> Config:
+    """Short contexts and few choices, so that a valid request is soon done."""
+    limits = {"model.max_model_len": 96, "server.max_choices": 4, "server.max_prompts_per_request": 4}
+    return tiny_config(folder, **limits)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running daemon and how to reach it. `call` runs a function on its loop thread, where its state may be read."""
+
+    url: str
+    daemon: Daemon
+    loop: asyncio.AbstractEventLoop
+
+    def call(self, function: Callable[[], T]) -> T:
+        async def run() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(30)
+
+    def snapshot(self) -> EngineSnapshot:
+        return self.call(self.daemon.engine.snapshot)
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+
+
+class ServerThread:
+    """Runs a daemon's loop in a thread of its own until the context ends, then drains it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._up = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self._served: Served | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="daemon")
+
+    def __enter__(self) -> Served:
+        self._thread.start()
+        self._up.wait(120)
+        if self._failure is not None:
+            raise self._failure
+        assert self._served is not None, "the daemon did not come up"
+        return self._served
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        assert self._served is not None, "entered before left"
+        assert self._stop is not None, "entered before left"
+        self._served.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the daemon did not stop"
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+            self._failure = error
+        finally:
+            self._up.set()
+
+    async def _serve(self) -> None:
+        daemon = build(self._config)
+        http = uvicorn.Server(uvicorn.Config(create_app(service_of(daemon)), log_level="warning", lifespan="off"))
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._stop = asyncio.Event()
+        engine = asyncio.create_task(daemon.engine.run())
+        # serve() would take over the process's signals, which belong to the test run.
+        serving = asyncio.create_task(http._serve([listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        while not http.started or daemon.engine.state == "starting":  # noqa: ASYNC110 - neither has an event
+            await asyncio.sleep(0.01)
+        self._served = Served(url, daemon, asyncio.get_running_loop())
+        self._up.set()
+        await self._stop.wait()
+        await daemon.engine.drain(30)
+        http.should_exit = True
+        await serving
+        await engine
+        await daemon.runner.aclose()
+
+
+class Wait:
+    """Repeats a check until it holds; the bound only keeps a broken daemon from hanging the test run."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self._event = threading.Event()
+        self._left = int(seconds / 0.02)
+
+    def until(self, check: Callable[[], bool], what: str) -> Self:
+        while not check():
+            self._left -= 1
+            assert self._left > 0, f"never happened: {what}"
+            self._event.wait(0.02)
+        return self
