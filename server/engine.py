@@ -129,6 +129,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._over = asyncio.Event()
         self._next_id = 0
+        self._failure: BaseException | None = None
         self._audited = True
         metrics.bind(self.snapshot)
 
@@ -185,16 +186,19 @@ class Engine:
 
     async def run(self) -> None:
         """Serve until drained. An error in the books or the code stops admission and propagates: never clamp."""
-        self.state = "ready"
+        if self.state == "starting":  # a drain may have come before the first turn of the loop
+            self.state = "ready"
         try:
-            while not (self.state == "draining" and self.scheduler.idle and not self.kv.in_flight):
+            while not (self.state == "draining" and self.scheduler.idle and not self.kv.moving):
+                if self._failure is not None:
+                    raise self._failure
                 now = self._clock()
-                for transfer in self.kv.plan_transfers(now):
-                    self._mover.start(transfer, self._landed)
                 preemptions = self.scheduler.preemptions
                 plan = self.scheduler.plan(now)
                 for _ in range(self.scheduler.preemptions - preemptions):
                     self._metrics.preempted()
+                for transfer in self.kv.plan_transfers(now):  # after the plan, which sends for blocks and may wait
+                    self._mover.start(transfer, self._landed, self._broke)
                 if plan is None:
                     await self._rest()
                 else:
@@ -252,6 +256,11 @@ class Engine:
         if fault is not None:
             log.warning("transfer %d failed: %s %s", transfer_id, fault.reason, fault.detail)
         self.kv.complete(transfer_id, fault, self._clock())
+        self._wake.set()
+
+    def _broke(self, error: BaseException) -> None:
+        """A transfer ended in an error that is not the world's: the step loop raises it, or its waiters would hang."""
+        self._failure = error
         self._wake.set()
 
     # --- delivery ----------------------------------------------------------------------------------------------------

@@ -81,36 +81,36 @@ def _rank_is_exact(kv: KVManager, tier: TierState) -> None:
     _require(len(ranked) == len(set(ranked)) == len(tier.policy), f"{tier.name}: the policy's books differ")
     for block in ranked:
         copy = block.copies.get(tier.name)
-        _require(copy is not None and copy.ranked and copy.ready and not copy.readers, f"{tier.name}: unfit victim")
+        _require(copy is not None and copy.ranked and copy.ready and not copy.readers and not copy.pins,
+                 f"{tier.name}: unfit victim")  # fmt: skip
         _require(tier is not kv.device or not block.leases, "a leased block is evictable")
     evictable = [
         block for block in kv.index.values()
-        if (copy := block.copies.get(tier.name)) and copy.ready and not copy.readers
+        if (copy := block.copies.get(tier.name)) and copy.ready and not copy.readers and not copy.pins
         and not (tier is kv.device and block.leases)
     ]  # fmt: skip
     _require(len(evictable) == len(ranked), f"{tier.name}: {len(evictable)} evictable, {len(ranked)} ranked")
 
 
 def suffix_first(kv: KVManager) -> None:
-    """Child counts are exact, so that no copy goes before the resident child that was placed under it; and the device
-    policy by itself yields children before parents."""
+    """Each policy ranks exactly what may go and yields children before parents; a copy's pins are counted right."""
     for name, tier in kv.tiers.items():
         _rank_is_exact(kv, tier)
-        children: Counter[int] = Counter()
+        pins: Counter[int] = Counter()
         for block in kv.index.values():
             copy = block.copies.get(name)
-            if copy is not None and copy.above is not None:
-                children[id(copy.above)] += 1
+            if copy is not None and copy.above is not None and not copy.ranked:
+                pins[id(copy.above)] += 1
         for block in kv.index.values():
             copy = block.copies.get(name)
             if copy is not None:
-                _require(copy.children == children[id(copy)], f"{name}: {copy.children} children counted, "
-                         f"{children[id(copy)]} resident")  # fmt: skip
-    if kv.lower is None:
-        yielded: set[Block] = set()
-        for block in kv.device.policy.victims():
-            _require(block.parent not in yielded, "the policy yields a parent before its resident child")
-            yielded.add(block)
+                _require(copy.block is block, f"{name}: a copy belongs to another block")
+                _require(copy.pins == pins[id(copy)], f"{name}: {copy.pins} pins counted, {pins[id(copy)]} are there")
+        yielded: set[int] = set()
+        for block in tier.policy.victims():
+            copy = block.copies[name]
+            _require(id(copy.above) not in yielded, f"{name}: the policy yields a parent before its resident child")
+            yielded.add(id(copy))
 
 
 def quiet_when_idle(kv: KVManager) -> None:

@@ -15,15 +15,16 @@ from server.types import BlockHash, FrameId, TierName
 class Copy:
     """One block's bytes in one frame of one tier.
 
-    `ready` is false while a transfer fills it. `readers` counts transfers that read it. `children` counts the copies in
-    the same tier whose `above` is this one: while there are any, this copy must stay (suffix first). `ranked` says that
-    the tier's eviction policy holds the block, that is, that this copy may go.
+    `ready` is false while a transfer fills it. `readers` counts transfers that read it. `ranked` says that the tier's
+    eviction policy holds the block, that is, that this copy may go. `pins` counts the copies in the same tier whose
+    `above` is this one and that may not go: while there are any, this copy may not either (suffix first).
     """
 
+    block: Block
     frame: FrameId
     ready: bool
     readers: int = 0
-    children: int = 0
+    pins: int = 0
     above: Copy | None = None
     ranked: bool = False
 

@@ -2,7 +2,7 @@
 
 Synchronous, deterministic, loop thread only: no I/O, no clock (`now` is passed in), no bytes. It decides; a mover moves
 and reports back through `complete`. Costs: `grow` and `seal` are O(new blocks), `admit` and `release` O(blocks of the
-request), and nothing is O(blocks of the cache).
+request), `plan_transfers` and `complete` at worst O(length of the chain), and nothing is O(blocks of the cache).
 
 How a sealed block travels: sealed on the device -> spilled in the background to the tier below -> dropped from the
 device when its frame is wanted (no copy at that moment) -> onboarded when a request matches it again.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from server.kvcache.block import Block, Copy, Lease
 from server.kvcache.eviction import EvictionPolicy, make_policy
@@ -39,7 +40,7 @@ class TierState:
 
     @property
     def available(self) -> int:
-        """Frames that are free or could be made free now."""
+        """Frames that are free or could be made free now; exact, so whoever asks for as many gets them."""
         return self.pool.free + len(self.policy)
 
 
@@ -75,6 +76,11 @@ class KVManager:
         """Device frames that are free or evictable now."""
         return self.device.available
 
+    @property
+    def moving(self) -> bool:
+        """Blocks are in flight or about to be: what has no room now may have room when they landed."""
+        return bool(self.in_flight or self.onboards)
+
     def admit(self, hashes: Sequence[BlockHash], now: float) -> Lease:
         """Lease the longest resident prefix of `hashes` and plan the onboarding of what is not on the device.
 
@@ -107,7 +113,7 @@ class KVManager:
         frames = self._take(self.device, wanted)
         if frames is None:
             return False
-        lease.blocks.extend(Block(None, None, {DEVICE: Copy(frame, ready=True)}, leases=1) for frame in frames)
+        lease.blocks.extend(self._private_block(frame) for frame in frames)
         lease.table.extend(frames)
         return True
 
@@ -128,6 +134,8 @@ class KVManager:
         lease.released = True
         self.leases.remove(lease)
         self._let_go(lease.blocks, now)
+        if self.lower is not None:
+            self._refresh(self.lower, lease.blocks, now)
 
     # --- transfers ---------------------------------------------------------------------------------------------------
 
@@ -151,13 +159,13 @@ class KVManager:
         source.readers -= 1
         if fault is None:
             target.ready = True
-            self._rerank(target_tier, block, now)
+            self._rerank(target_tier, target, now)
         else:
-            self._drop(target_tier, block)
-        if fault is not None and fault.reason == "corrupt" and source_tier is not self.device and not source.readers:
-            self._drop(source_tier, block)
+            self._discard(target_tier, target, now)
+        if fault is not None and fault.reason == "corrupt" and source_tier is not self.device:
+            self._discard(source_tier, source, now)
         else:
-            self._rerank(source_tier, block, now)
+            self._rerank(source_tier, source, now)
         if target_tier is self.device:
             for lease in self._waiters.pop(block, ()):
                 if not lease.released:
@@ -168,15 +176,16 @@ class KVManager:
     # --- admission and onboarding ------------------------------------------------------------------------------------
 
     def _onboard(self, lease: Lease, missing: list[Block], now: float) -> None:
-        frames = self._take(self.device, min(len(missing), self.device.available)) or []
+        frames = self._take(self.device, min(len(missing), self.device.available))
+        assert frames is not None, "frames that are available can be taken"
         if len(frames) < len(missing):
             self._truncate(lease, lease.blocks.index(missing[len(frames)]), now)
         for block, frame in zip(missing, frames, strict=False):
             assert self.lower is not None, "a block without a device copy lives in a lower tier"
-            source, target = block.copies[self.lower.name], Copy(frame, ready=False)
+            source, target = block.copies[self.lower.name], Copy(block, frame, ready=False)
             source.readers += 1
-            self._rerank(self.lower, block, now)
-            self._place(self.device, block, target)
+            self._pin(self.lower, source)
+            self._place(self.device, target)
             self.onboards.append((block, source, target))
         onboarded = set(missing)
         for block in lease.blocks:
@@ -186,9 +195,13 @@ class KVManager:
                 self._waiters.setdefault(block, []).append(lease)
 
     def _settle(self, lease: Lease, now: float) -> None:
-        """Every onboard of `lease` has landed: cut it before the first that failed, and fill its table."""
+        """Every onboard of `lease` has landed: cut it before the first that failed, and fill its table.
+
+        Somebody else may have sent for a failed block again: then its copy is there, but it is not ready.
+        """
         for position, block in enumerate(lease.blocks):
-            if DEVICE not in block.copies:
+            copy = block.copies.get(DEVICE)
+            if copy is None or not copy.ready:
                 self._truncate(lease, position, now)
                 break
         lease.table.extend(block.copies[DEVICE].frame for block in lease.blocks)
@@ -203,7 +216,7 @@ class KVManager:
 
     def _seal_block(self, block: Block, value: BlockHash, parent: Block | None) -> None:
         block.hash, block.parent = value, parent
-        self._link(self.device, block)
+        self._link(self.device, block.copies[DEVICE])
         self.index[value] = block
         if self.lower is not None:
             self._spills.append(block)
@@ -215,7 +228,7 @@ class KVManager:
         theirs = twin.copies.get(DEVICE)
         if theirs is None:
             self._hold(twin)
-            self._place(self.device, twin, own.copies[DEVICE])
+            self._place(self.device, Copy(twin, own.copies[DEVICE].frame, ready=True))
         elif theirs.ready:
             self._hold(twin)
             self.device.pool.give_back([own.copies[DEVICE].frame])
@@ -227,62 +240,96 @@ class KVManager:
 
     # --- holding, ranking, placing -----------------------------------------------------------------------------------
 
+    def _private_block(self, frame: FrameId) -> Block:
+        block = Block(None, None, leases=1)
+        block.copies[DEVICE] = Copy(block, frame, ready=True)
+        return block
+
     def _hold(self, block: Block) -> None:
         block.leases += 1
         copy = block.copies.get(DEVICE)
-        if copy is not None and copy.ranked:
-            copy.ranked = False
-            self.device.policy.on_remove(block)
+        if copy is not None:
+            self._pin(self.device, copy)
 
     def _let_go(self, blocks: list[Block], now: float) -> None:
         """Give up one lease on each block of a chain, child before parent, as the eviction policies need it."""
         private: list[FrameId] = []
         for block in reversed(blocks):
             block.leases -= 1
+            copy = block.copies.get(DEVICE)
             if block.hash is None:
                 private.append(block.copies[DEVICE].frame)
-                continue
-            for name in block.copies:
-                self._touch(self.tiers[name], block, now)
+            elif copy is not None:
+                self._rerank(self.device, copy, now)
         self.device.pool.give_back(reversed(private))
 
-    def _touch(self, tier: TierState, block: Block, now: float) -> None:
-        copy = block.copies[tier.name]
+    def _refresh(self, tier: TierState, blocks: list[Block], now: float) -> None:
+        """A whole chain was just used: the policy hears of it again, child before parent."""
+        for block in reversed(blocks):
+            copy = block.copies.get(tier.name)
+            if copy is not None and copy.ranked:
+                tier.policy.on_remove(block)
+                tier.policy.on_insert(block, now)
+
+    def _rerank(self, tier: TierState, copy: Copy, now: float) -> None:
+        """Tell the tier's policy whether this copy may go, and so, perhaps, those that it hangs on."""
+        if not self._may_go(tier, copy):
+            self._pin(tier, copy)
+            return
+        above: Copy | None = copy
+        while above is not None and not above.ranked and self._may_go(tier, above):
+            above.ranked = True
+            tier.policy.on_insert(above.block, now)
+            above = above.above
+            if above is not None:
+                above.pins -= 1
+
+    def _may_go(self, tier: TierState, copy: Copy) -> bool:
+        """Resident, ready, not being read, on the device not leased, and so are all that hang on it in this tier."""
+        block = copy.block
+        resident = block.copies.get(tier.name) is copy
+        held = copy.readers or copy.pins or (tier is self.device and block.leases)
+        return resident and copy.ready and not held
+
+    def _pin(self, tier: TierState, copy: Copy) -> None:
+        """This copy may not go, and so may none that it hangs on."""
+        above: Copy | None = copy
+        while above is not None and above.ranked:
+            above.ranked = False
+            tier.policy.on_remove(above.block)
+            above = above.above
+            if above is not None:
+                above.pins += 1
+
+    def _place(self, tier: TierState, copy: Copy) -> None:
+        copy.block.copies[tier.name] = copy
+        self._link(tier, copy)
+
+    def _link(self, tier: TierState, copy: Copy) -> None:
+        """Hang a new copy, which may not go yet, on its parent's."""
+        parent = copy.block.parent
+        above = parent.copies.get(tier.name) if parent is not None else None
+        if above is not None:
+            copy.above = above
+            above.pins += 1
+            self._pin(tier, above)
+
+    def _discard(self, tier: TierState, copy: Copy, now: float) -> None:
+        """Drop a copy whose bytes are no good. Copies that hang on it stay, out of reach, until they are evicted."""
+        self._drop(tier, copy)
+        if copy.above is not None:
+            self._rerank(tier, copy.above, now)
+
+    def _drop(self, tier: TierState, copy: Copy) -> None:
+        """Forget one copy and free its frame; the block leaves the index with its last copy."""
+        block = copy.block
+        assert not copy.readers, "a copy is not dropped while it is read"
+        del block.copies[tier.name]
         if copy.ranked:
             copy.ranked = False
             tier.policy.on_remove(block)
-        self._rerank(tier, block, now)
-
-    def _rerank(self, tier: TierState, block: Block, now: float) -> None:
-        """Tell the tier's policy whether this copy may go: ready, not being read, and on the device not leased."""
-        copy = block.copies[tier.name]
-        evictable = copy.ready and not copy.readers and (tier is not self.device or not block.leases)
-        if evictable == copy.ranked:
-            return
-        copy.ranked = evictable
-        if evictable:
-            tier.policy.on_insert(block, now)
-        else:
-            tier.policy.on_remove(block)
-
-    def _place(self, tier: TierState, block: Block, copy: Copy) -> None:
-        block.copies[tier.name] = copy
-        self._link(tier, block)
-
-    def _link(self, tier: TierState, block: Block) -> None:
-        above = block.parent.copies.get(tier.name) if block.parent is not None else None
-        if above is not None:
-            block.copies[tier.name].above = above
-            above.children += 1
-
-    def _drop(self, tier: TierState, block: Block) -> None:
-        """Forget one copy and free its frame; the block leaves the index with its last copy."""
-        copy = block.copies.pop(tier.name)
-        assert not copy.readers, "a copy is not dropped while it is read"
-        if copy.ranked:
-            tier.policy.on_remove(block)
-        if copy.above is not None:
-            copy.above.children -= 1
+        elif copy.above is not None:
+            copy.above.pins -= 1
         tier.pool.give_back([copy.frame])
         if not block.copies:
             assert block.hash is not None, "only sealed blocks are dropped"
@@ -294,30 +341,12 @@ class KVManager:
         """`count` frames, evicting where needed; None, and nothing changed, when that many cannot be had."""
         short = count - tier.pool.free
         if short > 0:
-            victims = self._victims(tier, short)
-            if len(victims) < short:
+            if short > len(tier.policy):
                 return None
-            for block in victims:
-                self._drop(tier, block)
-            tier.evicted_blocks += len(victims)
+            for block in list(islice(tier.policy.victims(), short)):
+                self._drop(tier, block.copies[tier.name])
+            tier.evicted_blocks += short
         return tier.pool.take(count)
-
-    def _victims(self, tier: TierState, count: int) -> list[Block]:
-        """The `count` blocks to evict, each a leaf once those before it are gone; fewer where there are not as many."""
-        victims: list[Block] = []
-        leaving: dict[Copy, int] = {}
-        if count > len(tier.policy):
-            return victims
-        for block in tier.policy.victims():
-            copy = block.copies[tier.name]
-            if copy.children > leaving.get(copy, 0):
-                continue  # a child is in flight and must not be orphaned
-            victims.append(block)
-            if len(victims) == count:
-                break
-            if copy.above is not None:
-                leaving[copy.above] = leaving.get(copy.above, 0) + 1
-        return victims
 
     # --- spilling ----------------------------------------------------------------------------------------------------
 
@@ -327,18 +356,19 @@ class KVManager:
         source = block.copies.get(DEVICE)
         if source is None or not source.ready or self.lower.name in block.copies:
             return
-        if block.parent is not None and self.lower.name not in block.parent.copies:
+        above = block.parent.copies.get(self.lower.name) if block.parent is not None else None
+        if block.parent is not None and above is None:
             return  # unreachable down there without its parent
+        if above is not None:
+            self._pin(self.lower, above)  # the room must not come from the parent itself
         frames = self._take(self.lower, 1)
-        if frames is None:
-            return
-        if block.parent is not None and self.lower.name not in block.parent.copies:
-            self.lower.pool.give_back(frames)  # the room was the parent's own
-            return
-        source.readers += 1
-        self._rerank(self.device, block, now)
-        self._place(self.lower, block, Copy(frames[0], ready=False))
-        planned.append(self._start(block, (DEVICE, source.frame), (self.lower.name, frames[0]), now))
+        if frames is not None:
+            source.readers += 1
+            self._pin(self.device, source)
+            self._place(self.lower, Copy(block, frames[0], ready=False))
+            planned.append(self._start(block, (DEVICE, source.frame), (self.lower.name, frames[0]), now))
+        elif above is not None:
+            self._rerank(self.lower, above, now)
 
     def _start(
         self, block: Block, source: tuple[TierName, FrameId], target: tuple[TierName, FrameId], now: float

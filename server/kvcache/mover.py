@@ -2,7 +2,7 @@
 
 The caller guarantees that both frames of a transfer stay reserved until `done` was called. The mover guarantees that
 `done` is called exactly once per transfer, on the loop thread, when no byte of it moves any more; also when the copy
-raised.
+raised an OSError. Any other exception, of the copy or of `done`, is a bug and goes to `broke` instead.
 """
 
 from __future__ import annotations
@@ -21,10 +21,22 @@ class Mover:
         self._copy = copy
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, transfer: Transfer, done: Callable[[int, TierFault | None], None]) -> None:
+    def start(
+        self,
+        transfer: Transfer,
+        done: Callable[[int, TierFault | None], None],
+        broke: Callable[[BaseException], None],
+    ) -> None:
         task = asyncio.get_running_loop().create_task(self._carry(transfer, done))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def over(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if error is not None:
+                broke(error)
+
+        task.add_done_callback(over)
 
     async def drain(self) -> None:
         """Wait until nothing is in flight."""

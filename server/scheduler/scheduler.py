@@ -134,7 +134,7 @@ class Scheduler:
             rows = self._draft(now)
             preempted = self.preemptions > before
         if not rows:
-            assert not self.requests or self.onboarding or self.kv.in_flight, "requests wait and nothing can ever run"
+            assert not self.requests or self.onboarding or self.kv.moving, "requests wait and nothing can ever run"
             return None
         self._next_plan += 1
         self._planned_ids = rows

@@ -1,0 +1,128 @@
+"""The invariants of the scheduler, each one function that raises InvariantViolation. Reads all, changes nothing.
+
+`check_scheduler` costs O(requests and their blocks): for the property machine, the simulation and an idle daemon.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+from server.kvcache.audit import InvariantViolation
+from server.scheduler.request import Request, RequestState
+from server.scheduler.scheduler import Scheduler
+from server.types import DEVICE, FrameId, StepRow
+
+
+def _require(fact: bool, message: str) -> None:
+    if not fact:
+        raise InvariantViolation(message)
+
+
+def one_queue_each(scheduler: Scheduler) -> None:
+    """A live request is in exactly the queue that its state names; queues are in rank order."""
+    queues = {
+        RequestState.WAITING: scheduler.waiting,
+        RequestState.ONBOARDING: scheduler.onboarding,
+        RequestState.RUNNING: scheduler.running,
+    }
+    for state, queue in queues.items():
+        _require(all(request.state is state for request in queue), f"a request queued as {state.name} is not")
+    queued = Counter(request.id for queue in queues.values() for request in queue)
+    _require(queued == Counter(scheduler.requests.keys()), "a live request is in no queue or two, or a dead one in one")
+    for queue in (scheduler.waiting, scheduler.running):
+        ranks = [scheduler.policy.rank(request) for request in queue]
+        _require(all(a <= b for a, b in pairwise(ranks)), "a queue is not in rank order")
+
+
+def limits_hold(scheduler: Scheduler) -> None:
+    """Running and onboarding requests, queue lengths and lengths of requests are within their limits."""
+    limits = scheduler.limits
+    _require(len(scheduler.running) + len(scheduler.onboarding) <= limits.max_running, "more requests run than allowed")
+    fresh = [request for request in scheduler.waiting if not request.preemptions]
+    _require(len(fresh) <= limits.max_queued_requests, "more requests wait than allowed")
+    waiting_tokens = sum(len(request.tokens) for request in scheduler.waiting)
+    _require(scheduler.queued_tokens == waiting_tokens, "the count of waiting tokens is off")
+    for request in scheduler.requests.values():
+        _require(len(request.tokens) <= limits.max_model_len, f"request {request.id} outgrew the context")
+        _require(request.generated <= request.params.max_tokens, f"request {request.id} outgrew max_tokens")
+
+
+def leases_fit(scheduler: Scheduler) -> None:
+    """Exactly the admitted requests hold a lease, one each, that covers what is computed; waiting ones hold nothing."""
+    holders = [*scheduler.running, *scheduler.onboarding]
+    held = {id(request.lease) for request in holders}
+    _require(len(held) == len(holders), "two requests share a lease, or one has none")
+    _require(held == {id(lease) for lease in scheduler.kv.leases}, "a lease without a request, or the reverse")
+    for request in scheduler.waiting:
+        _require(request.lease is None and request.computed_tokens == 0, f"waiting request {request.id} holds blocks")
+    size = scheduler.kv.layout.block_tokens
+    for request in scheduler.running:
+        lease = request.lease
+        _require(lease is not None and not lease.onboarding, f"request {request.id} runs before its blocks landed")
+        assert lease is not None
+        computed = request.computed_tokens
+        _require(computed <= len(lease.blocks) * size, f"request {request.id} computed more than its blocks hold")
+        _require(lease.sealed * size <= computed, f"request {request.id} sealed what is not computed")
+        _require(computed < len(request.tokens), f"request {request.id} has no token left to feed")
+        own = [block.hash for block in lease.blocks[: lease.sealed]]
+        _require(own == request.hashes[: lease.sealed], f"request {request.id} holds blocks of other tokens")
+
+
+def promises_are_kept(scheduler: Scheduler) -> None:
+    """Hashes that others wait for are exactly those that running requests have yet to seal."""
+    claimed: Counter[bytes] = Counter()
+    for request in scheduler.requests.values():
+        if request.state is RequestState.RUNNING:
+            claimed.update(request.hashes[position] for position in request.claimed)
+    _require(claimed == Counter(scheduler._computing), "the hashes being computed differ from those claimed")
+
+
+def plan_is_sound(scheduler: Scheduler) -> None:
+    """A planned step keeps to its budget, has one row per live request, and writes only private frames, each once."""
+    plan = scheduler.planned
+    if plan is None:
+        return
+    limits, size = scheduler.limits, scheduler.kv.layout.block_tokens
+    _require(
+        0 < plan.tokens <= limits.max_step_tokens, f"a step of {plan.tokens} tokens, {limits.max_step_tokens} allowed"
+    )
+    _require(len({row.request_id for row in plan.rows}) == len(plan.rows), "a request has two rows in one step")
+    shared = {
+        block.copies[DEVICE].frame for block in scheduler.kv.index.values() if DEVICE in block.copies
+    } | scheduler.kv.device.pool.free_frames()
+    written: set[FrameId] = set()
+    for row in plan.rows:
+        request = scheduler.requests.get(row.request_id)
+        _require(request is not None and request.lease is not None, f"request {row.request_id} left a running step")
+        assert request is not None
+        _row_fits(request, row, limits.max_chunk_tokens)
+        own = set(row.frames[row.start // size : -(-(row.start + len(row.tokens)) // size)].tolist())
+        _require(not own & shared, f"request {request.id} writes a frame that is shared or free")
+        _require(not own & written, f"request {request.id} writes a frame that another row writes")
+        written |= own
+    rows = {row.request_id for row in plan.rows}
+    for request in scheduler.running:
+        _require(request.lacking > 1 or request.id in rows, f"request {request.id} decodes and is left out of a step")
+
+
+def _row_fits(request: Request, row: StepRow, max_chunk_tokens: int) -> None:
+    name, end = f"request {request.id}", row.start + len(row.tokens)
+    _require(0 < len(row.tokens) <= max_chunk_tokens, f"{name}: a row of {len(row.tokens)} tokens")
+    _require(row.start == request.computed_tokens, f"{name}: its row does not start where it stands")
+    _require(row.tokens == request.tokens[row.start : end], f"{name}: its row feeds other tokens than its own")
+    assert request.lease is not None
+    frames = [block.copies[DEVICE].frame for block in request.lease.blocks]
+    _require(row.frames.tolist() == frames[: len(row.frames)], f"{name}: its row names frames of others")
+    last = end == len(request.tokens) and request.generated < request.params.max_tokens
+    _require((row.sample is not None) == last, f"{name}: it samples exactly after its last token")
+    _require(row.sample is None or row.sample.position == end, f"{name}: it samples for the wrong position")
+
+
+INVARIANTS = (one_queue_each, limits_hold, leases_fit, promises_are_kept, plan_is_sound)
+
+
+def check_scheduler(scheduler: Scheduler) -> None:
+    """Raise InvariantViolation at the first invariant that does not hold. Costs O(requests and their blocks)."""
+    for invariant in INVARIANTS:
+        invariant(scheduler)

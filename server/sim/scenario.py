@@ -1,0 +1,349 @@
+"""One seed, one scenario: a small random daemon, random clients and faults, and everything that must hold afterwards.
+
+The engine, scheduler, KV manager and mover are the production ones; only the clock, the model and the media are
+simulated. A scenario is drawn from its seed alone, so `python -m server.sim --seed N` replays it to the last callback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+from server.engine import Engine, GenerateSpec, Stream
+from server.errors import NotReady, Overloaded
+from server.kvcache import audit
+from server.kvcache.eviction import POLICIES as EVICTION
+from server.kvcache.hashing import extend_hashes
+from server.kvcache.manager import KVManager, TierSpec
+from server.kvcache.mover import Mover
+from server.metrics import Metrics
+from server.scheduler.audit import check_scheduler
+from server.scheduler.policy import POLICIES as SCHEDULING
+from server.scheduler.policy import make_policy
+from server.scheduler.scheduler import Limits, Scheduler
+from server.sim.clock import SimFailure, VirtualLoop, run_virtual
+from server.sim.oracle import Arena, Expected, OracleRunner, Reference, StepCost
+from server.sim.tiers import FaultPlan, SimTiers
+from server.types import DEVICE, DRAM, BlockLayout, FinishReason, SamplingParams
+
+CPU_LIMIT_S = 4.0
+"""Of one scenario; a healthy one takes some hundredths of a second."""
+END_S = 1e6
+"""Virtual seconds by which every scenario must be over, stalled disks included."""
+MAX_ROT = 40
+"""Blocks damaged at rest in one scenario, so that a stalled disk does not leave all others rotten."""
+FINGERPRINT = b"simulated model"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The daemon of one scenario: sizes so small that every limit is met."""
+
+    layout: BlockLayout
+    tiers: tuple[TierSpec, ...]
+    transfers_max: int
+    limits: Limits
+    policy: str
+    vocab: int
+    cost: StepCost
+    faults: FaultPlan
+    rot_every_s: float | None
+    drain_at_s: float | None
+    drain_timeout_s: float
+
+
+def draw_setup(rng: Random) -> Setup:
+    block_tokens = rng.choice((1, 2, 2, 3, 4))
+    frames = rng.randint(4, 20)
+    max_step_tokens = rng.randint(2, 24)
+    tiers = [TierSpec(DEVICE, frames, rng.choice(sorted(EVICTION)))]
+    if rng.random() < 0.5:
+        tiers.append(TierSpec(DRAM, rng.randint(1, 24), rng.choice(sorted(EVICTION))))
+    faulty = rng.random() < 0.7
+    return Setup(
+        BlockLayout(1, 1, 1, 8, block_tokens),
+        tuple(tiers),
+        transfers_max=rng.choice((1, 2, 8)),
+        limits=Limits(
+            max_running=rng.randint(1, min(8, max_step_tokens)),
+            max_step_tokens=max_step_tokens,
+            max_chunk_tokens=rng.randint(1, max_step_tokens),
+            max_queued_requests=rng.choice((2, 6, 1000)),
+            max_queued_tokens=rng.choice((40, 100_000)),
+            max_model_len=(frames - 1) * block_tokens,
+        ),
+        policy=rng.choice(sorted(SCHEDULING)),
+        vocab=rng.randint(2, 60),
+        cost=StepCost(0.01, 0.001, failure_every=rng.choice((0, 0, 40))),
+        faults=FaultPlan(rng.choice((2, 5, 20)) if faulty else 0, block_s=rng.choice((0.001, 0.02, 0.2))),
+        rot_every_s=rng.choice((None, 0.1, 1.0)) if faulty else None,
+        drain_at_s=rng.uniform(0, 3) if rng.random() < 0.3 else None,
+        drain_timeout_s=rng.choice((0.0, 0.05, 1.0, 1000.0)),
+    )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened in one scenario: enough to see that the seeds reach what they are meant to reach."""
+
+    seed: int
+    counts: Counter[str] = field(default_factory=Counter)
+    virtual_s: float = 0.0
+
+    def __str__(self) -> str:
+        shown = " ".join(f"{name}={count}" for name, count in sorted(self.counts.items()) if count)
+        return f"seed {self.seed}: {self.virtual_s:.2f} s virtual {shown}"
+
+
+class Scenario:
+    """A daemon and its clients on one virtual loop. `findings` is empty after a good run."""
+
+    def __init__(self, seed: int, loop: VirtualLoop) -> None:
+        self.rng = Random(seed)
+        self.outcome = Outcome(seed)
+        self.findings: list[str] = []
+        self.setup = setup = draw_setup(self.rng)
+        self.reference = Reference(setup.vocab)
+        self._loop = loop
+        self._contents: dict[bytes, list[int]] = {}
+        block_tokens = setup.layout.block_tokens
+        arenas = {tier.name: Arena(tier.frames, block_tokens, self._stream("noise")) for tier in setup.tiers}
+        self.tiers = SimTiers(arenas, setup.faults, self._stream("faults"), self.report)
+        self.kv = KVManager(setup.layout, setup.tiers, FINGERPRINT, transfers_max=setup.transfers_max)
+        self.scheduler = Scheduler(self.kv, make_policy(setup.policy), setup.limits)
+        self.runner = OracleRunner(
+            arenas[DEVICE], setup.vocab, setup.cost, self._stream("steps"), self.report, before_step=self.audit
+        )
+        self.engine = Engine(self.scheduler, self.runner, Mover(self.tiers.copy), Metrics("sim"), loop.time)
+        self._prefixes = [self._tokens(self.rng.randint(1, 3 * block_tokens + 2)) for _ in range(3)]
+
+    def _stream(self, name: str) -> Random:
+        """Random numbers of one part, so that a change in one does not shift those of all others."""
+        return Random(f"{self.outcome.seed} {name}")
+
+    def report(self, what: str) -> None:
+        if not self.findings:
+            self.findings.append(f"at {self._loop.time():.4f} s: {what}")
+
+    def audit(self) -> None:
+        """The books must add up at any moment; a breach ends the run here, where it is fresh."""
+        try:
+            audit.check(self.kv)
+            check_scheduler(self.scheduler)
+        except AssertionError as error:
+            self.report(f"{type(error).__name__}: {error}")
+            raise
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        engine = asyncio.create_task(self.engine.run(), name="engine")
+        decay = asyncio.create_task(self._decay(), name="decay")
+        clients = [
+            asyncio.create_task(self._conversation(self._stream(f"client {number}")), name=f"client {number}")
+            for number in range(self.rng.randint(3, 14))
+        ]
+        await asyncio.sleep(0)
+        try:
+            await self._serve(engine, clients)
+        finally:
+            decay.cancel()
+        self._check_quiet()
+
+    async def _serve(self, engine: asyncio.Task[None], clients: list[asyncio.Task[None]]) -> None:
+        everyone = asyncio.gather(*clients)
+        if self.setup.drain_at_s is not None:
+            await asyncio.sleep(self.setup.drain_at_s)
+            await self.engine.drain(self.setup.drain_timeout_s)
+        over: set[asyncio.Future[Any]] = {everyone, engine}
+        await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+        if not engine.done():
+            await everyone
+            await self.engine.drain(END_S)
+        await engine
+        await everyone
+
+    async def _decay(self) -> None:
+        if self.setup.rot_every_s is not None:
+            for _ in range(MAX_ROT):
+                await asyncio.sleep(self.setup.rot_every_s)
+                self.tiers.rot()
+
+    def _check_quiet(self) -> None:
+        """Nobody is left: no leases, no transfers, no queues, and every ready copy holds what its hash says."""
+        kv, scheduler, outcome = self.kv, self.scheduler, self.outcome
+        self.audit()
+        facts = {
+            "the engine stopped": self.engine.state == "stopped",
+            "no request is left": not scheduler.requests and not scheduler.queued_tokens,
+            "no lease is left": not kv.leases,
+            "no transfer is left": not kv.moving,
+            "every block in use is evictable": self.engine.snapshot().blocks_used == 0,
+            "the scenario ended in time": self._loop.time() < END_S,
+        }
+        for fact, holds in facts.items():
+            if not holds:
+                self.report(f"not true in the end: {fact}")
+        self._check_contents()
+        outcome.virtual_s = self._loop.time()
+        outcome.counts.update(
+            steps=self.runner.steps, step_failures=self.runner.failures, preemptions=scheduler.preemptions,
+            evictions=kv.device.evicted_blocks, spills=self.tiers.moved[DRAM], onboards=self.tiers.moved[DEVICE],
+        )  # fmt: skip
+        outcome.counts.update({f"fault_{kind}": count for kind, count in self.tiers.injected.items()})
+
+    def _check_contents(self) -> None:
+        for value, block in self.kv.index.items():
+            for name, copy in block.copies.items():
+                if copy.ready and (name, copy.frame) not in self.tiers.damaged:
+                    content = self.tiers.read((name, copy.frame))
+                    if content != self._contents.get(value):
+                        self.report(f"frame {copy.frame} of {name} is not what was sealed under its hash")
+
+    # --- clients -----------------------------------------------------------------------------------------------------
+
+    def _tokens(self, count: int, rng: Random | None = None) -> list[int]:
+        rng = rng or self.rng
+        return [rng.randrange(self.setup.vocab) for _ in range(count)]
+
+    async def _conversation(self, rng: Random) -> None:
+        """One user: some turns, each on top of the last; some turns ask for several choices at once."""
+        await asyncio.sleep(rng.uniform(0, 2))
+        salt = rng.choice(("", "", "tenant"))
+        prompt = list(rng.choice(self._prefixes)) + self._tokens(rng.randint(0, 4), rng)
+        priority = rng.randint(0, 2)
+        for _ in range(rng.randint(1, 4)):
+            prompt = prompt[: self.setup.limits.max_model_len]
+            params = self._params(rng, len(prompt))
+            siblings = [
+                self._request(GenerateSpec(prompt, _seeded(params, rng), salt, priority), Random(rng.random()))
+                for _ in range(rng.choice((1, 1, 1, 2, 4)))
+            ]
+            answers = await asyncio.gather(*siblings)
+            prompt = prompt + answers[0] + self._tokens(rng.randint(1, 4), rng)
+            await asyncio.sleep(rng.choice((0.0, rng.uniform(0, 1))))
+
+    def _params(self, rng: Random, prompt_tokens: int) -> SamplingParams:
+        room = self.setup.limits.max_model_len - prompt_tokens
+        return SamplingParams(
+            max_tokens=rng.randint(0 if rng.random() < 0.1 else min(1, room), min(room, rng.choice((2, 8, 40)))),
+            stop_token_ids=frozenset(self._tokens(rng.choice((0, 0, 1)), rng)),
+            min_tokens=rng.choice((0, 0, 3)),
+            prompt_logprobs=0 if rng.random() < 0.1 else None,
+        )
+
+    async def _request(self, spec: GenerateSpec, rng: Random) -> list[int]:
+        stream = await self._submit(spec, rng)
+        if stream is None:
+            return []
+        self.runner.tenants[stream.request_id] = spec.cache_salt
+        expected = self.reference.generate(spec.cache_salt, spec.prompt, spec.params)
+        self._remember(spec, expected)
+        answer = _Answer(stream, spec, expected, self.report)
+        patience_s = rng.choice((0.0, rng.uniform(0, 0.5), rng.uniform(0, 3))) if rng.random() < 0.15 else None
+        enough = rng.randint(0, 10) if rng.random() < 0.1 else None
+        slow_s = rng.choice((0.0, 0.0, 0.3))
+        try:
+            async with asyncio.timeout(patience_s):
+                await answer.read(enough, slow_s)
+        except TimeoutError:
+            self.outcome.counts["impatient"] += 1
+        finally:
+            stream.close()
+        answer.check(may_fail=self.runner.failures > 0, may_abort=self.engine.state != "ready")
+        self.outcome.counts[f"ended_{answer.finish or 'closed'}"] += 1
+        self.outcome.counts["hit_tokens"] += stream.cached_tokens or 0
+        return answer.tokens
+
+    async def _submit(self, spec: GenerateSpec, rng: Random) -> Stream | None:
+        for _ in range(3):
+            try:
+                return self.engine.submit(spec)
+            except Overloaded as error:
+                self.outcome.counts["overloaded"] += 1
+                await asyncio.sleep(error.retry_after_s * rng.uniform(0.1, 1))
+            except NotReady:
+                self.outcome.counts["not_ready"] += 1
+                return None
+        return None
+
+    def _remember(self, spec: GenerateSpec, expected: Expected) -> None:
+        """What the blocks of this request hold, by hash: the truth that ready copies are compared with at the end."""
+        tokens, size = array("i", [*spec.prompt, *expected.tokens]), self.setup.layout.block_tokens
+        hashes: list[bytes] = []
+        extend_hashes(hashes, self.kv.root(spec.cache_salt), tokens, size)
+        numbers = self.reference.kv(spec.cache_salt, tokens)
+        for position, value in enumerate(hashes):
+            self._contents[value] = numbers[position * size : (position + 1) * size]
+
+
+class _Answer:
+    """What one client received, and whether it may look like that."""
+
+    def __init__(self, stream: Stream, spec: GenerateSpec, expected: Expected, report: Callable[[str], None]) -> None:
+        self.tokens: list[int] = []
+        self.finish: FinishReason | None = None
+        self._scores: list[float] | None = None
+        self._stream = stream
+        self._spec = spec
+        self._expected = expected
+        self._report = report
+
+    async def read(self, enough: int | None, slow_s: float) -> None:
+        """Read until the end or, when given, until `enough` tokens; `slow_s` is slept before each batch."""
+        async for batch in self._stream:
+            for event in batch:
+                if event.token is not None:
+                    self.tokens.append(event.token)
+                if event.prompt_logprobs is not None:
+                    self._scores = [entry.logprob for entry in event.prompt_logprobs]
+                self.finish = event.finish
+            if enough is not None and len(self.tokens) >= enough:
+                return
+            await asyncio.sleep(slow_s)
+
+    def check(self, *, may_fail: bool, may_abort: bool) -> None:
+        expected, name = self._expected, f"request {self._stream.request_id}"
+        if self.tokens != expected.tokens[: len(self.tokens)]:
+            self._report(f"{name}: got {self.tokens}, alone it gives {expected.tokens}")
+        if self.finish in (FinishReason.STOP, FinishReason.LENGTH):
+            if self.tokens != expected.tokens or self.finish != expected.finish:
+                self._report(f"{name}: ended with {self.finish} after {self.tokens}, not {expected}")
+            if self._spec.params.prompt_logprobs is not None and self._scores != expected.prompt_scores:
+                self._report(f"{name}: prompt scores {self._scores}, alone {expected.prompt_scores}")
+        if self.finish is FinishReason.ERROR and not may_fail:
+            self._report(f"{name}: ended with an error that nobody injected")
+        if self.finish is FinishReason.ABORT and not may_abort:
+            self._report(f"{name}: was aborted by nobody")
+        cached = self._stream.cached_tokens
+        if cached is not None and cached >= len(self._spec.prompt):
+            self._report(
+                f"{name}: {cached} of {len(self._spec.prompt)} prompt tokens from the cache leave none to sample"
+            )
+
+
+def _seeded(params: SamplingParams, rng: Random) -> SamplingParams:
+    return replace(params, seed=rng.randrange(4))
+
+
+def run_seed(seed: int) -> Outcome:
+    """Run one scenario. Raises SimFailure with everything needed to understand it."""
+    loop = VirtualLoop()
+    scenario = Scenario(seed, loop)
+    logging.disable(logging.CRITICAL)  # injected faults would be logged by the thousand
+    try:
+        run_virtual(scenario.run(), loop, cpu_limit_s=CPU_LIMIT_S)
+    except Exception as error:
+        found = f"; {scenario.findings[0]}" if scenario.findings else ""
+        raise SimFailure(f"seed {seed}: {type(error).__name__}: {error}{found}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    if scenario.findings:
+        raise SimFailure(f"seed {seed}: {scenario.findings[0]}")
+    return scenario.outcome
