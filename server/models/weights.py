@@ -56,9 +56,9 @@ def resolve_folder(model: str, revision: str | None = None, *, offline: bool = F
     and tokenizer files are fetched, enough for `load_format="dummy"`. Blocking; does network and file I/O.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
-    if path.exists():
+    if model and path.exists():
         raise ConfigError(f"model {model!r} is a file; pass the folder that holds config.json", param="model")
     if not HUB_ID.fullmatch(model):
         raise ConfigError(f"model {model!r} is neither a folder nor a hub id of the form owner/name", param="model")

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported family, made with transformers, and a driver of our models over paged KV."""
+"""Tiny random checkpoints of every supported family, from transformers, and a driver of our models over paged KV."""
 
 from __future__ import annotations
 

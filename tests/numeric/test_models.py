@@ -72,10 +72,9 @@ def test_half_precision(checkpoint: Checkpoint, name: str, dtype: str) -> None:
     folder, reference = checkpoint(name)
     tokens = random_tokens(100, seed=5)
     exact = reference_logits(reference, tokens)
-    half = type(reference)(reference.config)
-    half.load_state_dict(reference.state_dict())
     torch_dtype = getattr(torch, dtype)
-    theirs = (reference_logits(half.to(torch_dtype), tokens) - exact).abs().max()
+    half = type(reference).from_pretrained(folder, dtype=torch_dtype, attn_implementation="eager")
+    theirs = (reference_logits(half, tokens) - exact).abs().max()
     model = load_model(folder, dtype=dtype)
     assert model.dtype == torch_dtype
     ours = (Paged(model, kv_dtype=torch_dtype).logits(tokens, 33) - exact).abs().max()
@@ -84,7 +83,7 @@ def test_half_precision(checkpoint: Checkpoint, name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_cache_under_fp32_weights(checkpoint: Checkpoint, kv_dtype: torch.dtype) -> None:
-    """An fp32 model over a half-precision cache differs by the rounding of K and V only: a few hundredths of a logit."""
+    """An fp32 model over a half-precision cache differs by the rounding of K and V: a few hundredths of a logit."""
     folder, reference = checkpoint("llama2")
     tokens = random_tokens(100, seed=6)
     exact = reference_logits(reference, tokens)
