@@ -1,0 +1,275 @@
+"""Scheduler and KV manager under any order of submits, aborts, steps, failed steps and transfers.
+
+The step result is made up on the spot: which token comes next is arithmetic on its position, so that prompts and
+answers of different requests collide and share blocks.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from server.errors import InvalidRequest, Overloaded
+from server.kvcache import audit
+from server.kvcache.manager import KVManager, TierSpec
+from server.scheduler.audit import check_scheduler
+from server.scheduler.policy import make_policy
+from server.scheduler.request import Request, RequestState, request_from
+from server.scheduler.scheduler import Limits, Scheduler
+from server.types import (
+    DEVICE,
+    DRAM,
+    BlockLayout,
+    FinishReason,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TierFault,
+    TokenEvent,
+    TokenLogprobs,
+    Transfer,
+)
+
+STOP = 3
+ALL_DONE_STEPS = 3000
+"""Far more than any of these little workloads takes; still needed by a scheduler that goes in circles."""
+
+
+@dataclass
+class Client:
+    """What one client has received."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    scores: Sequence[TokenLogprobs] | None = None
+    aborted: bool = False
+
+
+def sampled(position: int, prompt_tokens: int) -> int:
+    """The token at `position`: repetitive, so that answers of siblings make the same blocks."""
+    return (position * 5 + prompt_tokens) % 4
+
+
+def made_up(plan: StepPlan) -> StepResult:
+    """A result with one token for each row that samples and one score for each target."""
+    tokens = [sampled(row.sample.position, row.sample.prompt_tokens) if row.sample else None for row in plan.rows]
+    scores = [
+        None if row.prompt_logprobs is None else [TokenLogprobs(t, -1.0, 1) for t in row.targets or ()]
+        for row in plan.rows
+    ]
+    return StepResult(plan.id, tokens, [None] * len(tokens), scores, 0.0, 0.0)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    scheduler_class: type[Scheduler] = Scheduler
+    manager: type[KVManager] = KVManager
+
+    @initialize(
+        device=st.integers(2, 7),
+        lower=st.integers(0, 4),
+        block_tokens=st.integers(1, 2),
+        eviction=st.sampled_from(["lru", "slru"]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        limits=st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(1, 5), st.integers(1, 4), st.integers(4, 30)),
+    )
+    def start(
+        self, device: int, lower: int, block_tokens: int, eviction: str, policy: str, limits: tuple[int, ...]
+    ) -> None:
+        running, more, chunk, queued, queued_tokens = limits
+        tiers = [TierSpec(DEVICE, device, eviction), *([TierSpec(DRAM, lower, eviction)] if lower else [])]
+        self.kv = self.manager(BlockLayout(1, 1, 1, 8, block_tokens), tiers, b"model", transfers_max=2)
+        self.limits = Limits(running, running + more, chunk, queued, queued_tokens, (device - 1) * block_tokens)
+        self.scheduler = self.scheduler_class(self.kv, make_policy(policy), self.limits)
+        self.clients: dict[int, Client] = {}
+        self.moving: list[Transfer] = []
+        self.now = 0.0
+        self.next_id = 0
+
+    def later(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def live(self) -> list[int]:
+        return sorted(self.scheduler.requests)
+
+    # --- clients -----------------------------------------------------------------------------------------------------
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=10),
+        max_tokens=st.integers(0, 6),
+        min_tokens=st.integers(0, 2),
+        stops=st.booleans(),
+        scored=st.sampled_from([None, None, 0]),
+        priority=st.integers(0, 2),
+    )
+    def submit(
+        self, prompt: list[int], max_tokens: int, min_tokens: int, stops: bool, scored: int | None, priority: int
+    ) -> None:
+        """A request is taken unless it can never fit or a queue limit is reached, and then it is refused."""
+        params = SamplingParams(
+            max_tokens,
+            min_tokens=min_tokens,
+            stop_token_ids=frozenset([STOP] if stops else []),
+            prompt_logprobs=scored,
+        )
+        self.next_id += 1
+        request = request_from(
+            self.next_id, prompt, params, self.kv.root(""), priority=priority, now=self.later() // 3
+        )
+        waiting, limits = self.scheduler.waiting, self.limits
+        fits = len(prompt) + max_tokens <= limits.max_model_len
+        queued_tokens = sum(len(other.tokens) for other in waiting)
+        full = len(waiting) >= limits.max_queued_requests or (
+            bool(waiting) and queued_tokens + len(prompt) > limits.max_queued_tokens
+        )
+        try:
+            self.scheduler.submit(request)
+        except InvalidRequest:
+            assert not fits, "a request that fits was refused"
+        except Overloaded as error:
+            assert full, "a request was refused with room in the queue"
+            assert error.retry_after_s > 0, "a refusal says when to come back"
+        else:
+            assert fits and not full, "a request over a limit was taken"
+            self.clients[request.id] = Client(request)
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """A client leaves: its request is gone at once unless it is in the step that runs."""
+        id = data.draw(st.sampled_from(self.live()))
+        self.clients[id].aborted = True
+        self.scheduler.abort(id, self.later())
+        self.scheduler.abort(id, self.later())
+        planned = self.scheduler.planned
+        in_step = planned is not None and any(row.request_id == id for row in planned.rows)
+        assert (id in self.scheduler.requests) == in_step
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.scheduler.planned is None)
+    @rule()
+    def plan(self) -> None:
+        """A step has rows, or nothing can run until something lands; whoever ranks first is never left out."""
+        plan = self.scheduler.plan(self.later())
+        if plan is None:
+            assert not self.scheduler.running, "running requests and no step"
+            return
+        assert plan.rows, "a step without rows"
+        first = min(self.scheduler.running, key=self.scheduler.policy.rank)
+        assert any(row.request_id == first.id for row in plan.rows), "the first in rank is left out of a step"
+
+    @precondition(lambda self: self.scheduler.planned is not None)
+    @rule()
+    def commit(self) -> None:
+        plan = self.scheduler.planned
+        assert plan is not None
+        self.deliver(self.scheduler.commit(plan, made_up(plan), self.later()))
+
+    @precondition(lambda self: self.scheduler.planned is not None)
+    @rule()
+    def fail(self) -> None:
+        """A failed step ends exactly its own requests, and tells those that still listen."""
+        plan = self.scheduler.planned
+        assert plan is not None
+        ids = {row.request_id for row in plan.rows}
+        others = set(self.scheduler.requests) - ids
+        told = {id for id in ids if not self.clients[id].aborted}
+        events = self.scheduler.fail(plan, "the device is gone", self.later())
+        assert {event.request_id for event in events} == told
+        assert all(event.finish is FinishReason.ERROR for event in events)
+        assert set(self.scheduler.requests) == others
+        self.deliver(events)
+
+    # --- transfers ---------------------------------------------------------------------------------------------------
+
+    @rule()
+    def plan_transfers(self) -> None:
+        self.moving += self.kv.plan_transfers(self.later())
+
+    @precondition(lambda self: self.moving)
+    @rule(data=st.data(), reason=st.sampled_from([None, None, "io", "corrupt"]))
+    def complete(self, data: st.DataObject, reason: str | None) -> None:
+        transfer = data.draw(st.sampled_from(self.moving))
+        self.moving.remove(transfer)
+        self.kv.complete(transfer.id, TierFault(reason) if reason else None, self.later())
+
+    # --- what must hold ----------------------------------------------------------------------------------------------
+
+    def deliver(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            client = self.clients[event.request_id]
+            assert client.finish is None, "an event after the last"
+            assert not client.aborted, "an event for a client that left"
+            if event.prompt_logprobs is not None:
+                assert client.scores is None, "prompt scores came twice"
+                client.scores = event.prompt_logprobs
+            if event.token is not None:
+                client.tokens.append(event.token)
+            client.finish = event.finish
+            if event.finish in (FinishReason.STOP, FinishReason.LENGTH):
+                self.check_answer(client)
+
+    def check_answer(self, client: Client) -> None:
+        """The answer is that of the request alone: as long as it may be, its prompt scored once and in full."""
+        params, prompt = client.request.params, client.request.tokens[: client.request.prompt_tokens]
+        expected: list[int] = []
+        while len(expected) < params.max_tokens:
+            expected.append(sampled(len(prompt) + len(expected), len(prompt)))
+            if expected[-1] in params.stop_token_ids and len(expected) > params.min_tokens:
+                break
+        assert client.tokens == expected
+        assert client.request.tokens == prompt + array("i", expected)
+        if params.prompt_logprobs is None:
+            assert client.scores is None
+        else:
+            assert client.scores is not None, "no prompt scores"
+            assert [entry.token for entry in client.scores] == list(prompt[1:])
+
+    @invariant()
+    def books(self) -> None:
+        if hasattr(self, "scheduler"):
+            audit.check(self.kv)
+            check_scheduler(self.scheduler)
+
+    def turn(self) -> None:
+        """One turn of the engine's loop, with transfers that land at once."""
+        if self.scheduler.planned is None:
+            self.plan()
+        self.plan_transfers()
+        if self.scheduler.planned is not None:
+            self.commit()
+        for transfer in self.moving:
+            self.kv.complete(transfer.id, None, self.later())
+        self.moving.clear()
+        self.books()
+
+    def teardown(self) -> None:
+        """Those who wait are served although newcomers never stop; then all end, and nothing is held."""
+        if not hasattr(self, "scheduler"):
+            return
+        waiting = set(self.scheduler.requests)
+        steps = 0
+        while waiting & set(self.scheduler.requests):
+            steps += 1
+            assert steps < ALL_DONE_STEPS, "requests starve"
+            self.now += 10
+            self.submit([0, 1] if self.limits.max_model_len > 2 else [0], 1, 0, False, None, 9)
+            self.turn()
+        while not self.scheduler.idle:
+            steps += 1
+            assert steps < ALL_DONE_STEPS, "requests never end"
+            self.turn()
+        assert all(client.finish or client.aborted for client in self.clients.values())
+        assert all(client.request.state is RequestState.FINISHED for client in self.clients.values())
+        assert not self.kv.leases
+        assert not self.scheduler.queued_tokens
+        while self.kv.moving or self.moving:
+            self.turn()
+        for tier in self.kv.tiers.values():
+            assert tier.available == tier.pool.capacity, f"{tier.name}: frames are lost"
