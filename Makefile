@@ -43,11 +43,11 @@ format: $(DEV) ## let ruff format and fix
 bench: $(DEV) ## speed of scheduler, model and server; fails when a stated goal is missed
 	$(BIN)/python -m server.bench $(ARGS)
 
-sim: $(DEV) ## nightly form: SEEDS of the simulation with faults, and the property machines with many examples
+sim: $(DEV) ## nightly form: SEEDS of the simulation with faults, and long runs of the property machines
 	$(BIN)/python -m server.sim --seeds $(SEEDS)
-	$(BIN)/python -m pytest --hypothesis-profile=nightly tests/property $(ARGS)
+	$(BIN)/python -m pytest -m nightly --ignore=tests/e2e $(ARGS)
 
-fuzz: $(DEV) ## nightly form of the HTTP fuzzing: schema-driven and random bodies
+fuzz: $(DEV) ## nightly form: ten thousand random HTTP bodies against a daemon
 	$(BIN)/python -m pytest -m nightly tests/e2e $(ARGS)
 
 install: $(RUN) ## set up $(VENV) to serve

@@ -11,18 +11,15 @@ from hypothesis import HealthCheck, settings
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much)
 settings.register_profile("default", deadline=None, suppress_health_check=_QUIET)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True)
-settings.register_profile("nightly", parent=settings.get_profile("default"), max_examples=2000)
-"""`make sim` asks for it by name: --hypothesis-profile=nightly."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Hub look-ups fail at once rather than wait for a network, and the operator's TERRACE_ settings do not leak in."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in [name for name in os.environ if name.startswith("TERRACE_")]:
         del os.environ[name]
-    if not config.getoption("--hypothesis-profile", None):
-        settings.load_profile("ci" if os.environ.get("CI") else "default")
+    settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
