@@ -160,7 +160,7 @@ Metadata = Annotated[dict[str, str], Field(max_length=64)]
 
 
 class StreamOptions(_Request):
-    include_usage: bool = Field(default=False, description="Send one last chunk that carries the usage.")
+    include_usage: bool | None = Field(default=None, description="Send one last chunk that carries the usage.")
     include_obfuscation: bool | None = Field(default=None, description="Accepted; no padding is ever sent.")
 
 
@@ -202,7 +202,7 @@ class GenerationRequest(_Request):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class CompletionRequest(GenerationRequest):

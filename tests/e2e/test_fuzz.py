@@ -22,13 +22,13 @@ from schemathesis.specs.openapi.checks import (
 from tests.e2e.daemon import Served, ServerThread, fuzz_config
 from tests.e2e.fuzz import storm
 
-CHECKS = (
+CHECKS = [
     not_a_server_error,
     status_code_conformance,
     content_type_conformance,
     response_headers_conformance,
     response_schema_conformance,
-)
+]
 BOUNDED = settings(
     max_examples=40,
     derandomize=True,

@@ -122,7 +122,7 @@ def test_sigterm_finishes_what_runs_and_exits_0(tmp_path: Path) -> None:
 
 
 def test_what_outlasts_the_shutdown_timeout_is_told_so(tmp_path: Path) -> None:
-    """A stream that SIGINT does not give the time to finish ends with an error event; the exit code is 0 all the same."""
+    """A stream that SIGINT gives no time to finish ends with an error event; the exit code is 0 all the same."""
     process, url = start(write_model(tmp_path / "tiny", context=4096), "--shutdown-timeout-s", "0")
     try:
         with (
