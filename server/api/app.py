@@ -38,7 +38,9 @@ def create_app(service: Service) -> FastAPI:
     # Added last is outermost: even a refusal has a request id and is counted.
     app.add_middleware(BearerAuth, key_hashes=service.api_key_hashes)
     app.add_middleware(RequestContext, metrics=service.metrics)
-    _document(app, guarded=bool(service.api_key_hashes))
+    plain = app.openapi
+    # Made when first asked for: it takes 100 ms, which a start need not wait for.
+    app.openapi = lambda: app.openapi_schema or _document(app, plain(), guarded=bool(service.api_key_hashes))  # type: ignore[method-assign]
     routes = [*openai.router.routes, *ops.router.routes]
     service.metrics.declare_http(
         (route.path, method)
@@ -49,9 +51,8 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _document(app: FastAPI, *, guarded: bool) -> None:
-    """Adds the bodies that handlers read themselves to the OpenAPI document, which is made once."""
-    document: dict[str, Any] = app.openapi()
+def _document(app: FastAPI, document: dict[str, Any], *, guarded: bool) -> dict[str, Any]:
+    """FastAPI's `document` with the bodies that handlers read themselves; kept by `app`."""
     _, definitions = models_json_schema(
         [(body, "validation") for body in _BODIES], ref_template="#/components/schemas/{model}"
     )
@@ -61,3 +62,4 @@ def _document(app: FastAPI, *, guarded: bool) -> None:
         components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"bearer": []}]
     app.openapi_schema = document
+    return document
