@@ -70,7 +70,7 @@ def describe_tasks(loop: asyncio.AbstractEventLoop) -> str:
 def run_virtual(main: Coroutine[Any, Any, Result], loop: VirtualLoop, *, cpu_limit_s: float) -> Result:
     """Run `main` to its end on `loop` and close it. Raises SimFailure on deadlock, livelock, or too much CPU time."""
     try:
-        with _watchdog(cpu_limit_s):
+        with cpu_limit(cpu_limit_s):
             return loop.run_until_complete(main)
     finally:
         _abandon_tasks(loop)
@@ -85,15 +85,15 @@ def _abandon_tasks(loop: VirtualLoop) -> None:
 
 
 @contextmanager
-def _watchdog(cpu_limit_s: float) -> Iterator[None]:
+def cpu_limit(limit_s: float) -> Iterator[None]:
     """Ends a loop inside one callback, which no event loop could: by CPU time, so that a busy machine is no failure."""
 
     def on_alarm(number: int, frame: FrameType | None) -> None:
         where = f"{frame.f_code.co_qualname}:{frame.f_lineno}" if frame else "nowhere"
-        raise SimFailure(f"hang: {cpu_limit_s:g} s of CPU time in one scenario, last in {where}")
+        raise SimFailure(f"hang: {limit_s:g} s of CPU time, last in {where}")
 
     before = signal.signal(signal.SIGVTALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_VIRTUAL, cpu_limit_s)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)
     try:
         yield
     finally:

@@ -51,6 +51,7 @@ class Setup:
     limits: Limits
     policy: str
     vocab: int
+    arrivals_s: float
     cost: StepCost
     faults: FaultPlan
     rot_every_s: float | None
@@ -80,7 +81,8 @@ def draw_setup(rng: Random) -> Setup:
         ),
         policy=rng.choice(sorted(SCHEDULING)),
         vocab=rng.randint(2, 60),
-        cost=StepCost(0.01, 0.001, failure_every=rng.choice((0, 0, 40))),
+        arrivals_s=rng.choice((0.0, 0.2, 2.0)),
+        cost=StepCost(0.01, 0.001, failure_every=rng.choice((0, 0, 15, 60))),
         faults=FaultPlan(rng.choice((2, 5, 20)) if faulty else 0, block_s=rng.choice((0.001, 0.02, 0.2))),
         rot_every_s=rng.choice((None, 0.1, 1.0)) if faulty else None,
         drain_at_s=rng.uniform(0, 3) if rng.random() < 0.3 else None,
@@ -214,7 +216,7 @@ class Scenario:
 
     async def _conversation(self, rng: Random) -> None:
         """One user: some turns, each on top of the last; some turns ask for several choices at once."""
-        await asyncio.sleep(rng.uniform(0, 2))
+        await asyncio.sleep(rng.uniform(0, self.setup.arrivals_s))
         salt = rng.choice(("", "", "tenant"))
         prompt = list(rng.choice(self._prefixes)) + self._tokens(rng.randint(0, 4), rng)
         priority = rng.randint(0, 2)
@@ -246,7 +248,7 @@ class Scenario:
         expected = self.reference.generate(spec.cache_salt, spec.prompt, spec.params)
         self._remember(spec, expected)
         answer = _Answer(stream, spec, expected, self.report)
-        patience_s = rng.choice((0.0, rng.uniform(0, 0.5), rng.uniform(0, 3))) if rng.random() < 0.15 else None
+        patience_s = rng.choice((0.0, rng.uniform(0, 0.2), rng.uniform(0, 2))) if rng.random() < 0.2 else None
         enough = rng.randint(0, 10) if rng.random() < 0.1 else None
         slow_s = rng.choice((0.0, 0.0, 0.3))
         try:
@@ -332,13 +334,13 @@ def _seeded(params: SamplingParams, rng: Random) -> SamplingParams:
     return replace(params, seed=rng.randrange(4))
 
 
-def run_seed(seed: int) -> Outcome:
+def run_seed(seed: int, *, cpu_limit_s: float = CPU_LIMIT_S) -> Outcome:
     """Run one scenario. Raises SimFailure with everything needed to understand it."""
     loop = VirtualLoop()
     scenario = Scenario(seed, loop)
     logging.disable(logging.CRITICAL)  # injected faults would be logged by the thousand
     try:
-        run_virtual(scenario.run(), loop, cpu_limit_s=CPU_LIMIT_S)
+        run_virtual(scenario.run(), loop, cpu_limit_s=cpu_limit_s)
     except Exception as error:
         found = f"; {scenario.findings[0]}" if scenario.findings else ""
         raise SimFailure(f"seed {seed}: {type(error).__name__}: {error}{found}") from error

@@ -21,10 +21,14 @@ from server.kvcache.manager import KVManager, TierSpec
 from server.types import DEVICE, DRAM, BlockHash, BlockLayout, TierFault, TierName, Transfer
 
 NOISE = "noise"
-SALTS = ("", "tenant")
-MAX_TOKENS = 8
 
-tokens_of = st.lists(st.integers(0, 1), min_size=1, max_size=MAX_TOKENS)
+# Three sequences that part late: most requests share blocks, some of them all.
+tokens_of = st.builds(
+    lambda sequence, length: list(sequence[:length]),
+    st.sampled_from([(0,) * 9, (0, 0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1, 1, 1, 1, 1, 1)]),
+    st.integers(1, 9),
+)
+salts = st.sampled_from(["", "", "", "tenant"])
 
 
 @dataclass(eq=False)
@@ -51,8 +55,8 @@ class KVMachine(RuleBasedStateMachine):
     manager: type[KVManager] = KVManager
 
     @initialize(
-        device=st.integers(1, 4),
-        lower=st.integers(0, 3),
+        device=st.integers(1, 5),
+        lower=st.integers(0, 4),
         block_tokens=st.integers(1, 2),
         policies=st.tuples(st.sampled_from(["lru", "slru"]), st.sampled_from(["lru", "slru"])),
         transfers_max=st.integers(1, 3),
@@ -81,7 +85,7 @@ class KVMachine(RuleBasedStateMachine):
 
     # --- what a scheduler does ---------------------------------------------------------------------------------------
 
-    @rule(tokens=tokens_of, salt=st.sampled_from(SALTS))
+    @rule(tokens=tokens_of, salt=salts)
     def admit(self, tokens: list[int], salt: str) -> None:
         """A request arrives; what it matched and is ready must hold its own tokens."""
         holder = Holder(Lease(), salt, array("i", tokens), [])
@@ -94,11 +98,23 @@ class KVMachine(RuleBasedStateMachine):
         self.holders.append(holder)
         self.settle()
 
+    @rule(tokens=tokens_of, salt=salts)
+    def visit(self, tokens: list[int], salt: str) -> None:
+        """A request comes, computes all that there is room for, and leaves."""
+        self.admit(tokens, salt)
+        holder = self.holders[-1]
+        if holder.computed is not None:
+            self.step(holder, len(tokens))
+        self.holders.remove(holder)
+        self.kv.release(holder.lease, self.later())
+
     @precondition(lambda self: self.ready())
-    @rule(data=st.data(), count=st.integers(1, 4))
+    @rule(data=st.data(), count=st.integers(1, 9))
     def compute(self, data: st.DataObject, count: int) -> None:
         """A step: grow, read all KV before it, write new KV, seal what is full. Or the device has no room."""
-        holder = data.draw(st.sampled_from(self.ready()))
+        self.step(data.draw(st.sampled_from(self.ready())), count)
+
+    def step(self, holder: Holder, count: int) -> None:
         assert holder.computed is not None
         end = min(holder.computed + count, len(holder.tokens))
         wanted = self.kv.layout.blocks_for(end) - len(holder.lease.blocks)
@@ -127,18 +143,23 @@ class KVMachine(RuleBasedStateMachine):
 
     # --- what a mover does -------------------------------------------------------------------------------------------
 
-    @rule()
-    def plan_transfers(self) -> None:
+    @rule(land=st.booleans())
+    def plan_transfers(self, land: bool = False) -> None:
+        """Transfers start, and end at once where `land` is true."""
         for transfer in self.kv.plan_transfers(self.later()):
             self.model.frames[transfer.target] = [NOISE] * self.size
             self.moving.append((transfer, list(self.slots(transfer.source))))
+            if land:
+                self.finish(-1, None)
 
     @precondition(lambda self: self.moving)
     @rule(data=st.data(), reason=st.sampled_from([None, None, None, "io", "corrupt", "no_space"]))
     def complete(self, data: st.DataObject, reason: str | None) -> None:
         """One transfer ends, in any order. Its source has not changed, its target was nobody's."""
-        transfer, before = data.draw(st.sampled_from(self.moving))
-        self.moving.remove((transfer, before))
+        self.finish(data.draw(st.integers(0, len(self.moving) - 1)), reason)
+
+    def finish(self, number: int, reason: str | None) -> None:
+        transfer, before = self.moving.pop(number)
         assert self.slots(transfer.source) == before, "a source changed in flight"
         assert self.slots(transfer.target) == [NOISE] * self.size, "a target was written in flight"
         if reason is None:

@@ -8,7 +8,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.property.kv_machine import KVMachine
 
-FEW = settings(max_examples=150, stateful_step_count=40)
+FEW = settings(max_examples=300, stateful_step_count=40)
 
 
 def test_any_order_of_calls_keeps_books_and_bytes():
