@@ -28,6 +28,8 @@ from server.errors import ConfigError, InvalidRequest
 
 CONTEXT_TOKENS = 4
 """Prompt tokens read before the first generated one: enough for its spacing and for the longest UTF-8 character."""
+MAX_CHARACTER_TOKENS = 4
+"""A character has at most four bytes, and a token at least one."""
 HELD_TOKENS = 8
 """Text tokens held while they end in U+FFFD; a character has at most 4 bytes, so more than these are not one."""
 RESERVED_TEMPLATE_ARGUMENTS = frozenset(
@@ -356,8 +358,25 @@ class Detokenizer:
     def _take_text(self, id: int) -> str:
         self._held.append(id)
         text = self._window_text()
-        if text.endswith(_REPLACEMENT) and len(self._held) < HELD_TOKENS:
-            return ""
+        if not text.endswith(_REPLACEMENT):
+            self._context, self._held = self._held, []
+            return text
+        return "" if len(self._held) < HELD_TOKENS else self._flush_whole_characters(text)
+
+    def _flush_whole_characters(self, text: str) -> str:
+        """The held text but for a last character that may still be half: U+FFFD can also be what the text says.
+
+        A cut falls between characters if the two sides decode to the whole by themselves. Where none of the last cuts
+        does, waiting for more tokens would not help either.
+        """
+        for cut in range(len(self._held) - 1, len(self._held) - MAX_CHARACTER_TOKENS, -1):
+            rest = self._tokenizer.decode_visible(self._held[cut:])
+            whole, self._held, later = self._held, self._held[:cut], self._held[cut:]
+            front = self._window_text()
+            if front + rest == text:
+                self._context, self._held = whole[:cut], later
+                return front
+            self._held = whole
         self._context, self._held = self._held, []
         return text
 

@@ -156,7 +156,7 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. `retired`: requests that will not be in a later step under that id (drop what is kept for them)."""
+    """One forward pass. `retired`: requests that are not in a later step under that id: drop what is kept for them."""
 
     id: int
     rows: Sequence[StepRow]

@@ -412,3 +412,12 @@ def test_a_stream_is_decode_cut_at_the_stop(tokenizer: Tokenizer, text: str, sto
             assert offset == (min(position, stream.length) if delta.stopped else position)
             assert whole.startswith(piece, position)
             position += len(piece)
+
+
+def test_literal_replacement_characters_do_not_swallow_the_next_one(tmp_path: Path) -> None:
+    """A decoder that is told apart by its text only: a run of U+FFFD that the text really says stays whole."""
+    tokenizer = Tokenizer.load(write_folder(tmp_path / "model", "two_stage_bytes"))
+    for text in ("\ufffd\ufffd\u0800", "\ufffd" * 9 + "é", "a\ufffd\ufffd\ufffd\U0001f600\ufffd", "\ufffd" * 20):
+        detokenizer = Detokenizer(tokenizer, [])
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert "".join(detokenizer.push_one(id) for id in ids) + detokenizer.finish() == text
