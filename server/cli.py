@@ -1,4 +1,4 @@
-"""The command line: `terrace serve|config|bench`. Flags are generated from the configuration tree: none can be missing.
+"""The command line: `terrace serve|config`. Flags are generated from the configuration tree: none can be missing.
 
 Knows argparse and exit codes; refuses to know what a daemon is made of (`build.py` does, imported only to serve, so
 that `--help` answers at once). Exit codes: 0 done, 1 the work failed, 2 the configuration or environment cannot work.
@@ -25,9 +25,6 @@ SECTION_TITLES = {"model": "model", "kv": "KV cache", "scheduler": "scheduling",
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. Errors that an operator can mend are one line on stderr, without a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["bench"]:
-        # The benchmarks own their flags; torch and the engine are imported only now.
-        return int(importlib.import_module("server.bench.__main__").main(arguments[1:]))
     arguments = ["--help-all" if a == "--help=all" else a for a in arguments]
     args, unknown = _parser(help_all="--help-all" in arguments).parse_known_args(arguments)
     if unknown:
@@ -82,7 +79,6 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
     example = actions.add_parser("example", help="print a configuration file with every default", allow_abbrev=False)
     example.set_defaults(run=_example)
 
-    commands.add_parser("bench", help="measure this machine: scheduler, model, HTTP server", add_help=False)
     return parser
 
 
