@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -94,6 +95,17 @@ async def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_blocks()
     await call.task
     assert engine.open == {}
     assert engine.aborted == 1
+
+
+async def test_a_choice_that_stops_early_frees_its_blocks_before_the_others_end() -> None:
+    """A stop string ends one choice of two: the engine is told at once, not when the whole answer is done."""
+    engine = FakeEngine()
+    engine.reply = lambda spec: itertools.cycle(b"stop" if spec.params.seed == 0 else b"go on ")
+    call = Call(make_app(engine), {"prompt": "a", "n": 2, "seed": 0, "max_tokens": 400, "stop": "op", "stream": True})
+    await settle(lambda: any(b'"finish_reason":"stop"' in chunk for chunk in call.received))
+    assert [stream.spec.params.seed for stream in engine.open.values()] == [1]
+    await call.task
+    assert engine.open == {}
 
 
 async def test_cancelling_the_server_task_frees_the_blocks() -> None:
