@@ -421,3 +421,12 @@ def test_literal_replacement_characters_do_not_swallow_the_next_one(tmp_path: Pa
         detokenizer = Detokenizer(tokenizer, [])
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert "".join(detokenizer.push_one(id) for id in ids) + detokenizer.finish() == text
+
+
+def test_a_prompt_that_ends_in_half_a_surrogate_adds_nothing(tokenizers: dict[str, Tokenizer]) -> None:
+    """The bytes ED A1 wait for a third and read as two U+FFFD without it: both are the prompt's, not the output's."""
+    tokenizer = tokenizers["byte_level"]
+    prompt = [
+        next(i for i in range(tokenizer.vocab_size) if tokenizer.byte_piece(i) == byte) for byte in (b"\xed", b"\xa1")
+    ]
+    assert Detokenizer(tokenizer, prompt).finish() == ""
