@@ -1,0 +1,150 @@
+"""Small drivers of the synchronous core for tests: a KV manager whose requests compute, a scheduler whose steps run."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from server.kvcache import audit
+from server.kvcache.block import Lease
+from server.kvcache.hashing import extend_hashes
+from server.kvcache.manager import KVManager, TierSpec
+from server.scheduler.audit import check_scheduler
+from server.scheduler.policy import make_policy
+from server.scheduler.request import Request, request_from
+from server.scheduler.scheduler import Limits, Scheduler
+from server.types import (
+    DEVICE,
+    DRAM,
+    BlockHash,
+    BlockLayout,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TierFault,
+    TokenEvent,
+)
+from tests.property.scheduler_machine import made_up
+
+
+def make_kv(
+    frames: int, lower: int = 0, *, block_tokens: int = 2, eviction: str = "lru", transfers_max: int = 8
+) -> KVManager:
+    tiers = [TierSpec(DEVICE, frames, eviction), *([TierSpec(DRAM, lower, eviction)] if lower else [])]
+    return KVManager(BlockLayout(1, 1, 1, 8, block_tokens), tiers, b"model", transfers_max=transfers_max)
+
+
+def hashes_of(kv: KVManager, tokens: Sequence[int], salt: str = "") -> list[BlockHash]:
+    hashes: list[BlockHash] = []
+    extend_hashes(hashes, kv.root(salt), array("i", tokens), kv.layout.block_tokens)
+    return hashes
+
+
+def come(kv: KVManager, tokens: Sequence[int], *, salt: str = "", now: float = 0.0) -> Lease:
+    """A request that computes all its tokens at once; what is cached comes from the cache, from below at once."""
+    hashes = hashes_of(kv, tokens, salt)
+    lease = kv.admit(hashes[: (len(tokens) - 1) // kv.layout.block_tokens], now)
+    if lease.onboarding:
+        land(kv, now=now)
+    assert kv.grow(lease, len(tokens)), "no room"
+    kv.seal(lease, hashes, len(tokens) // kv.layout.block_tokens)
+    return lease
+
+
+def visit(kv: KVManager, tokens: Sequence[int], *, salt: str = "", now: float = 0.0) -> None:
+    """Come and go: afterwards the full blocks of `tokens` are cached."""
+    kv.release(come(kv, tokens, salt=salt, now=now), now)
+
+
+def land(kv: KVManager, fault: TierFault | None = None, now: float = 0.0) -> int:
+    """Carry out everything that waits to move; how many transfers that were."""
+    count = 0
+    while transfers := kv.plan_transfers(now):
+        for transfer in transfers:
+            kv.complete(transfer.id, fault, now)
+        count += len(transfers)
+    return count
+
+
+def cached_blocks(kv: KVManager, tokens: Sequence[int], salt: str = "") -> int:
+    """How many blocks of `tokens` a request would find."""
+    count = 0
+    for value in hashes_of(kv, tokens, salt):
+        if value not in kv.index:
+            break
+        count += 1
+    return count
+
+
+LIMITS = {
+    "max_running": 4, "max_step_tokens": 16, "max_chunk_tokens": 16, "max_queued_requests": 100,
+    "max_queued_tokens": 1000, "max_model_len": 64,
+}  # fmt: skip
+
+
+class Bench:
+    """A scheduler over one KV manager, stepped by hand; both audited around every step."""
+
+    def __init__(
+        self, frames: int = 32, *, lower: int = 0, policy: str = "fcfs", block_tokens: int = 2, **limits: int
+    ) -> None:
+        self.kv = make_kv(frames, lower, block_tokens=block_tokens)
+        self.scheduler = Scheduler(self.kv, make_policy(policy), Limits(**(LIMITS | limits)))
+        self.now = 0.0
+        self.computed: dict[int, int] = {}
+        """Tokens fed for each request so far."""
+        self.events: dict[int, list[TokenEvent]] = {}
+
+    def submit(
+        self, prompt: Sequence[int], max_tokens: int = 1, *, priority: int = 0, salt: str = "", **params: object
+    ) -> Request:
+        self.now += 1
+        request = request_from(
+            len(self.events) + 1,
+            prompt,
+            SamplingParams(max_tokens, **params),  # type: ignore[arg-type]
+            self.kv.root(salt),
+            priority=priority,
+            now=self.now,
+        )
+        self.events[request.id] = []
+        self.scheduler.submit(request)
+        return request
+
+    def plan(self) -> StepPlan | None:
+        self.now += 1
+        plan = self.scheduler.plan(self.now)
+        audit.check(self.kv)
+        check_scheduler(self.scheduler)
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult | None = None) -> list[TokenEvent]:
+        for row in plan.rows:
+            self.computed[row.request_id] = self.computed.get(row.request_id, 0) + len(row.tokens)
+        events = self.scheduler.commit(plan, result or made_up(plan), self.now)
+        for event in events:
+            self.events[event.request_id].append(event)
+        audit.check(self.kv)
+        check_scheduler(self.scheduler)
+        return events
+
+    def step(self) -> dict[int, int]:
+        """One whole step; tokens fed per request."""
+        plan = self.plan()
+        assert plan is not None, "nothing to run"
+        self.commit(plan)
+        return {row.request_id: len(row.tokens) for row in plan.rows}
+
+    def finish(self, limit: int = 1000) -> int:
+        """Step until nobody is left; the number of steps."""
+        for steps in range(limit):
+            if self.scheduler.idle:
+                return steps
+            plan = self.plan()
+            land(self.kv)
+            if plan is not None:
+                self.commit(plan)
+        raise AssertionError(f"requests are left after {limit} steps")
+
+    def answer(self, request: Request) -> list[int]:
+        return [event.token for event in self.events[request.id] if event.token is not None]

@@ -1,0 +1,134 @@
+"""The engine's life on virtual time: what starts, what ends, and that a bug inside ends it loudly."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import pytest
+
+from server.engine import Engine, GenerateSpec
+from server.errors import NotReady
+from server.kvcache.mover import Mover
+from server.metrics import Metrics
+from server.sim.clock import VirtualLoop, run_virtual
+from server.sim.oracle import Arena, OracleRunner, Reference, StepCost
+from server.types import DEVICE, FinishReason, SamplingParams, TierFault, TokenEvent, Transfer
+from tests.property.core import Bench
+
+SPEC = GenerateSpec([1, 2, 3, 4, 5, 6, 7, 8], SamplingParams(max_tokens=3))
+OTHER = GenerateSpec([9] * 12, SamplingParams(max_tokens=1))
+
+
+class World:
+    """An engine over the oracle. Transfers take a moment and move nothing; `raising` is what they raise instead."""
+
+    def __init__(self, loop: VirtualLoop, frames: int = 32, lower: int = 0) -> None:
+        self.broken: list[str] = []
+        self.raising: Exception | None = None
+        self.landed_in: list[str] = []
+        bench = Bench(frames, lower=lower)
+        self.runner = OracleRunner(
+            Arena(frames, 2, Random(0)), 50, StepCost(0.1, 0.0, failure_every=0), Random(0), self.broken.append
+        )
+        self.engine = Engine(bench.scheduler, self.runner, Mover(self.copy), Metrics("sim"), loop.time)
+
+    async def copy(self, transfer: Transfer) -> TierFault | None:
+        await asyncio.sleep(0.01)
+        if self.raising is not None:
+            raise self.raising
+        self.landed_in.append(transfer.target[0])
+        return None
+
+    async def ask(self, spec: GenerateSpec) -> list[TokenEvent]:
+        stream = self.engine.submit(spec)
+        self.runner.tenants[stream.request_id] = spec.cache_salt
+        return [event async for batch in stream for event in batch]
+
+
+def play(scene, **sizes: int) -> World:
+    """Run `scene(world, engine task)` on a fresh world."""
+    loop = VirtualLoop()
+    world = World(loop, **sizes)
+
+    async def main() -> None:
+        await scene(world, asyncio.create_task(world.engine.run(), name="engine"))
+
+    run_virtual(main(), loop, cpu_limit_s=2.0)
+    assert world.broken == []
+    return world
+
+
+def test_an_answer_and_a_clean_end():
+    """A request is answered as the model alone would; a drain with nothing left stops the engine."""
+
+    async def scene(world: World, engine: asyncio.Task[None]) -> None:
+        await asyncio.sleep(0)
+        events = await world.ask(SPEC)
+        assert [event.token for event in events] == Reference(50).generate("", SPEC.prompt, SPEC.params).tokens
+        await world.engine.drain(1.0)
+        await engine
+        assert world.engine.state == "stopped"
+
+    play(scene)
+
+
+def test_a_drain_before_the_first_turn_is_kept():
+    """SIGTERM may come before the engine's loop has run once: it ends all the same, and takes no work."""
+
+    async def scene(world: World, engine: asyncio.Task[None]) -> None:
+        await world.engine.drain(1.0)
+        await engine
+        assert world.engine.state == "stopped"
+        with pytest.raises(NotReady):
+            world.engine.submit(SPEC)
+
+    play(scene)
+
+
+def test_a_drain_out_of_patience_ends_the_streams():
+    """What does not finish in time is told so, with what it has so far."""
+
+    async def scene(world: World, engine: asyncio.Task[None]) -> None:
+        await asyncio.sleep(0)
+        asking = asyncio.create_task(world.ask(SPEC), name="client")
+        await asyncio.sleep(0.15)
+        await world.engine.drain(0.0)
+        await engine
+        events = await asking
+        assert events[-1].finish is FinishReason.ABORT
+        assert events[-1].error == "the server is shutting down"
+        assert len(events) == 2
+
+    play(scene)
+
+
+def test_a_bug_in_a_transfer_fails_the_engine_and_hangs_nobody():
+    """An exception that is not the world's ends the engine and every stream: waiters must not wait for ever."""
+
+    async def scene(world: World, engine: asyncio.Task[None]) -> None:
+        world.raising = ValueError("a bug")
+        await asyncio.sleep(0)
+        events = await world.ask(GenerateSpec(SPEC.prompt, SamplingParams(max_tokens=40)))
+        assert events[-1].finish is FinishReason.ERROR
+        with pytest.raises(ValueError, match="a bug"):
+            await engine
+        assert world.engine.state == "failed"
+
+    play(scene, lower=8)
+
+
+def test_a_request_that_waits_for_a_block_alone_gets_it():
+    """With nothing else to wake the loop, the onboard that a plan asked for starts all the same."""
+
+    async def scene(world: World, engine: asyncio.Task[None]) -> None:
+        await asyncio.sleep(0)
+        await world.ask(SPEC)
+        await asyncio.sleep(1)
+        await world.ask(OTHER)
+        await asyncio.sleep(1)
+        assert DEVICE not in world.landed_in
+        assert len(await world.ask(SPEC)) == 3
+        assert DEVICE in world.landed_in
+
+    play(scene, frames=8, lower=8)
