@@ -17,7 +17,7 @@ from server.types import DEVICE, FinishReason, SamplingParams, TierFault, TokenE
 from tests.property.core import Bench
 
 SPEC = GenerateSpec([1, 2, 3, 4, 5, 6, 7, 8], SamplingParams(max_tokens=3))
-OTHER = GenerateSpec([9] * 12, SamplingParams(max_tokens=1))
+OTHER = GenerateSpec([9] * 13, SamplingParams(max_tokens=1))
 
 
 class World:
@@ -131,4 +131,4 @@ def test_a_request_that_waits_for_a_block_alone_gets_it():
         assert len(await world.ask(SPEC)) == 3
         assert DEVICE in world.landed_in
 
-    play(scene, frames=8, lower=8)
+    play(scene, frames=8, lower=16)
