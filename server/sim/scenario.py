@@ -30,7 +30,7 @@ from server.scheduler.scheduler import Limits, Scheduler
 from server.sim.clock import SimFailure, VirtualLoop, run_virtual
 from server.sim.oracle import Arena, Expected, OracleRunner, Reference, StepCost
 from server.sim.tiers import FaultPlan, SimTiers
-from server.types import DEVICE, DRAM, BlockLayout, FinishReason, SamplingParams
+from server.types import DEVICE, DRAM, BlockHash, BlockLayout, FinishReason, SamplingParams
 
 CPU_LIMIT_S = 4.0
 """Of one scenario; a healthy one takes some hundredths of a second."""
@@ -122,7 +122,15 @@ class Scenario:
         self.runner = OracleRunner(
             arenas[DEVICE], setup.vocab, setup.cost, self._stream("steps"), self.report, before_step=self.audit
         )
-        self.engine = Engine(self.scheduler, self.runner, Mover(self.tiers.copy), Metrics("sim"), loop.time)
+        self.prefix_caching = self._stream("caching").random() < 0.9
+        self.engine = Engine(
+            self.scheduler,
+            self.runner,
+            Mover(self.tiers.copy),
+            Metrics("sim"),
+            loop.time,
+            prefix_caching=self.prefix_caching,
+        )
         self._prefixes = [self._tokens(self.rng.randint(1, 3 * block_tokens + 2)) for _ in range(3)]
 
     def _stream(self, name: str) -> Random:
@@ -246,7 +254,7 @@ class Scenario:
             return []
         self.runner.tenants[stream.request_id] = spec.cache_salt
         expected = self.reference.generate(spec.cache_salt, spec.prompt, spec.params)
-        self._remember(spec, expected)
+        self._remember(spec, expected, self.scheduler.requests[stream.request_id].root)
         answer = _Answer(stream, spec, expected, self.report)
         patience_s = rng.choice((0.0, rng.uniform(0, 0.2), rng.uniform(0, 2))) if rng.random() < 0.2 else None
         enough = rng.randint(0, 10) if rng.random() < 0.1 else None
@@ -261,6 +269,8 @@ class Scenario:
         answer.check(may_fail=self.runner.failures > 0, may_abort=self.engine.state != "ready")
         self.outcome.counts[f"ended_{answer.finish or 'closed'}"] += 1
         self.outcome.counts["hit_tokens"] += stream.cached_tokens or 0
+        if stream.cached_tokens and not self.prefix_caching:
+            self.report(f"request {stream.request_id}: a cache hit with caching switched off")
         return answer.tokens
 
     async def _submit(self, spec: GenerateSpec, rng: Random) -> Stream | None:
@@ -275,11 +285,11 @@ class Scenario:
                 return None
         return None
 
-    def _remember(self, spec: GenerateSpec, expected: Expected) -> None:
+    def _remember(self, spec: GenerateSpec, expected: Expected, root: BlockHash) -> None:
         """What the blocks of this request hold, by hash: the truth that ready copies are compared with at the end."""
         tokens, size = array("i", [*spec.prompt, *expected.tokens]), self.setup.layout.block_tokens
         hashes: list[bytes] = []
-        extend_hashes(hashes, self.kv.root(spec.cache_salt), tokens, size)
+        extend_hashes(hashes, root, tokens, size)
         numbers = self.reference.kv(spec.cache_salt, tokens)
         for position, value in enumerate(hashes):
             self._contents[value] = numbers[position * size : (position + 1) * size]
