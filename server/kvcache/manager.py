@@ -159,13 +159,13 @@ class KVManager:
         source.readers -= 1
         if fault is None:
             target.ready = True
-            self._rerank(target_tier, target, now)
+            self._unpin(target_tier, target, now)
         else:
             self._discard(target_tier, target, now)
         if fault is not None and fault.reason == "corrupt" and source_tier is not self.device:
             self._discard(source_tier, source, now)
         else:
-            self._rerank(source_tier, source, now)
+            self._unpin(source_tier, source, now)
         if target_tier is self.device:
             for lease in self._waiters.pop(block, ()):
                 if not lease.released:
@@ -260,7 +260,7 @@ class KVManager:
             if block.hash is None:
                 private.append(block.copies[DEVICE].frame)
             elif copy is not None:
-                self._rerank(self.device, copy, now)
+                self._unpin(self.device, copy, now)
         self.device.pool.give_back(reversed(private))
 
     def _refresh(self, tier: TierState, blocks: list[Block], now: float) -> None:
@@ -271,11 +271,8 @@ class KVManager:
                 tier.policy.on_remove(block)
                 tier.policy.on_insert(block, now)
 
-    def _rerank(self, tier: TierState, copy: Copy, now: float) -> None:
-        """Tell the tier's policy whether this copy may go, and so, perhaps, those that it hangs on."""
-        if not self._may_go(tier, copy):
-            self._pin(tier, copy)
-            return
+    def _unpin(self, tier: TierState, copy: Copy, now: float) -> None:
+        """A hold on this copy ended: unless another remains it may go, and so, perhaps, may those that it hangs on."""
         above: Copy | None = copy
         while above is not None and not above.ranked and self._may_go(tier, above):
             above.ranked = True
@@ -287,9 +284,8 @@ class KVManager:
     def _may_go(self, tier: TierState, copy: Copy) -> bool:
         """Resident, ready, not being read, on the device not leased, and so are all that hang on it in this tier."""
         block = copy.block
-        resident = block.copies.get(tier.name) is copy
         held = copy.readers or copy.pins or (tier is self.device and block.leases)
-        return resident and copy.ready and not held
+        return copy.ready and not held and block.copies.get(tier.name) is copy
 
     def _pin(self, tier: TierState, copy: Copy) -> None:
         """This copy may not go, and so may none that it hangs on."""
@@ -318,7 +314,7 @@ class KVManager:
         """Drop a copy whose bytes are no good. Copies that hang on it stay, out of reach, until they are evicted."""
         self._drop(tier, copy)
         if copy.above is not None:
-            self._rerank(tier, copy.above, now)
+            self._unpin(tier, copy.above, now)
 
     def _drop(self, tier: TierState, copy: Copy) -> None:
         """Forget one copy and free its frame; the block leaves the index with its last copy."""
@@ -368,7 +364,7 @@ class KVManager:
             self._place(self.lower, Copy(block, frames[0], ready=False))
             planned.append(self._start(block, (DEVICE, source.frame), (self.lower.name, frames[0]), now))
         elif above is not None:
-            self._rerank(self.lower, above, now)
+            self._unpin(self.lower, above, now)
 
     def _start(
         self, block: Block, source: tuple[TierName, FrameId], target: tuple[TierName, FrameId], now: float
