@@ -137,6 +137,8 @@ class OracleRunner:
     ) -> None:
         """`before_step` is called with the step planned and not begun: the moment to audit."""
         self.tenants: dict[int, str] = {}
+        self.kept: set[int] = set()
+        """Requests that a device would keep state for: seen in a step and not retired since."""
         self.steps = 0
         self.failures = 0
         self._arena = arena
@@ -152,7 +154,9 @@ class OracleRunner:
         if self._running:
             self._report("two steps run at once")
         self._running = True
+        self.kept.difference_update(plan.retired)
         self._before_step()
+        self.kept.update(row.request_id for row in plan.rows)
         self.steps += 1
         started_s = loop.time()
         rows = [self._forward(row) for row in plan.rows]

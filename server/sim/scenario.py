@@ -120,7 +120,7 @@ class Scenario:
         self.kv = KVManager(setup.layout, setup.tiers, FINGERPRINT, transfers_max=setup.transfers_max)
         self.scheduler = Scheduler(self.kv, make_policy(setup.policy), setup.limits)
         self.runner = OracleRunner(
-            arenas[DEVICE], setup.vocab, setup.cost, self._stream("steps"), self.report, before_step=self.audit
+            arenas[DEVICE], setup.vocab, setup.cost, self._stream("steps"), self.report, before_step=self._before_step
         )
         self.prefix_caching = self._stream("caching").random() < 0.9
         self.engine = Engine(
@@ -149,6 +149,11 @@ class Scenario:
         except AssertionError as error:
             self.report(f"{type(error).__name__}: {error}")
             raise
+
+    def _before_step(self) -> None:
+        self.audit()
+        if not self.runner.kept <= self.scheduler.requests.keys():
+            self.report("the device keeps what it knows of requests that are gone")
 
     # --- the run -----------------------------------------------------------------------------------------------------
 

@@ -274,6 +274,13 @@ BUGS = [
         "            self._finish(request, now)",
         (STEPS,),
     ),
+    Bug(
+        "the device is not told that a request has left",
+        f"{SCHEDULER}._retire",
+        "self._retired.append(request.id)",
+        "pass",
+        (SIM,),
+    ),
 ]
 
 
