@@ -6,7 +6,7 @@ part of the time, and lets the output layer run only at the positions the loss a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -148,6 +148,42 @@ class Llama(nn.Module):
         exponents = torch.arange(0, self.shape.head_dim, 2, device=device).float() / self.shape.head_dim
         angles = torch.outer(torch.arange(length, device=device).float(), self.shape.rope_theta**-exponents)
         return angles.cos(), angles.sin()
+
+
+def widened(model: Llama) -> Llama:
+    """The same function with heads twice as wide, the new half free of position.
+
+    Twice the width and the square of the RoPE base leave the old rotations as they are and add dimensions
+    that turn so slowly that they hardly know a position: what a head needs to match words across
+    thousands of tokens.  The new output columns start at zero, so nothing changes until training goes on.
+    """
+    old = model.shape
+    shape = replace(old, head_dim=2 * old.head_dim, rope_theta=old.rope_theta**2)
+    wide = Llama(shape).to(model.model.embed_tokens.weight.device)
+    source = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            parameter.copy_(_widen(name, parameter, source[name], old.head_dim))
+    return wide
+
+
+def _widen(name: str, new: Tensor, old: Tensor, width: int) -> Tensor:
+    """The old weight inside the new shape; ``width`` is the old head's."""
+    if new.shape == old.shape:
+        return old
+    if name.endswith("o_proj.weight"):
+        grown = torch.zeros_like(new).view(new.shape[0], -1, 2 * width)
+        grown[..., :width] = old.view(old.shape[0], -1, width)
+        return grown.view(new.shape)
+    grown = new.clone().view(-1, 2 * width, new.shape[1])
+    was = old.view(-1, width, old.shape[1])
+    if name.endswith("v_proj.weight"):
+        grown[:, :width] = was
+    else:  # queries and keys: a rotation pairs dimension i with i + half the width
+        scale = 2**0.5 if name.endswith("q_proj.weight") else 1.0  # attention divides by the root of the width
+        grown[:, : width // 2] = was[:, : width // 2] * scale
+        grown[:, width : width + width // 2] = was[:, width // 2 :] * scale
+    return grown.view(new.shape)
 
 
 def _initialise(module: nn.Module) -> None:

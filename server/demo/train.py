@@ -24,10 +24,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from server.demo import corpus
-from server.demo.network import Llama, Shape
+from server.demo.network import Llama, Shape, widened
 from server.demo.tokenizer import END_OF_TEXT, VOCAB_SIZE, save_tokenizer, train_tokenizer
 
 SEED = 1
+TOKENIZER = Path(__file__).parent / "model" / "tokenizer.json"
 OTHER_WEIGHT, OTHER_SHARE = 0.1, 0.1  # the text between the answers: a little loss on a sample of it
 
 
@@ -48,6 +49,8 @@ class Stage:
     noise: float = 0.05
     bf16: bool = False
     tokens: int = 8192  # per step
+    gaps: tuple[int, ...] = (0, 1, 2, 3)  # of the task "gaps": words between key and value
+    widen: bool = False  # double the heads' width first
 
 
 STAGES = (
@@ -55,7 +58,15 @@ STAGES = (
     Stage("pairs", 300, (3e-3, 3e-3), ("pairs", "pairs", "repeat"), (96,)),
     Stage("documents", 500, (3e-3, 2e-3), ("documents", "pairs"), (128,)),
     Stage("documents-128", 600, (2e-3, 2e-3), ("documents",), (128,)),
-    Stage("documents-256", 500, (2e-3, 1.5e-3), ("documents",), (128, 256, 256)),
+    Stage("wide", 150, (2e-3, 2e-3), ("documents",), (128, 256, 256), widen=True),
+    Stage("to-512", 150, (2e-3, 2e-3), ("documents",), (128, 256, 512, 512)),
+    Stage("segments", 150, (1.5e-3, 1.5e-3), ("segments", "segments", "documents"), (128, 256, 256)),
+    Stage("recitals", 150, (1.5e-3, 1.5e-3), ("recitals", "recitals", "documents"), (128, 256)),
+    Stage("gap-1", 75, (2e-3, 2e-3), ("gaps",), (64,), gaps=(1,)),
+    Stage("gap-2", 75, (2e-3, 2e-3), ("gaps",), (64,), gaps=(1, 2, 2)),
+    Stage("gap-3", 100, (2e-3, 2e-3), ("gaps",), (128,), gaps=(1, 2, 3, 3)),
+    Stage("gap-4", 75, (2e-3, 2e-3), ("gaps", "gaps", "recitals"), (128,), gaps=(2, 3, 4, 4)),
+    Stage("recitals-2", 75, (2e-3, 2e-3), ("recitals", "recitals", "documents"), (128, 256)),
 )
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, targets (-1: none), weights
@@ -70,17 +81,22 @@ class Batches:
         self._rng = np.random.default_rng([SEED, *stage.name.encode()])
         words = {i for w in corpus.all_words() for i in tokenizer.encode(" " + w).ids}
         self._words = np.array(sorted(words))
+        self.task = ""
         self._eos, self._pad = _token_id(tokenizer, corpus.IM_END), _token_id(tokenizer, END_OF_TEXT)
 
     def __iter__(self) -> Iterator[Batch]:
         makers: dict[str, Callable[[int, int], Batch]] = {
             "repeat": self._repeats,
             "pairs": self._pairs,
+            "segments": self._segments,
+            "gaps": self._gaps,
+            "recitals": self._recitals,
             "documents": self._documents,
         }
         for _ in range(self._stage.steps):
             task = self._text_rng.choice(self._stage.tasks)
             length = self._text_rng.choice(self._stage.lengths)
+            self.task = task
             yield makers[task](max(1, self._stage.tokens // length), length)
 
     def _repeats(self, rows: int, length: int) -> Batch:
@@ -121,6 +137,51 @@ class Batches:
         mask[count:, key_size + gap :] = 1
         return np.concatenate([first, again]).reshape(-1), mask.reshape(-1)
 
+    def _gaps(self, rows: int, length: int) -> Batch:
+        """Records of a key, the same few words each time, and a value; then all in another order.
+
+        Only the key tells the records apart, and it stands ``gap`` words before the value: the model has
+        to look that far back, which it learns one distance at a time.
+        """
+        rng = self._rng
+        tokens = np.full((rows, length + 1), self._pad, np.int64)
+        weights = np.zeros((rows, length), np.float32)
+        for row in range(rows):
+            gap = int(rng.choice(self._stage.gaps))
+            size = gap + 2
+            count = (length + 1) // (2 * size)
+            words = rng.permutation(self._words)
+            records = np.empty((count, size), np.int64)
+            records[:, 0], records[:, 1:-1] = words[gap : gap + count], words[:gap]
+            records[:, -1] = rng.choice(words[gap + count :], count)
+            both = np.concatenate([records, records[rng.permutation(count)]]).reshape(-1)
+            tokens[row, : len(both)] = both
+            weights[row, len(both) // 2 + size - 2 : len(both) - 1 : size] = 1
+        return tokens[:, :-1], tokens[:, 1:], weights
+
+    def _segments(self, rows: int, length: int) -> Batch:
+        """Short random sentences with many words in common, then all again in another order.
+
+        A word alone does not tell what follows, only the four or five before it do: the skill that
+        documents need, taught with many times as many targets per token.
+        """
+        rng = self._rng
+        tokens = np.full((rows, length + 1), self._pad, np.int64)
+        weights = np.zeros((rows, length), np.float32)
+        for row in range(rows):
+            size = int(rng.integers(7, 13))
+            count = (length + 1) // (2 * size)
+            words = rng.permutation(self._words)[: int(rng.choice((32, 80, 400)))]
+            segments = rng.choice(words, (count, size))
+            common = rng.random((count, size)) < rng.choice((0.2, 0.4, 0.5))
+            segments = np.where(common, rng.choice(words[:8], (count, size)), segments)
+            both = np.concatenate([segments, segments[rng.permutation(count)]]).reshape(-1)
+            mask = np.zeros((2 * count, size), np.float32)
+            mask[count:, 4:] = 1
+            tokens[row, : len(both)] = both
+            weights[row, : len(both) - 1] = mask.reshape(-1)[1:]
+        return tokens[:, :-1], tokens[:, 1:], weights
+
     def _documents(self, rows: int, length: int) -> Batch:
         """Documents with many questions: full loss on the answers and on the end token after each."""
         tokens = np.full((rows, length), self._pad, np.int64)
@@ -135,6 +196,21 @@ class Batches:
         sample = (weights == 0) & (self._rng.random(weights.shape) < OTHER_SHARE) & (targets >= 0)
         weights[sample] = OTHER_WEIGHT
         return tokens, targets, weights
+
+    def _recitals(self, rows: int, length: int) -> Batch:
+        """Facts, then the same facts in another order: the loss is on the last three tokens of each."""
+        tokens = np.full((rows, length + 1), self._pad, np.int64)
+        weights = np.zeros((rows, length), np.float32)
+        for row in range(rows):
+            text, again = corpus.recital(self._text_rng, length)
+            ids = self._tokenizer.encode(text).ids
+            for sentence in self._tokenizer.encode_batch([" " + s for s in again]):
+                ids += sentence.ids
+                if len(ids) <= length:
+                    weights[row, len(ids) - 4 : len(ids) - 1] = 1
+            n = min(length + 1, len(ids))
+            tokens[row, :n] = ids[:n]
+        return tokens[:, :-1], tokens[:, 1:], weights
 
     def _encode(self, segments: list[corpus.Segment]) -> tuple[list[int], list[int], list[float]]:
         """Token ids, the target at each position, and the weight of that target's loss.
@@ -196,9 +272,11 @@ def run_stage(
 ) -> None:
     """Train one stage, with a line of progress every 25 steps."""
     hidden_of: Callable[[Tensor], Tensor] = torch.compile(model.hidden, dynamic=False) if args.compile else model.hidden
-    warm = 50 if stage is STAGES[0] else 1
-    started, losses, rights = time.time(), [], []
-    for step, batch in enumerate(Batches(tokenizer, stage)):
+    warm = 50 if stage.widen or stage is STAGES[0] else 1
+    started = time.time()
+    seen: dict[str, list[tuple[float, float]]] = {}
+    batches = Batches(tokenizer, stage)
+    for step, batch in enumerate(batches):
         part = step / stage.steps
         rate = stage.rates[0] * (1 - part) + stage.rates[1] * part
         for group in optimizer.param_groups:
@@ -208,16 +286,20 @@ def run_stage(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(mean)
-        rights.append(right)
+        seen.setdefault(f"{batches.task} {batch[0].shape[1]}", []).append((mean, right))
         if (step + 1) % 25 == 0:
-            speed = (step + 1) * stage.tokens / (time.time() - started)
-            print(
-                f"{stage.name} {step + 1}/{stage.steps} loss {np.mean(losses):.4f} tokens right "
-                f"{np.mean(rights):.4f} ({time.time() - started:.0f} s, {speed:.0f} tokens/s)",
-                flush=True,
-            )
-            losses, rights = [], []
+            _report(stage, step + 1, seen, time.time() - started)
+            seen = {}
+
+
+def _report(stage: Stage, step: int, seen: dict[str, list[tuple[float, float]]], seconds: float) -> None:
+    """A line of progress: loss and share of right tokens by task and length since the last one."""
+    parts = [
+        f"{what}: {np.mean([s[0] for s in scores]):.4f} {np.mean([s[1] for s in scores]):.4f}"
+        for what, scores in sorted(seen.items())
+    ]
+    speed = step * stage.tokens / seconds
+    print(f"{stage.name} {step}/{stage.steps} {seconds:.0f} s, {speed:.0f} tokens/s; " + ", ".join(parts), flush=True)
 
 
 def save_model(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
@@ -232,6 +314,10 @@ def save_model(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def _optimizer(model: Llama) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+
+
 def _checkpoint(work: Path, stage: Stage) -> Path:
     return work / f"{STAGES.index(stage):02d}-{stage.name}.pt"
 
@@ -242,6 +328,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--work", type=Path, help="folder for a checkpoint after each stage")
     parser.add_argument("--resume", action="store_true", help="skip the stages that --work has done")
+    parser.add_argument("--new-tokenizer", action="store_true", help="train the tokenizer too, ids will change")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile: a fifth faster, needs a C++ compiler")
@@ -249,12 +336,16 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
-    tokenizer = train_tokenizer()
+    torch._dynamo.config.recompile_limit = 64  # one compilation per length
+    tokenizer = train_tokenizer() if args.new_tokenizer else Tokenizer.from_file(str(TOKENIZER))
     model = Llama(Shape(vocab=VOCAB_SIZE)).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = _optimizer(model)
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     for stage in STAGES:
         path = _checkpoint(args.work, stage) if args.work else None
+        if stage.widen:
+            model = widened(model)
+            optimizer = _optimizer(model)
         if path and args.resume and path.exists():
             saved = torch.load(path, map_location=args.device)
             model.load_state_dict(saved["model"])
