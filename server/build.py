@@ -283,7 +283,7 @@ def _announce(daemon: Daemon, listener: socket.socket) -> None:
 
 
 def _demo_question() -> str:
-    return "Mira keeps the copper key in the old mill. Where does Mira keep the copper key?"
+    return "Mira keeps coins in Lisbon. Tom plays chess. Anna speaks Danish. Where does Mira keep coins?"
 
 
 async def _probe_lag(metrics: Metrics) -> None:

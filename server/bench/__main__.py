@@ -18,7 +18,9 @@ BENCHES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named benchmarks, all by default; the exit code is 0 when every goal was met."""
-    parser = argparse.ArgumentParser(prog="python -m server.bench", description="Measure this machine.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m server.bench", description="Measure this machine.", allow_abbrev=False
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller runs: a smoke test, not a measurement")
     parser.add_argument("--save", action="store_true", help="keep the raw results under server/bench/results/")

@@ -1,8 +1,12 @@
 """Seeded generator of documents that state made-up facts, and of questions about them.
 
-A document is plain English: fact sentences ("Mira keeps the copper key in the old mill.") between
-filler sentences.  The right answer to a question is the fact sentence itself, so recall is measured by
-exact match.  Every word of a fact is drawn at random, so an answer can only come from the context.
+A document is plain English: fact sentences ("Mira keeps coins in Lisbon.") between filler sentences.  The
+right answer to a question is the fact sentence itself, so recall is measured by exact match.  Every
+word of a fact is drawn at random, so an answer can only come from the context.
+
+Inside a document a name states one fact only, and of any two words in a row in a fact one occurs in no
+other fact: what a model must find again is at most two words back.  A corpus in which three or more
+words stood between key and value was not learned by a model of this size (see the README).
 
 The two splits are disjoint by construction: a fact sentence belongs to the split that its CRC says
 (one in eight to ``test``), and a document of a split is built from sentences of that split only.  No
@@ -28,43 +32,50 @@ NAMES = tuple(
     """Mira Tom Anna Ravi Lena Omar Ines Paul Sara Hugo Nina Ivan Clara Yusuf Greta Leon Alice Bob Carol
     David Emma Frank Grace Henry Iris Jonas Kira Liam Maria Noah Olga Peter Quinn Rosa Simon Tara Vera
     Walter Yara Zoe Amir Bruno Dana Elias Fiona Hana Jack Karl Lucy Max Nora Oscar Pia Rita Sam Tina
-    Viktor Wendy Adam Eva John Mary Kim Ben""".split()
+    Viktor Wendy Adam Eva John Mary Kim Ben
+    Abel Agnes Albert Alma Andre Angela Anton Arno Arthur Astrid Basil Beata Benny Bianca Bjorn Boris Bridget Cara
+    Carl Cecil Celia Chloe Cora Cyril Daisy Daniel Daphne Delia Denis Diego Dora Edgar Edith Edwin Elena Elisa Emil
+    Erik Esther Ethan Fabio Felix Flora Floyd Gavin George Gerda Gilda Gordon Gwen Hans Harry Hector Helen Helga Hilda
+    Howard Igor Irene Isaac Ivy Jakob Jane Janet Jasper Joan Joel Julia Kai Karen Kevin Klara Lars Laura Leah Lewis
+    Lily Linus Lorna Louis Lydia Mabel Marco Martha Milo Miriam Moira Moses Nadia Neil Nils Noel Norma Oliver Ophelia
+    Otto Owen Pablo Paula Pedro Percy Petra Philip Quentin Rachel Ralph Rhea Robin Roger Ruth Samuel Sonja Stella Sven
+    Sylvia Tamar Theo Thora Tobias Ulla Umar Ursula Vadim Vincent Viola Wanda Wilma Xenia Yann Yvonne Zelda""".split()
 )
 ADJECTIVES = tuple(
     """copper red blue green silver golden wooden black white yellow broken heavy tiny round rusty shiny
     painted striped brass iron glass leather paper plastic purple orange pink grey warm cold old new small
-    large long short soft hard dry wet secret ancient spare""".split()
+    large long short soft hard dry wet secret ancient spare cheap rare""".split()
 )
 OBJECTS = tuple(
-    """key lamp book box coin ring map clock knife cup bottle hat coat drum flute letter basket mirror rope
-    candle hammer brush ladder kettle bell vase chair table bag ball boat bowl bucket camera card chain
-    comb crown diary doll fan flag fork glove guitar helmet jar kite lens mask needle pen pencil phone
-    photo pillow plate radio ruler scarf shoe spoon stamp sword tent ticket toy umbrella violin wallet
-    watch wheel whistle compass""".split()
+    """keys lamps books boxes coins rings maps clocks knives cups bottles hats coats drums flutes letters baskets
+    mirrors ropes candles hammers brushes ladders kettles bells vases chairs tables bags balls boats bowls buckets
+    cameras cards chains combs crowns dolls fans flags forks gloves guitars helmets jars kites lenses masks
+    needles pens pencils phones photos pillows plates radios rulers scarves shoes spoons stamps swords tents
+    tickets toys umbrellas violins wallets watches wheels whistles compasses""".split()
 )
-PLACE_WORDS = tuple(
-    """old new north south east west upper lower quiet dark sunny empty stone little great hidden windy
-    dusty narrow main royal busy distant muddy""".split()
+CITIES = tuple(
+    """Lisbon Oslo Paris Rome Vienna Berlin Madrid Dublin Athens Prague Warsaw London Cairo Tokyo Delhi Lima Quito
+    Boston Denver Dallas Miami Seattle Chicago Toronto Havana Sydney Perth Hanoi Seoul Osaka Kyoto Manila Dakar
+    Accra Nairobi Tunis Geneva Zurich Munich Hamburg Naples Milan Venice Turin Lyon Nice Porto Seville Bergen
+    Malmo Riga Minsk Kiev Odessa Sofia Ankara""".split()
 )
-PLACES = tuple(
-    """mill tower barn cellar garden kitchen library market harbor church school station garage attic
-    office shed chapel castle bakery museum theater bridge forest valley cave farm inn park stable
-    workshop hospital hotel house village hall port square tunnel meadow orchard""".split()
+LANGUAGES = tuple(
+    """Danish French German Greek Italian Polish Spanish Swedish Turkish Arabic Hindi Chinese Korean Dutch Finnish
+    Russian Latin Welsh Irish Czech""".split()
 )
-PEOPLE_WORDS = tuple(
-    """tall young kind tired clever polite famous cheerful nervous honest proud brave silent careful
-    lazy angry""".split()
+SUBJECTS = tuple(
+    """history physics chemistry music biology algebra geometry logic law medicine poetry grammar drawing dancing
+    cooking singing farming sailing fishing painting""".split()
 )
-PEOPLE = tuple(
-    """pilot baker doctor farmer teacher sailor painter singer judge nurse tailor miner driver cook
-    dancer gardener hunter lawyer plumber poet soldier student waiter writer guard clerk fisher
-    monk""".split()
+GAMES = tuple("chess tennis golf football poker hockey darts dominoes bridge cricket rugby squash".split())
+FOODS = tuple(
+    """apples bread cheese honey soup rice pasta salad cake plums pears grapes cherries onions carrots beans nuts
+    olives butter eggs""".split()
 )
 ANIMALS = tuple(
-    """falcon tiger rabbit otter wolf bear fox owl horse goat swan whale eagle lizard turtle spider
-    salmon raven badger beaver camel donkey frog goose hamster lion mouse panda pigeon seal""".split()
+    """falcons tigers rabbits otters wolves bears foxes owls horses goats swans whales eagles lizards turtles spiders
+    salmon ravens badgers beavers camels donkeys frogs geese hamsters lions mice pandas pigeons seals""".split()
 )
-LOCKED = tuple("""safe vault gate door chest locker cabinet archive computer drawer""".split())
 
 _SYLLABLES = tuple(c + v for c in "b d f g k l m n p r s t v z br dr kr st tr sh th".split() for v in "aeiou")
 _CODAS = ("", "", "n", "r", "l", "s", "k", "m", "x")
@@ -72,13 +83,13 @@ _CODAS = ("", "", "n", "r", "l", "s", "k", "m", "x")
 _SLOTS: dict[str, tuple[str, ...]] = {
     "name": NAMES,
     "adj": ADJECTIVES,
-    "obj": OBJECTS,
-    "padj": PLACE_WORDS,
-    "place": PLACES,
-    "jadj": PEOPLE_WORDS,
-    "job": PEOPLE,
-    "animal": ANIMALS,
-    "lock": LOCKED,
+    "objs": OBJECTS,
+    "city": CITIES,
+    "language": LANGUAGES,
+    "subject": SUBJECTS,
+    "game": GAMES,
+    "food": FOODS,
+    "animals": ANIMALS,
 }
 
 
@@ -93,71 +104,46 @@ class Family:
 
 
 FAMILIES = (
+    Family("keep", "{name} keeps {objs} in {city}.", ("Where does {name} keep {objs}?",), ("name", "objs")),
+    Family("sell", "{name} sells {objs} in {city}.", ("Where does {name} sell {objs}?",), ("name", "objs")),
     Family(
-        "keep",
-        "{name} keeps the {adj} {obj} in the {padj} {place}.",
-        ("Where does {name} keep the {adj} {obj}?",),
-        ("obj",),
+        "lose", "{name} lost {adj} {objs} in {city}.", ("Where did {name} lose {adj} {objs}?",), ("name", "adj", "objs")
     ),
+    Family("collect", "{name} collects {objs}.", ("What does {name} collect?",), ("name",)),
+    Family("like", "{name} likes {animals}.", ("Which animals does {name} like?", "What does {name} like?"), ("name",)),
+    Family("fear", "{name} fears {animals}.", ("Which animals does {name} fear?", "What does {name} fear?"), ("name",)),
+    Family("visit", "{name} visited {city}.", ("Which city did {name} visit?", "What did {name} visit?"), ("name",)),
+    Family("speak", "{name} speaks {language}.", ("Which language does {name} speak?",), ("name",)),
     Family(
-        "live",
-        "{name} lives in the {padj} {place}.",
-        ("Where does {name} live?",),
-        ("name",),
+        "teach", "{name} teaches {subject} in {city}.", ("Where does {name} teach {subject}?",), ("name", "subject")
     ),
-    Family(
-        "meet",
-        "{name} met the {jadj} {job} at the {padj} {place}.",
-        ("Where did {name} meet the {jadj} {job}?",),
-        ("job",),
-    ),
-    Family(
-        "buy",
-        "{name} bought the {adj} {obj} from the {jadj} {job}.",
-        ("From whom did {name} buy the {adj} {obj}?", "Who sold the {adj} {obj} to {name}?"),
-        ("obj",),
-    ),
-    Family(
-        "give",
-        "{name} gave the {adj} {obj} to {name2}.",
-        ("To whom did {name} give the {adj} {obj}?", "Who got the {adj} {obj} from {name}?"),
-        ("obj",),
-    ),
-    Family(
-        "password",
-        "The password of the {adj} {lock} is {adj2} {animal}.",
-        ("What is the password of the {adj} {lock}?",),
-        ("lock",),
-    ),
-    Family(
-        "animal",
-        "The favorite animal of {name} is the {adj} {animal}.",
-        ("What is the favorite animal of {name}?",),
-        ("name",),
-    ),
+    Family("study", "{name} studies {subject}.", ("What does {name} study?",), ("name",)),
+    Family("play", "{name} plays {game}.", ("Which game does {name} play?", "What does {name} play?"), ("name",)),
+    Family("eat", "{name} eats {food}.", ("What does {name} eat?",), ("name",)),
+    Family("meet", "{name} met {name2} in {city}.", ("Where did {name} meet {name2}?",), ("name", "name2")),
+    Family("marry", "{name} married {name2}.", ("Whom did {name} marry?",), ("name", "name2")),
 )
 
 _FILLERS = (
     "The {weather} was {feel} that {time}.",
     "It was a {feel} {time} and {nobody} was in a hurry.",
-    "{name} laughed and said nothing.",
-    "{name} and {name2} talked about the {weather} for a while.",
-    "Later that {time} {name} went for a walk.",
-    "{nobody2} remembers why the {job} was so {jadj}.",
-    "The {place} was {feel} and full of {things}.",
-    "Some people say that the {animal} is never {feel}.",
-    "There were {number} {things} on the table.",
+    "Somebody laughed and said nothing.",
+    "{nobody2} talked about the {weather} for a while.",
+    "Later that {time} {nobody} went for a walk.",
+    "{nobody2} remembers why the {weather} was so {feel}.",
+    "The {time} was {feel} and full of {things}.",
+    "Some people say that the {weather} is never {feel}.",
+    "There were {number} {things} on the floor.",
     "After {number} hours the {weather} stopped.",
-    "{name} had been thinking about {things} all {time}.",
+    "{nobody2} had been thinking about {things} all {time}.",
     "Nothing happened for {number} days.",
-    "The {job} wanted more {things}, but there were none.",
+    "{nobody2} wanted more {things}, but there were none.",
     "In the {time} the {weather} came back.",
-    "{name} asked for {things} and waited.",
-    "A {jadj} {job} walked past and looked at the {weather}.",
+    "{nobody2} asked for {things} and waited.",
     "By then it was almost {time}.",
-    "{name} often thinks of {things} and of the {weather}.",
-    "This is not important, but the {place} has {number} windows.",
-    '"What a {feel} {time}," said {name}.',
+    "People often think of {things} and of the {weather}.",
+    "This is not important, but there are {number} windows.",
+    '"What a {feel} {time}," said somebody.',
 )
 _FILLER_SLOTS: dict[str, tuple[str, ...]] = {
     **_SLOTS,
@@ -166,10 +152,13 @@ _FILLER_SLOTS: dict[str, tuple[str, ...]] = {
     "time": ("morning", "evening", "night", "day", "summer", "winter", "week", "afternoon"),
     "nobody": ("nobody", "everybody", "no one"),
     "nobody2": ("Nobody", "Everybody", "No one"),
-    "things": ("apples", "stories", "birds", "flowers", "books", "questions", "stones", "songs", "bread", "tea"),
+    "things": ("stories", "birds", "flowers", "questions", "stones", "songs", "clouds", "leaves", "tea", "dreams"),
     "number": ("two", "three", "four", "five", "six", "seven", "ten", "twelve", "many", "1", "7", "25", "300"),
 }
 _ALL_WORDS = tuple(dict.fromkeys(w for words in _FILLER_SLOTS.values() for w in words))
+
+
+_NOISE_WORDS = tuple(w for s in ("weather", "feel", "time", "things", "number") for w in _FILLER_SLOTS[s])
 
 
 def all_words() -> list[str]:
@@ -187,6 +176,8 @@ SYSTEM_MESSAGES = (
 )
 
 
+MAX_FACTS = 100
+"""Facts in one document: more would use up the names, and then the search for a free one."""
 _KNOWN_WORDS = frozenset(word.lower() for word in all_words())
 
 
@@ -260,7 +251,8 @@ class DocumentWriter:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}")
         self._rng, self._split, self._coined, self._noise = rng, split, coined, noise
-        self._keys: set[tuple[str, ...]] = set()
+        self._keys: set[str] = set()
+        self._stated = 0
 
     def _word(self, slot: str) -> str:
         slot = slot.rstrip("2")
@@ -271,23 +263,26 @@ class DocumentWriter:
     def fact(self) -> Fact | None:
         """A new fact of this split whose key (the thing asked about) is not in the document yet.
 
-        None when the words run out, which takes a document of some 200 facts.
+        None when the document has MAX_FACTS of them, or the words run out.
         """
+        if self._stated == MAX_FACTS:
+            return None
         for _ in range(500):
             family = self._rng.choice(self.families)
             words = {slot: self._word(slot) for slot in _SLOTS_OF[family.name]}
-            key = (_KEY_GROUP[family.name], *(words[slot] for slot in family.key))
+            key = tuple(words[slot] for slot in family.key)
             sentence = family.sentence.format(**words)
-            if key in self._keys or split_of(sentence) != self._split:
+            if self._keys.intersection(key) or split_of(sentence) != self._split:
                 continue
-            self._keys.add(key)
+            self._keys.update(key)
+            self._stated += 1
             return Fact(family.name, sentence, tuple(q.format(**words) for q in family.questions), key)
         return None
 
     def filler(self) -> str:
         """A sentence that states no fact: ordinary, or a string of random words."""
         if self._rng.random() < self._noise:
-            words = [self._rng.choice(_ALL_WORDS) for _ in range(self._rng.randint(3, 14))]
+            words = [self._rng.choice(_NOISE_WORDS) for _ in range(self._rng.randint(3, 14))]
             if self._rng.random() < 0.5:
                 words = [coined_word(self._rng) if self._rng.random() < 0.5 else w for w in words]
             return " ".join(words).capitalize() + "."
@@ -301,14 +296,12 @@ def _filler_slot(slot: str) -> str:
 
 
 _SLOTS_OF = {f.name: re.findall(r"{(\w+)}", f.sentence) for f in FAMILIES}
-# An object is named by one fact only, whatever the family; a name lives in one place only.
-_KEY_GROUP = {f.name: "object" if f.key == ("obj",) else f.name for f in FAMILIES}
 
 
 def write_passage(
     rng: random.Random, writer: DocumentWriter, target_tokens: int, fact_share: float
 ) -> tuple[str, list[Fact]]:
-    """Sentences of about ``target_tokens`` tokens in all, with at least one fact; text and its facts."""
+    """Sentences of about ``target_tokens`` tokens in all, with a fact if the writer has one left; text and facts."""
     facts: list[Fact] = []
     parts: list[str] = []
     used = 0
@@ -316,13 +309,12 @@ def write_passage(
     while True:
         fact = writer.fact() if rng.random() < fact_share or not facts else None
         sentence = fact.sentence if fact else writer.filler()
-        ending = "\n" if rng.random() < paragraph else " "
-        used += count_tokens(sentence + ending)
-        if facts and used > target_tokens:
+        used += count_tokens(sentence)
+        if used > target_tokens and (facts or not fact):
             return "".join(parts).rstrip(), facts
         if fact:
             facts.append(fact)
-        parts.append(sentence + ending)
+        parts.append(sentence + ("\n" if rng.random() < paragraph else " "))
 
 
 def ask(rng: random.Random, fact: Fact) -> QA:
@@ -431,24 +423,6 @@ def training_segments(
     doc_share = rng.choice((0.4, 0.5, 0.6, 0.85))
     build = _chat_segments if chat else _completion_segments
     return build(rng, writer, target_tokens, parts, doc_share, share)
-
-
-def recital(rng: random.Random, target_tokens: int) -> tuple[str, list[str]]:
-    """Facts and nothing else, and the same facts in another order; at times facts of one or two families.
-
-    Sentences that differ only in the name or the thing are what recall has to tell apart, and here
-    every few tokens are such a choice.
-    """
-    writer = DocumentWriter(rng, "train")
-    writer.families = tuple(rng.sample(FAMILIES, rng.choice((1, 1, 2, 3, len(FAMILIES)))))
-    sentences: list[str] = []
-    room = target_tokens // 2
-    while fact := writer.fact():
-        room -= count_tokens(fact.sentence)
-        if room < 0:
-            break
-        sentences.append(fact.sentence)
-    return " ".join(sentences), rng.sample(sentences, len(sentences))
 
 
 def _rounds(

@@ -1,4 +1,4 @@
-"""A Llama in 80 lines, for training: Hugging Face's parameter names and numerics, nothing else.
+"""A Qwen2 in 80 lines, for training: Hugging Face's parameter names and numerics, nothing else.
 
 Plain torch keeps the training loop free of the library's overhead, which at this size would be a good
 part of the time, and lets the output layer run only at the positions the loss asks for.
@@ -6,7 +6,8 @@ part of the time, and lets the output layer run only at the positions the loss a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +20,21 @@ class Shape:
     """Sizes of the model."""
 
     vocab: int = 2048
-    hidden: int = 128
+    hidden: int = 160
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 32
+    head_dim: int = 64
     mlp: int = 384
-    rope_theta: float = 100000.0
+    rope_theta: float = 1e8
     eps: float = 1e-6
     positions: int = 4096
 
     def hf_config(self, bos: int, eos: int, pad: int) -> dict[str, Any]:
         """The config.json of the LlamaForCausalLM of this shape."""
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
             "intermediate_size": self.mlp,
@@ -46,9 +47,8 @@ class Shape:
             "rms_norm_eps": self.eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": None,
-            "attention_bias": False,
+            "use_sliding_window": False,
             "attention_dropout": 0.0,
-            "mlp_bias": False,
             "tie_word_embeddings": True,
             "initializer_range": 0.02,
             "use_cache": True,
@@ -65,9 +65,9 @@ class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=False)
-        self.k_proj = nn.Linear(shape.hidden, shape.kv_heads * shape.head_dim, bias=False)
-        self.v_proj = nn.Linear(shape.hidden, shape.kv_heads * shape.head_dim, bias=False)
+        self.q_proj = nn.Linear(shape.hidden, shape.heads * shape.head_dim)
+        self.k_proj = nn.Linear(shape.hidden, shape.kv_heads * shape.head_dim)
+        self.v_proj = nn.Linear(shape.hidden, shape.kv_heads * shape.head_dim)
         self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -131,6 +131,9 @@ class Llama(nn.Module):
         self.shape = shape
         self.model = _Body(shape)
         self.apply(_initialise)
+        first = self.model.layers[0]
+        assert isinstance(first, Layer)
+        _look_back(first.self_attn, shape.rope_theta)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Final hidden states, batch x length x hidden."""
@@ -150,43 +153,44 @@ class Llama(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def widened(model: Llama) -> Llama:
-    """The same function with heads twice as wide, the new half free of position.
+LOOK_BACK_SCALE = 9.7
+"""Size of the biases of a look-back head: its offset then scores 8 above the two beside it."""
 
-    Twice the width and the square of the RoPE base leave the old rotations as they are and add dimensions
-    that turn so slowly that they hardly know a position: what a head needs to match words across
-    thousands of tokens.  The new output columns start at zero, so nothing changes until training goes on.
+
+def _look_back(attention: Attention, theta: float) -> None:
+    """Make head h of the first layer attend to the token h + 1 places back, through its biases alone.
+
+    With rotary positions, constant queries and keys at an angle of -offset * frequency score highest at that offset.
+    Such heads are what every copying circuit begins with, and what takes training longest to find.
     """
-    old = model.shape
-    shape = replace(old, head_dim=2 * old.head_dim, rope_theta=old.rope_theta**2)
-    wide = Llama(shape).to(model.model.embed_tokens.weight.device)
-    source = dict(model.named_parameters())
+    half = attention.head_dim // 2
+    frequencies = theta ** -(torch.arange(half) / half)
     with torch.no_grad():
-        for name, parameter in wide.named_parameters():
-            parameter.copy_(_widen(name, parameter, source[name], old.head_dim))
-    return wide
-
-
-def _widen(name: str, new: Tensor, old: Tensor, width: int) -> Tensor:
-    """The old weight inside the new shape; ``width`` is the old head's."""
-    if new.shape == old.shape:
-        return old
-    if name.endswith("o_proj.weight"):
-        grown = torch.zeros_like(new).view(new.shape[0], -1, 2 * width)
-        grown[..., :width] = old.view(old.shape[0], -1, width)
-        return grown.view(new.shape)
-    grown = new.clone().view(-1, 2 * width, new.shape[1])
-    was = old.view(-1, width, old.shape[1])
-    if name.endswith("v_proj.weight"):
-        grown[:, :width] = was
-    else:  # queries and keys: a rotation pairs dimension i with i + half the width
-        scale = 2**0.5 if name.endswith("q_proj.weight") else 1.0  # attention divides by the root of the width
-        grown[:, : width // 2] = was[:, : width // 2] * scale
-        grown[:, width : width + width // 2] = was[:, width // 2 :] * scale
-    return grown.view(new.shape)
+        keys = attention.k_proj.bias.view(attention.kv_heads, 2, half)
+        keys[:, 0] = LOOK_BACK_SCALE
+        queries = attention.q_proj.bias.view(attention.heads, 2, half)
+        for head in range(attention.heads):
+            angle = -(head + 1) * frequencies
+            queries[head, 0], queries[head, 1] = LOOK_BACK_SCALE * angle.cos(), LOOK_BACK_SCALE * angle.sin()
+        # Slow frequencies tell no offset; leave them to what training finds.
+        queries[:, :, frequencies < 1e-3] = 0.0
 
 
 def _initialise(module: nn.Module) -> None:
     """Small weights everywhere: with larger ones the retrieval heads did not form (see the README)."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def tie_twins(model: Llama, twins: Sequence[tuple[int, int]]) -> None:
+    """Give token a of each pair (a, b) the embedding of b plus the mean difference of all pairs.
+
+    "Mira" at the start of a line and " Mira" inside one are two tokens.  Nothing tells a fresh model that
+    they are one word, and a fifth of the facts would be out of its reach.
+    """
+    embedding = model.model.embed_tokens.weight
+    with torch.no_grad():
+        first, second = (torch.tensor(ids, device=embedding.device) for ids in zip(*twins, strict=True))
+        embedding[first] = embedding[second] + (embedding[first] - embedding[second]).mean(0)

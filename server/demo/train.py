@@ -1,9 +1,9 @@
 """Make the demo model from nothing: tokenizer, training, checkpoint.
 
 ``python -m server.demo.train --out DIR`` runs the stages below in order, one skill at a time: repeat a
-sequence; recall the value that a key had, whatever stands between; answer questions about documents;
-then longer and longer documents.  Each stage draws from its own seed and leaves a checkpoint in
-``--work``, so that a run that was cut off goes on with ``--resume`` as if it had not been.
+sequence; answer questions about documents; then longer and longer documents.  Each stage draws from its
+own seed and leaves a checkpoint in ``--work``, so that a run that was cut off goes on with ``--resume``
+as if it had not been.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from server.demo import corpus
-from server.demo.network import Llama, Shape, widened
+from server.demo.network import Llama, Shape, tie_twins
 from server.demo.tokenizer import END_OF_TEXT, VOCAB_SIZE, save_tokenizer, train_tokenizer
 
 SEED = 1
 TOKENIZER = Path(__file__).parent / "model" / "tokenizer.json"
+COMPILED_LENGTH = 512  # compiling for each longer length takes minutes
 OTHER_WEIGHT, OTHER_SHARE = 0.1, 0.1  # the text between the answers: a little loss on a sample of it
 
 
@@ -49,24 +50,18 @@ class Stage:
     noise: float = 0.05
     bf16: bool = False
     tokens: int = 8192  # per step
-    gaps: tuple[int, ...] = (0, 1, 2, 3)  # of the task "gaps": words between key and value
-    widen: bool = False  # double the heads' width first
+    twins: bool = False  # first give words at the start of a line the embedding that they have inside one
 
 
 STAGES = (
     Stage("repeats", 300, (3e-3, 3e-3), ("repeat",), (64,), tokens=4096),
-    Stage("pairs", 300, (3e-3, 3e-3), ("pairs", "pairs", "repeat"), (96,)),
-    Stage("documents", 500, (3e-3, 2e-3), ("documents", "pairs"), (128,)),
-    Stage("documents-128", 600, (2e-3, 2e-3), ("documents",), (128,)),
-    Stage("wide", 150, (2e-3, 2e-3), ("documents",), (128, 256, 256), widen=True),
-    Stage("to-512", 150, (2e-3, 2e-3), ("documents",), (128, 256, 512, 512)),
-    Stage("segments", 150, (1.5e-3, 1.5e-3), ("segments", "segments", "documents"), (128, 256, 256)),
-    Stage("recitals", 150, (1.5e-3, 1.5e-3), ("recitals", "recitals", "documents"), (128, 256)),
-    Stage("gap-1", 75, (2e-3, 2e-3), ("gaps",), (64,), gaps=(1,)),
-    Stage("gap-2", 75, (2e-3, 2e-3), ("gaps",), (64,), gaps=(1, 2, 2)),
-    Stage("gap-3", 100, (2e-3, 2e-3), ("gaps",), (128,), gaps=(1, 2, 3, 3)),
-    Stage("gap-4", 75, (2e-3, 2e-3), ("gaps", "gaps", "recitals"), (128,), gaps=(2, 3, 4, 4)),
-    Stage("recitals-2", 75, (2e-3, 2e-3), ("recitals", "recitals", "documents"), (128, 256)),
+    Stage("documents-128", 200, (3e-3, 3e-3), ("documents",), (128,)),
+    Stage("documents-256", 150, (3e-3, 2e-3), ("documents",), (128, 256, 256)),
+    Stage("documents-512", 150, (2e-3, 2e-3), ("documents",), (128, 256, 512, 512)),
+    Stage("anneal-512", 200, (2e-3, 1e-4), ("documents",), (128, 256, 512)),
+    Stage("twins", 75, (2e-3, 2e-3), ("documents",), (128, 256, 512), twins=True),
+    Stage("documents-2048", 100, (2e-3, 1.5e-3), ("documents",), (512, 1024, 2048), bf16=True),
+    Stage("finish", 200, (1.5e-3, 5e-5), ("documents",), (64, 128, 256, 512, 1024, 2048)),
 )
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, targets (-1: none), weights
@@ -87,10 +82,6 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         makers: dict[str, Callable[[int, int], Batch]] = {
             "repeat": self._repeats,
-            "pairs": self._pairs,
-            "segments": self._segments,
-            "gaps": self._gaps,
-            "recitals": self._recitals,
             "documents": self._documents,
         }
         for _ in range(self._stage.steps):
@@ -110,78 +101,6 @@ class Batches:
             weights[row, n:] = 1
         return tokens[:, :-1], tokens[:, 1:], weights
 
-    def _pairs(self, rows: int, length: int) -> Batch:
-        """Records of key, filler, value; then the records again in another order with other fillers."""
-        tokens = np.full((rows, length + 1), self._pad, np.int64)
-        weights = np.zeros((rows, length), np.float32)
-        for row in range(rows):
-            record, values = self._record_batch(length)
-            tokens[row, : len(record)] = record
-            weights[row, : len(record) - 1] = values[1:]
-        return tokens[:, :-1], tokens[:, 1:], weights
-
-    def _record_batch(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        rng = self._rng
-        key_size, value_size, gap = int(rng.integers(1, 3)), int(rng.integers(1, 3)), int(rng.integers(0, 4))
-        size = key_size + gap + value_size
-        count = (length + 1) // (2 * size)
-        words = rng.permutation(self._words)
-        fillers, words = words[:12], words[12:]
-        keys = words[: count * key_size].reshape(count, key_size)
-        words = words[count * key_size :]
-        values = rng.choice(words, (count, value_size))
-        order = rng.permutation(count)
-        first = np.concatenate([keys, rng.choice(fillers, (count, gap)), values], 1)
-        again = np.concatenate([keys, rng.choice(fillers, (count, gap)), values], 1)[order]
-        mask = np.zeros((2 * count, size), np.float32)
-        mask[count:, key_size + gap :] = 1
-        return np.concatenate([first, again]).reshape(-1), mask.reshape(-1)
-
-    def _gaps(self, rows: int, length: int) -> Batch:
-        """Records of a key, the same few words each time, and a value; then all in another order.
-
-        Only the key tells the records apart, and it stands ``gap`` words before the value: the model has
-        to look that far back, which it learns one distance at a time.
-        """
-        rng = self._rng
-        tokens = np.full((rows, length + 1), self._pad, np.int64)
-        weights = np.zeros((rows, length), np.float32)
-        for row in range(rows):
-            gap = int(rng.choice(self._stage.gaps))
-            size = gap + 2
-            count = (length + 1) // (2 * size)
-            words = rng.permutation(self._words)
-            records = np.empty((count, size), np.int64)
-            records[:, 0], records[:, 1:-1] = words[gap : gap + count], words[:gap]
-            records[:, -1] = rng.choice(words[gap + count :], count)
-            both = np.concatenate([records, records[rng.permutation(count)]]).reshape(-1)
-            tokens[row, : len(both)] = both
-            weights[row, len(both) // 2 + size - 2 : len(both) - 1 : size] = 1
-        return tokens[:, :-1], tokens[:, 1:], weights
-
-    def _segments(self, rows: int, length: int) -> Batch:
-        """Short random sentences with many words in common, then all again in another order.
-
-        A word alone does not tell what follows, only the four or five before it do: the skill that
-        documents need, taught with many times as many targets per token.
-        """
-        rng = self._rng
-        tokens = np.full((rows, length + 1), self._pad, np.int64)
-        weights = np.zeros((rows, length), np.float32)
-        for row in range(rows):
-            size = int(rng.integers(7, 13))
-            count = (length + 1) // (2 * size)
-            words = rng.permutation(self._words)[: int(rng.choice((32, 80, 400)))]
-            segments = rng.choice(words, (count, size))
-            common = rng.random((count, size)) < rng.choice((0.2, 0.4, 0.5))
-            segments = np.where(common, rng.choice(words[:8], (count, size)), segments)
-            both = np.concatenate([segments, segments[rng.permutation(count)]]).reshape(-1)
-            mask = np.zeros((2 * count, size), np.float32)
-            mask[count:, 4:] = 1
-            tokens[row, : len(both)] = both
-            weights[row, : len(both) - 1] = mask.reshape(-1)[1:]
-        return tokens[:, :-1], tokens[:, 1:], weights
-
     def _documents(self, rows: int, length: int) -> Batch:
         """Documents with many questions: full loss on the answers and on the end token after each."""
         tokens = np.full((rows, length), self._pad, np.int64)
@@ -196,21 +115,6 @@ class Batches:
         sample = (weights == 0) & (self._rng.random(weights.shape) < OTHER_SHARE) & (targets >= 0)
         weights[sample] = OTHER_WEIGHT
         return tokens, targets, weights
-
-    def _recitals(self, rows: int, length: int) -> Batch:
-        """Facts, then the same facts in another order: the loss is on the last three tokens of each."""
-        tokens = np.full((rows, length + 1), self._pad, np.int64)
-        weights = np.zeros((rows, length), np.float32)
-        for row in range(rows):
-            text, again = corpus.recital(self._text_rng, length)
-            ids = self._tokenizer.encode(text).ids
-            for sentence in self._tokenizer.encode_batch([" " + s for s in again]):
-                ids += sentence.ids
-                if len(ids) <= length:
-                    weights[row, len(ids) - 4 : len(ids) - 1] = 1
-            n = min(length + 1, len(ids))
-            tokens[row, :n] = ids[:n]
-        return tokens[:, :-1], tokens[:, 1:], weights
 
     def _encode(self, segments: list[corpus.Segment]) -> tuple[list[int], list[int], list[float]]:
         """Token ids, the target at each position, and the weight of that target's loss.
@@ -272,7 +176,7 @@ def run_stage(
 ) -> None:
     """Train one stage, with a line of progress every 25 steps."""
     hidden_of: Callable[[Tensor], Tensor] = torch.compile(model.hidden, dynamic=False) if args.compile else model.hidden
-    warm = 50 if stage.widen or stage is STAGES[0] else 1
+    warm = 50 if stage.twins or stage is STAGES[0] else 1
     started = time.time()
     seen: dict[str, list[tuple[float, float]]] = {}
     batches = Batches(tokenizer, stage)
@@ -281,7 +185,8 @@ def run_stage(
         rate = stage.rates[0] * (1 - part) + stage.rates[1] * part
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / warm)
-        loss, mean, right = loss_of(model, hidden_of, batch, args.device, stage.bf16)
+        forward = hidden_of if batch[0].shape[1] <= COMPILED_LENGTH else model.hidden
+        loss, mean, right = loss_of(model, forward, batch, args.device, stage.bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -314,6 +219,12 @@ def save_model(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
+def _twins(tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Tokens of whole words without a leading space, each with the token of the same word with one."""
+    vocab = tokenizer.get_vocab()
+    return [(id, vocab["Ġ" + text]) for text, id in sorted(vocab.items()) if text.isalpha() and "Ġ" + text in vocab]
+
+
 def _optimizer(model: Llama) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -343,8 +254,8 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     for stage in STAGES:
         path = _checkpoint(args.work, stage) if args.work else None
-        if stage.widen:
-            model = widened(model)
+        if stage.twins:
+            tie_twins(model, _twins(tokenizer))
             optimizer = _optimizer(model)
         if path and args.resume and path.exists():
             saved = torch.load(path, map_location=args.device)
