@@ -1,4 +1,4 @@
-"""`python -m server.bench [scheduler|model|clients ...] [--quick] [--save]`: exit code 1 when a stated goal is missed."""
+"""`python -m server.bench [NAME ...] [--quick] [--save]`: exit code 1 when a stated goal is missed."""
 
 from __future__ import annotations
 
