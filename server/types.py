@@ -156,7 +156,9 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. `retired`: requests that are not in a later step under that id: drop what is kept for them."""
+    """One forward pass. `retired`: drop what is kept for these requests. They are over, or were preempted: one that comes
+    again brings its whole history.
+    """
 
     id: int
     rows: Sequence[StepRow]

@@ -55,7 +55,7 @@ class Workload:
     repeats: int
 
 
-FULL = Workload(layers=12, hidden=768, vocab=32_000, prompt=128, output=64, concurrency=(1, 16, 64), repeats=5)
+FULL = Workload(layers=12, hidden=768, vocab=32_000, prompt=128, output=64, concurrency=(1, 16, 64), repeats=3)
 QUICK = Workload(layers=2, hidden=192, vocab=2_000, prompt=32, output=8, concurrency=(1, 4), repeats=1)
 
 

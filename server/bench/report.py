@@ -70,7 +70,7 @@ class Report:
             "goals_missed": self.missed,
             "samples": self.raw,
         }
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
         return path
 
 

@@ -38,11 +38,6 @@ class Mover:
 
         task.add_done_callback(over)
 
-    async def drain(self) -> None:
-        """Wait until nothing is in flight."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks)
-
     async def _carry(self, transfer: Transfer, done: Callable[[int, TierFault | None], None]) -> None:
         try:
             fault = await self._copy(transfer)
