@@ -71,6 +71,11 @@ def build(config: Config) -> Daemon:
     """Load the model and wire the daemon up; nothing runs yet. Raises ConfigError with one line to act on."""
     import torch
 
+    if config.model.device != "cpu":
+        raise ConfigError(
+            f"device {config.model.device!r} has no attention backend in this version; use --device cpu",
+            param="model.device",
+        )
     folder = DEMO_MODEL if config.model.model == "demo" else resolve_folder(config.model.model, config.model.revision)
     tokenizer = Tokenizer.load(folder, _chat_template(config))
     model = _load(config, folder)
