@@ -8,7 +8,7 @@ FROM python:3.12-slim
 ARG TORCH_INDEX=""
 
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} 'torch>=2.11,<2.14'
+RUN ${TORCH_INDEX:+env PIP_INDEX_URL="$TORCH_INDEX"} pip install 'torch>=2.11,<2.14'
 
 WORKDIR /opt/terrace
 COPY pyproject.toml README.md LICENSE ./

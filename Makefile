@@ -64,7 +64,7 @@ $(BIN)/python:
 
 # torch first and by itself, so that TORCH_INDEX concerns nothing else.
 $(VENV)/.torch: | $(BIN)/python
-	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(if $(TORCH_INDEX),PIP_INDEX_URL=$(TORCH_INDEX)) $(PIP) install '$(TORCH)'
 	@touch $@
 
 $(RUN): pyproject.toml | $(VENV)/.torch

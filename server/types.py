@@ -156,8 +156,8 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. `retired`: drop what is kept for these requests. They are over, or were preempted: one that comes
-    again brings its whole history.
+    """One forward pass. `retired`: drop what is kept for these requests; they are over, or were preempted and will come
+    again with their whole history.
     """
 
     id: int
