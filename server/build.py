@@ -118,7 +118,6 @@ async def serve(config: Config) -> int:
             app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=65, lifespan="off"
         )
     )
-    http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     engine = asyncio.create_task(daemon.engine.run())
     lag = asyncio.create_task(_probe_lag(daemon.metrics))
     stop = asyncio.Event()

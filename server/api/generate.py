@@ -84,7 +84,7 @@ class Choice:
                 yield piece
             if piece.finish is not None:
                 # A stop string ends the choice before the engine knows: give its frames back now.
-                self.stream.close()
+                self.stream.close(piece.finish)
                 return
         raise self._aborted(None)
 

@@ -247,7 +247,6 @@ class DocumentWriter:
 
     def __init__(self, rng: random.Random, split: str, coined: float = 0.0, noise: float = 0.05) -> None:
         """``coined``: chance that a slot holds a made-up word; ``noise``: share of random-word fillers."""
-        self.families: tuple[Family, ...] = FAMILIES
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}")
         self._rng, self._split, self._coined, self._noise = rng, split, coined, noise
@@ -268,7 +267,7 @@ class DocumentWriter:
         if self._stated == MAX_FACTS:
             return None
         for _ in range(500):
-            family = self._rng.choice(self.families)
+            family = self._rng.choice(FAMILIES)
             words = {slot: self._word(slot) for slot in _SLOTS_OF[family.name]}
             key = tuple(words[slot] for slot in family.key)
             sentence = family.sentence.format(**words)

@@ -13,8 +13,9 @@ import pytest
 
 import server.demo
 from server.demo.corpus import example
+from server.engine import GenerateSpec
 from server.text import Tokenizer
-from server.types import SamplingParams
+from server.types import FinishReason, SamplingParams
 from tests.system.harness import complete, complete_all, running
 
 FOLDER = Path(server.demo.__file__).parent / "model"
@@ -94,3 +95,14 @@ async def test_both_attention_backends_agree(prompts: list[list[int]], alone: li
     """The reference backend, the oracle, generates what the fast one does."""
     async with running(**FEW, model__attention="reference") as daemon:
         assert await complete_all(daemon, prompts[:4], GREEDY) == alone[:4]
+
+
+async def test_a_stream_closed_at_a_stop_string_counts_as_stopped(prompts: list[list[int]]) -> None:
+    """The reader sees stop strings, not the engine: what it says of the end is what the metrics show."""
+    async with running(**FEW) as daemon:
+        stream = daemon.engine.submit(GenerateSpec(prompts[0], GREEDY))
+        await anext(stream)
+        stream.close(FinishReason.STOP)
+        text = daemon.metrics.render().decode()
+    assert 'terrace_requests_finished_total{finish_reason="stop",model_name="demo"} 1.0' in text
+    assert 'terrace_requests_finished_total{finish_reason="abort",model_name="demo"} 0.0' in text

@@ -93,7 +93,7 @@ class FakeStream:
             self.engine.open.pop(self.request_id, None)
         return batch
 
-    def close(self) -> None:
+    def close(self, reason: FinishReason = FinishReason.ABORT) -> None:
         self.closed = True
         if self.engine.open.pop(self.request_id, None) is not None:
             self.engine.aborted += 1
