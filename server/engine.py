@@ -27,8 +27,8 @@ log = logging.getLogger("terrace.engine")
 
 IDLE_AUDIT_S = 1.0
 """How long the daemon must be idle before it audits its books; once per idle period."""
-IDLE_AUDIT_BLOCKS = 16_384
-"""An audit costs 5 us per block on the loop thread: larger caches (0.1 s and more) are audited only after a drain."""
+IDLE_AUDIT_FRAMES = 16_384
+"""An audit costs 5 us per frame on the loop thread: larger caches (0.1 s and more) are not audited in production."""
 
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
 
@@ -116,7 +116,12 @@ class Engine:
         clock: Callable[[], float],
         *,
         prefix_caching: bool = True,
+        prefetch: bool = True,
+        flush_s: float = 0.0,
+        nonce: str = "",
     ) -> None:
+        """`flush_s`: after a drain's last request, how long the cache may take to be written to the lowest tier.
+        `nonce`: different in every process, so that without prefix caching a restart finds nothing either."""
         self.state: State = "starting"
         self.scheduler = scheduler
         self.kv: KVManager = scheduler.kv
@@ -125,6 +130,10 @@ class Engine:
         self._metrics = metrics
         self._clock = clock
         self._prefix_caching = prefix_caching
+        self._prefetch = prefetch
+        self._flush_s = flush_s
+        self._nonce = nonce
+        self._flush_until_s: float | None = None
         self._streams: dict[int, Stream] = {}
         self._wake = asyncio.Event()
         self._over = asyncio.Event()
@@ -145,7 +154,7 @@ class Engine:
             self._metrics.rejected("draining")
             raise NotReady(f"the server is {self.state}")
         self._next_id += 1
-        salt = spec.cache_salt if self._prefix_caching else f"{spec.cache_salt}\0only for request {self._next_id}"
+        salt = spec.cache_salt if self._prefix_caching else f"{spec.cache_salt}\0only for request {self._next_id} of {self._nonce}"
         request = request_from(
             self._next_id, spec.prompt, spec.params, self.kv.root(salt), priority=spec.priority, now=self._clock()
         )
@@ -157,6 +166,8 @@ class Engine:
         except Overloaded:
             self._metrics.rejected("queue_full")
             raise
+        if self._prefetch:
+            self.kv.prefetch(self.scheduler.reusable(request), request.arrival_s)
         stream = self._streams[request.id] = Stream(self, request)
         self._audited = False
         self._wake.set()
@@ -176,7 +187,7 @@ class Engine:
         return EngineSnapshot(
             state=self.state,
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting) + len(self.scheduler.onboarding),
+            waiting=len(self.scheduler.waiting),
             blocks_total=device.pool.capacity,
             blocks_used=device.pool.capacity - device.pool.free - cached,
             blocks_cached=cached,
@@ -189,7 +200,7 @@ class Engine:
         if self.state == "starting":  # a drain may have come before the first turn of the loop
             self.state = "ready"
         try:
-            while not (self.state == "draining" and self.scheduler.idle and not self.kv.moving):
+            while not self._drained():
                 if self._failure is not None:
                     raise self._failure
                 now = self._clock()
@@ -197,13 +208,15 @@ class Engine:
                 plan = self.scheduler.plan(now)
                 for _ in range(self.scheduler.preemptions - preemptions):
                     self._metrics.preempted()
-                for transfer in self.kv.plan_transfers(now):  # after the plan, which sends for blocks and may wait
-                    self._mover.start(transfer, self._landed, self._broke)
+                # After the plan, which sends for blocks and may wait for them.
+                self._mover.start(self.kv.plan_transfers(now), self._landed, self._broke)
+                self._mover.note(self.kv.take_notes())
                 if plan is None:
                     await self._rest()
                 else:
                     await self._step(plan)
-            audit.check(self.kv)
+            if self.kv.frames_total <= IDLE_AUDIT_FRAMES:
+                audit.check(self.kv)
             self.state = "stopped"
         except Exception as error:
             self.state = "failed"
@@ -225,17 +238,29 @@ class Engine:
             self._wake.set()
             await self._over.wait()
 
+    def _drained(self) -> bool:
+        """No more work, and what is hot was written down, as far as the time for that goes."""
+        if self.state != "draining" or not self.scheduler.idle:
+            return False
+        if self._flush_until_s is None:
+            self._flush_until_s = self._clock() + self._flush_s
+            self.kv.flush(self._clock())
+        return not self.kv.busy or self._clock() >= self._flush_until_s
+
     async def _rest(self) -> None:
-        """Nothing to run: sleep until something arrives, and audit the books once if that takes a while."""
-        if self._audited or not self.scheduler.idle or len(self.kv.index) > IDLE_AUDIT_BLOCKS:
-            await self._wake.wait()
-        else:
-            try:
-                await asyncio.wait_for(self._wake.wait(), IDLE_AUDIT_S)
-            except TimeoutError:
-                audit.check(self.kv)
-                self._audited = True
-                return
+        """Nothing to run: sleep until something arrives or is late; audit the books once if that takes a while."""
+        now, wake_s = self._clock(), self.kv.wake_s
+        audits = not self._audited and self.scheduler.idle and self.kv.frames_total <= IDLE_AUDIT_FRAMES
+        if audits:
+            wake_s = min(wake_s, now + IDLE_AUDIT_S)
+        if self._flush_until_s is not None:
+            wake_s = min(wake_s, self._flush_until_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if wake_s == float("inf") else max(0.0, wake_s - now)):
+                await self._wake.wait()
+        if audits and not self._wake.is_set():
+            audit.check(self.kv)
+            self._audited = True
         self._wake.clear()
 
     async def _step(self, plan: StepPlan) -> None:
@@ -250,6 +275,7 @@ class Engine:
         now = self._clock()
         self._deliver(self.scheduler.commit(plan, result, now), now)
         busy_s = result.finished_s - result.started_s
+        self.kv.planner.step.observe(plan.tokens, busy_s)
         self._metrics.step(_kind(plan), busy_s, plan.tokens, self._clock() - planned_s - busy_s)
 
     def _landed(self, transfer_id: int, fault: TierFault | None) -> None:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ RequestId = int
 
 DEVICE: TierName = "device"
 DRAM: TierName = "dram"
+SSD: TierName = "ssd"
 
 
 class FinishReason(StrEnum):
@@ -213,6 +214,24 @@ class Transfer:
     source: tuple[TierName, FrameId]
     target: tuple[TierName, FrameId]
     planned_s: float
+    parent: BlockHash | None = None
+    """Hash of the block before this one in its chain; None for a first block."""
+    depth: int = 0
+    """Blocks before this one in its chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a tier that outlives the process should remember about block `hash` in `frame`, beyond its bytes.
+
+    `touch`: it was just used, and so was every block before it in its chain. `drop`: it is not there any more.
+    `pin`: it is kept until `until_s`, Unix time in seconds; 0 ends that.
+    """
+
+    kind: Literal["touch", "drop", "pin"]
+    hash: BlockHash
+    frame: FrameId
+    until_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

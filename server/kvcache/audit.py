@@ -1,6 +1,6 @@
 """The invariants of the KV manager, each one function that raises InvariantViolation. Reads all, changes nothing.
 
-`check` costs O(blocks of the cache): it runs after every rule of the property machine, at the end of every simulation,
+`check` costs O(frames of the tiers): it runs after every rule of the property machine, at the end of every simulation,
 and in the daemon when it goes idle.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from server.kvcache.block import Block
-from server.kvcache.manager import KVManager, TierState
-from server.types import DEVICE, FrameId
+from server.kvcache.block import Stage
+from server.kvcache.books import NOWHERE, TierBooks
+from server.kvcache.manager import KVManager
+from server.types import FrameId
 
 
 class InvariantViolation(AssertionError):
@@ -22,112 +23,123 @@ def _require(fact: bool, message: str) -> None:
         raise InvariantViolation(message)
 
 
-def _known_blocks(kv: KVManager) -> set[Block]:
-    return set(kv.index.values()) | {block for lease in kv.leases for block in lease.blocks}
-
-
 def frames_add_up(kv: KVManager) -> None:
-    """Per tier, free and owned frames are disjoint and are all there are; each owned frame has one copy."""
-    blocks = _known_blocks(kv)
-    for name, tier in kv.tiers.items():
-        owned: list[FrameId] = [block.copies[name].frame for block in blocks if name in block.copies]
-        free = tier.pool.free_frames()
-        _require(len(set(owned)) == len(owned), f"{name}: a frame is owned twice")
-        _require(not free & set(owned), f"{name}: a free frame is owned")
-        _require(len(owned) + len(free) == tier.pool.capacity, f"{name}: {tier.pool.capacity} frames, "
-                 f"{len(owned)} owned, {len(free)} free")  # fmt: skip
+    """Per tier, free, filed and private frames are disjoint and are all there are; private ones are some lease's."""
+    private = {frame for lease in kv.leases for frame in lease.table.view()[lease.sealed :].tolist()}
+    for books in kv.levels:
+        filed, free = list(books.find.values()), books.pool.free_frames()
+        owned = len(filed) + (len(private) if books is kv.device else 0)
+        _require(len(set(filed)) == len(filed), f"{books.name}: a frame is filed twice")
+        _require(not free & set(filed), f"{books.name}: a free frame is filed")
+        if books is kv.device:
+            _require(not private & free, "device: a private frame is free")
+            _require(not private & set(filed), "device: a private frame is shared")
+        total = owned + len(free) + books.pool.unusable()
+        _require(total == books.pool.capacity, f"{books.name}: {books.pool.capacity} frames, {owned} owned, "
+                 f"{len(free)} free, {books.pool.unusable()} withheld")  # fmt: skip
+        for value, frame in books.find.items():
+            _require(books.hashes[frame] == value, f"{books.name}: a block is filed under another hash")
 
 
-def residency_holds(kv: KVManager) -> None:
-    """An indexed block carries its own hash and has a copy: ready, or on its way from a ready one."""
-    for value, block in kv.index.items():
-        _require(block.hash == value, "a block is indexed under another hash")
-        _require(any(copy.ready for copy in block.copies.values()), "an indexed block has no ready copy")
-
-
-def leases_match_holders(kv: KVManager) -> None:
-    """A block's lease count equals the number of live leases that hold it, and a lease's table its frames."""
-    held = Counter(block for lease in kv.leases for block in lease.blocks)
-    for block in _known_blocks(kv):
-        _require(block.leases == held[block], f"a block counts {block.leases} leases, {held[block]} hold it")
-        _require(block.hash is not None or block.leases == 1, "an unsealed block is private to one lease")
+def holds_add_up(kv: KVManager) -> None:
+    """Every hold has its holder: a lease, a load, or a transfer; what is not ready is being filled or given up."""
+    held: Counter[tuple[str, FrameId]] = Counter()
+    device = kv.device.name
     for lease in kv.leases:
         _require(not lease.released, "a released lease is still live")
-        if not lease.onboarding:
-            frames = [block.copies[DEVICE].frame for block in lease.blocks]
-            _require(lease.table.view().tolist() == frames, "a block table differs from the frames of its lease")
-        sealed = [block.hash is not None for block in lease.blocks]
-        _require(sealed == [i < lease.sealed for i in range(len(sealed))], "sealed blocks are not the lease's prefix")
+        held.update((device, frame) for frame in lease.table.view().tolist())
+        held.update((device, frame) for frame, _ in lease.tail.values())
+    for load in kv.traffic.loads.values():
+        books = kv.levels[load.level]
+        _require(load.hash in books.find, f"{books.name}: a load's block is not where it is loaded from")
+        held[(books.name, books.find[load.hash])] += 1
+    for flight in kv.traffic.in_flight.values():
+        held[flight.transfer.target] += 1
+        if flight.load is None:
+            held[flight.transfer.source] += 1
+    for books in kv.levels:
+        for frame in range(books.pool.capacity):
+            expected = held[(books.name, frame)]
+            _require(books.holds[frame] == expected,
+                     f"{books.name}: frame {frame} counts {books.holds[frame]} holds, {expected} are known")  # fmt: skip
+            if books.hashes[frame] is not None and not books.ready[frame]:
+                _require(expected > 0, f"{books.name}: frame {frame} is not ready and nobody fills it")
 
 
-def flights_are_protected(kv: KVManager) -> None:
-    """What a transfer reads or writes is neither evictable, nor free, nor forgotten; readers equal transfers."""
-    reading: Counter[tuple[str, FrameId]] = Counter(transfer.source for transfer, _ in kv.in_flight.values())
-    queued = [(kv.lower.name, source.frame) for _, source, _ in kv.onboards] if kv.lower else []
-    reading.update(queued)
-    for transfer, block in kv.in_flight.values():
-        target = block.copies.get(transfer.target[0])
-        _require(target is not None and target.frame == transfer.target[1], "a transfer's target frame changed hands")
-        _require(target is not None and not target.ready, "a transfer's target is ready before it landed")
-    for block in _known_blocks(kv):
-        for name, copy in block.copies.items():
-            expected = reading[(name, copy.frame)]
-            _require(copy.readers == expected, f"{name}: {copy.readers} readers counted, {expected} transfers read")
-    _require(len(kv.in_flight) <= kv.transfers_max, "more transfers in flight than allowed")
+def leases_are_sound(kv: KVManager) -> None:
+    """A lease's sealed part is filed under its own chain, and what it waits for is beyond its table."""
+    for lease in kv.leases:
+        frames = lease.table.view().tolist()
+        _require(lease.sealed <= len(frames), "more blocks are sealed than there are")
+        for position in range(lease.sealed):
+            value = kv.device.hashes[frames[position]]
+            _require(value is not None and bool(kv.device.ready[frames[position]]), "a sealed block is not ready")
+            _require(position >= len(lease.hashes) or value == lease.hashes[position], "a lease holds a foreign block")
+        for frame in frames[lease.sealed :]:
+            _require(kv.device.hashes[frame] is None, "an unsealed block is shared")
+        for position, (frame, _) in lease.tail.items():
+            _require(position >= len(frames), "a block came that the table has already")
+            _require(kv.device.hashes[frame] == lease.hashes[position], "a foreign block came")
+        for position, load in lease.loads.items():
+            _require(position >= len(frames), "a block is waited for that the table has already")
+            _require(lease in load.leases and load.hash == lease.hashes[position], "a lease waits for a foreign load")
+        _require(not lease.loads.keys() & lease.tail.keys(), "a block that came is waited for")
 
 
-def _rank_is_exact(kv: KVManager, tier: TierState) -> None:
-    ranked = list(tier.policy.victims())
-    _require(len(ranked) == len(set(ranked)) == len(tier.policy), f"{tier.name}: the policy's books differ")
-    for block in ranked:
-        copy = block.copies.get(tier.name)
-        _require(copy is not None and copy.ranked and copy.ready and not copy.readers and not copy.pins,
-                 f"{tier.name}: unfit victim")  # fmt: skip
-        _require(tier is not kv.device or not block.leases, "a leased block is evictable")
-    evictable = [
-        block for block in kv.index.values()
-        if (copy := block.copies.get(tier.name)) and copy.ready and not copy.readers and not copy.pins
-        and not (tier is kv.device and block.leases)
-    ]  # fmt: skip
-    _require(len(evictable) == len(ranked), f"{tier.name}: {len(evictable)} evictable, {len(ranked)} ranked")
+def flights_are_sound(kv: KVManager) -> None:
+    """A transfer's target is filed, its own, and not ready; hops are within their limits; loads are where they say."""
+    traffic = kv.traffic
+    for flight in traffic.in_flight.values():
+        name, frame = flight.transfer.target
+        books = kv.tiers[name]
+        _require(books.find.get(flight.transfer.hash) == frame, f"{name}: a transfer's target changed hands")
+        _require(not books.ready[frame], f"{name}: a transfer's target is ready before it landed")
+    for hop, queue in enumerate(traffic.hops):
+        up = sum(f.hop == hop and f.load is not None for f in traffic.in_flight.values())
+        down = sum(f.hop == hop and f.load is None for f in traffic.in_flight.values())
+        _require(up == kv.planner.up[hop].in_flight <= queue.limit, f"hop {hop}: loads in flight")
+        _require(down == kv.planner.down[hop].in_flight <= queue.limit, f"hop {hop}: spills in flight")
+    flying = {id(flight.load) for flight in traffic.in_flight.values() if flight.load is not None}
+    for value, load in traffic.loads.items():
+        _require(value == load.hash and load.stage is not Stage.OVER, "a load that is over is still known")
+        _require(
+            (load.stage is Stage.FLYING) == (id(load) in flying), "a load flies without a transfer, or the reverse"
+        )
+        _require(all(load.depth in lease.loads for lease in load.leases), "a load has a lease that does not wait")
+    early = sum(load.target > 0 for load in traffic.loads.values())
+    _require(early == traffic.early_blocks, f"{traffic.early_blocks} prefetches counted, {early} are there")
+
+
+def _links(books: TierBooks) -> None:
+    pins: Counter[FrameId] = Counter()
+    for frame in books.find.values():
+        above = books.above[frame]
+        if above != NOWHERE:
+            _require(books.hashes[above] == books.parents[frame], f"{books.name}: a block hangs on a stranger")
+            if not books.ranked[frame]:
+                pins[above] += 1
+    for frame in range(books.pool.capacity):
+        _require(books.pins[frame] == pins[frame],
+                 f"{books.name}: {books.pins[frame]} pins counted, {pins[frame]} are there")  # fmt: skip
 
 
 def suffix_first(kv: KVManager) -> None:
-    """Each policy ranks exactly what may go and yields children before parents; a copy's pins are counted right."""
-    for name, tier in kv.tiers.items():
-        _rank_is_exact(kv, tier)
-        pins: Counter[int] = Counter()
-        for block in kv.index.values():
-            copy = block.copies.get(name)
-            if copy is not None and copy.above is not None and not copy.ranked:
-                pins[id(copy.above)] += 1
-        for block in kv.index.values():
-            copy = block.copies.get(name)
-            if copy is not None:
-                _require(copy.block is block, f"{name}: a copy belongs to another block")
-                _require(copy.pins == pins[id(copy)], f"{name}: {copy.pins} pins counted, {pins[id(copy)]} are there")
-        yielded: set[int] = set()
-        for block in tier.policy.victims():
-            copy = block.copies[name]
-            _require(id(copy.above) not in yielded, f"{name}: the policy yields a parent before its resident child")
-            yielded.add(id(copy))
+    """Each policy ranks exactly what may go and yields children before parents; pins are counted right."""
+    for books in kv.levels:
+        ranked = list(books.policy.victims())
+        _require(len(ranked) == len(set(ranked)) == len(books.policy), f"{books.name}: the policy's books differ")
+        fit = {value for value, frame in books.find.items() if books.may_go(frame)}
+        _require(set(ranked) == fit, f"{books.name}: {len(fit)} blocks may go, {len(ranked)} are ranked")
+        _require(fit == {v for v, f in books.find.items() if books.ranked[f]}, f"{books.name}: ranks are off")
+        _links(books)
+        yielded: set[FrameId] = set()
+        for value in ranked:
+            frame = books.find[value]
+            _require(books.above[frame] not in yielded, f"{books.name}: the policy yields a parent before its child")
+            yielded.add(frame)
 
 
-def quiet_when_idle(kv: KVManager) -> None:
-    """No leases: then nothing waits and every owned frame belongs to a sealed block."""
-    if not kv.leases:
-        _require(not kv.onboards or kv.lower is not None, "an onboard waits without a tier to come from")
-        _require(all(block.hash is not None for block in _known_blocks(kv)), "a private block outlived its lease")
-
-
-INVARIANTS = (
-    frames_add_up,
-    residency_holds,
-    leases_match_holders,
-    flights_are_protected,
-    suffix_first,
-    quiet_when_idle,
-)
+INVARIANTS = (frames_add_up, holds_add_up, leases_are_sound, flights_are_sound, suffix_first)
 
 
 def check(kv: KVManager) -> None:

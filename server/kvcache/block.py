@@ -1,46 +1,16 @@
-"""What a block is and who holds it: Block, Copy, Lease and the block table. Loop thread only; no bytes, no I/O."""
+"""What a request holds of the cache: the block table and the lease. Loop thread only; no bytes, no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import numpy as np
 import numpy.typing as npt
 
 from server.types import BlockHash, FrameId, TierName
-
-
-@dataclass(eq=False, slots=True)
-class Copy:
-    """One block's bytes in one frame of one tier.
-
-    `ready` is false while a transfer fills it. `readers` counts transfers that read it. `ranked` says that the tier's
-    eviction policy holds the block, that is, that this copy may go. `pins` counts the copies in the same tier whose
-    `above` is this one and that may not go: while there are any, this copy may not either (suffix first).
-    """
-
-    block: Block
-    frame: FrameId
-    ready: bool
-    readers: int = 0
-    pins: int = 0
-    above: Copy | None = None
-    ranked: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Block:
-    """`block_tokens` consecutive tokens' KV. Unsealed (hash None): private to one lease. Sealed: immutable and shared.
-
-    `hits` counts the leases that found it by match; eviction policies may rank by it.
-    """
-
-    hash: BlockHash | None
-    parent: Block | None
-    copies: dict[TierName, Copy] = field(default_factory=dict)
-    leases: int = 0
-    hits: int = 0
 
 
 class BlockTable:
@@ -55,6 +25,10 @@ class BlockTable:
 
     def __len__(self) -> int:
         return self._length
+
+    def __getitem__(self, index: int) -> FrameId:
+        assert 0 <= index < self._length, f"block {index} of a table of {self._length}"
+        return int(self._buffer[index])
 
     def view(self) -> npt.NDArray[np.int32]:
         return self._buffer[: self._length]
@@ -74,17 +48,55 @@ class BlockTable:
         self._buffer[index] = frame
 
 
-@dataclass(eq=False, slots=True)
-class Lease:
-    """Keeps a request's blocks on the device from eviction, in prompt order. Released exactly once, by `KVManager`.
+class Stage(Enum):
+    """Of a load: waits for its next hop, is in one, or is over (landed, failed or no longer wanted)."""
 
-    The first `sealed` blocks carry a hash. `onboarding` blocks must still land before the request may run; while it is
-    above zero `table` is incomplete. `found_in` names the tier of each block that was matched.
+    QUEUED = auto()
+    FLYING = auto()
+    OVER = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """One block on its way up, shared by all that want it. It holds its copy at `level`, where it is now.
+
+    `target` is the level to reach: 0 the device, because leases wait; 1 DRAM, because somebody is expected to.
     """
 
-    blocks: list[Block] = field(default_factory=list)
+    hash: BlockHash
+    parent: BlockHash | None
+    depth: int
+    level: int
+    target: int
+    origin: TierName
+    stage: Stage = Stage.QUEUED
+    leases: list[Lease] = field(default_factory=list)
+    deadline_s: float = float("inf")
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """Keeps a request's blocks on the device from eviction. Released exactly once, by `KVManager`.
+
+    `table` are its frames in prompt order: the first `sealed` hold finished, shared blocks, those behind are private.
+    The prefix `hashes` was matched; where it is longer than the table its blocks are on their way: `loads` by position
+    those that are to come, `tail` the frames of those that came and wait until the table reaches them (loading goes from
+    the back while computing goes from the front). A position in neither has to be computed.
+    `served` counts the blocks of the table that came from the cache, by the tier they were found in. `late_s`: when to
+    stop waiting for the next one. `transient`: what this request computes should not outlive the process.
+    """
+
+    hashes: Sequence[BlockHash] = ()
     table: BlockTable = field(default_factory=BlockTable)
     sealed: int = 0
-    onboarding: int = 0
-    found_in: list[TierName] = field(default_factory=list)
+    loads: dict[int, Load] = field(default_factory=dict)
+    tail: dict[int, tuple[FrameId, TierName]] = field(default_factory=dict)
+    served: Counter[TierName] = field(default_factory=Counter)
+    late_s: float | None = None
+    transient: bool = False
     released: bool = False
+
+    @property
+    def loading(self) -> bool:
+        """The matched prefix is not all in the table yet."""
+        return len(self.hashes) > len(self.table)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from server.kvcache.block import Block
+from server.types import BlockHash
 from server.registry import resolve
 
 POLICIES = {
@@ -21,13 +21,13 @@ POLICIES = {
 
 
 class EvictionPolicy(Protocol):
-    def on_insert(self, block: Block, now: float) -> None: ...
-    def on_remove(self, block: Block) -> None: ...
-    def victims(self) -> Iterator[Block]: ...
+    def on_insert(self, key: BlockHash, now: float, hits: int, depth: int) -> None: ...
+    def on_remove(self, key: BlockHash) -> None: ...
+    def victims(self) -> Iterator[BlockHash]: ...
     def __len__(self) -> int: ...
 
 
-def make_policy(name: str) -> EvictionPolicy:
+def make_policy(name: str, capacity: int) -> EvictionPolicy:
     """A fresh policy by its name in `POLICIES`; ConfigError names the ones there are."""
     policy: EvictionPolicy = resolve("eviction", POLICIES, name)()
     return policy

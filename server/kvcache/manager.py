@@ -1,69 +1,89 @@
-"""KVManager: which block is where, who holds it, what moves next. The one writer of blocks, copies, pools and index.
+"""KVManager: which block is where, who holds it, what is loaded and what is computed. The face of the cache.
 
 Synchronous, deterministic, loop thread only: no I/O, no clock (`now` is passed in), no bytes. It decides; a mover moves
 and reports back through `complete`. Costs: `grow` and `seal` are O(new blocks), `admit` and `release` O(blocks of the
-request), `plan_transfers` and `complete` at worst O(length of the chain), and nothing is O(blocks of the cache).
+request), `plan_transfers` and `complete` O(what moves), and nothing is O(blocks of the cache).
 
-How a sealed block travels: sealed on the device -> spilled in the background to the tier below -> dropped from the
-device when its frame is wanted (no copy at that moment) -> onboarded when a request matches it again.
+How a sealed block travels: sealed on the device -> spilled in the background to the tiers below -> dropped from the
+device when its frame is wanted (no copy at that moment) -> loaded when a request matches it again, as far as that beats
+computing it. A preempted request, a parked session and a restarted daemon are all the same: blocks below, a later match.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from server.kvcache.block import Block, Copy, Lease
-from server.kvcache.eviction import EvictionPolicy, make_policy
+from server.kvcache.block import Lease
+from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.hashing import chain_root
-from server.kvcache.pool import FramePool
-from server.types import DEVICE, BlockHash, BlockLayout, FrameId, TierFault, TierName, Transfer
+from server.kvcache.planner import Planner, WriteBudget
+from server.kvcache.tiers.base import Recovered
+from server.kvcache.traffic import Traffic
+from server.types import DEVICE, BlockHash, BlockLayout, Note, TierFault, TierName, Transfer
+
+FIRST_GUESS = (0.001, 0.001)
+"""Seconds per block and latency of a hop that nobody measured yet."""
+ALL = 1 << 40
+"""More blocks than any request has."""
 
 
 @dataclass(frozen=True, slots=True)
 class TierSpec:
-    """One tier as the manager sees it: a name, a number of frames, the name of an eviction policy."""
+    """One tier as the manager sees it: a name, a number of frames, the name of an eviction policy.
+
+    `in_flight_max`: blocks moving at once, per direction, between this tier and the one above.
+    """
 
     name: TierName
     frames: int
     eviction: str = "lru"
-
-
-@dataclass(eq=False, slots=True)
-class TierState:
-    name: TierName
-    pool: FramePool
-    policy: EvictionPolicy
-    evicted_blocks: int = 0
-
-    @property
-    def available(self) -> int:
-        """Frames that are free or could be made free now; exact, so whoever asks for as many gets them."""
-        return self.pool.free + len(self.policy)
+    in_flight_max: int = 8
 
 
 class KVManager:
     def __init__(
-        self, layout: BlockLayout, tiers: Sequence[TierSpec], fingerprint: bytes, *, transfers_max: int = 64
+        self,
+        layout: BlockLayout,
+        tiers: Sequence[TierSpec],
+        fingerprint: bytes,
+        *,
+        guesses: Sequence[tuple[float, float]] | None = None,
+        write_bytes_per_day: float = 0.0,
+        pin_ratio: float = 0.25,
+        wall_offset_s: float = 0.0,
     ) -> None:
-        """`tiers` from fastest to slowest, the first is the device; at most `transfers_max` are in flight at once."""
+        """`tiers` from fastest to slowest, the first is the device. `guesses[k]` are seconds per block and latency from
+        tier k+1 to tier k until they were measured. `wall_offset_s`: Unix time minus `now`, for what outlives us."""
         assert tiers[0].name == DEVICE, f"the first tier is the device, not {tiers[0].name!r}"
-        assert len(tiers) <= 2, "one tier below the device for now"
         self.layout = layout
-        self.tiers = {t.name: TierState(t.name, FramePool(t.frames), make_policy(t.eviction)) for t in tiers}
-        self.device = self.tiers[DEVICE]
-        self.lower = self.tiers[tiers[1].name] if len(tiers) > 1 else None
-        self.index: dict[BlockHash, Block] = {}
+        self.levels = [TierBooks(tier.name, tier.frames, tier.eviction) for tier in tiers]
+        self.tiers = {books.name: books for books in self.levels}
+        self.device = self.levels[0]
+        hops = len(tiers) - 1
+        self.planner = Planner([t.name for t in tiers], layout.block_tokens, list(guesses or [FIRST_GUESS] * hops))
+        self.traffic = Traffic(
+            self.levels,
+            [tier.in_flight_max for tier in tiers[1:]],
+            self.planner,
+            WriteBudget(write_bytes_per_day),
+            layout.block_bytes,
+        )
         self.leases: set[Lease] = set()
-        self.in_flight: dict[int, tuple[Transfer, Block]] = {}
+        self.wake_s = float("inf")
+        """When somebody must look again although nothing happened: a load is late by then."""
+        self.declined: Counter[tuple[TierName, str]] = Counter(
+            {(b.name, reason): 0 for b in self.levels[1:] for reason in ("slower_than_recompute", "disabled")}
+        )
+        self.pin_blocks_max = int(pin_ratio * self.levels[-1].pool.capacity)
+        self.recovered_blocks = 0
+        self._wall_offset_s = wall_offset_s
         self._fingerprint = fingerprint
-        self.transfers_max = transfers_max
-        self._next_transfer = 0
-        self.onboards: deque[tuple[Block, Copy, Copy]] = deque()
-        self._spills: deque[Block] = deque(maxlen=self.device.pool.capacity)
-        self._waiters: dict[Block, list[Lease]] = {}
+        self._expiries: list[tuple[float, BlockHash]] = []
+        self._pin_sizes: dict[BlockHash, int] = {}
 
     # --- what the scheduler asks -------------------------------------------------------------------------------------
 
@@ -79,53 +99,177 @@ class KVManager:
     @property
     def moving(self) -> bool:
         """Blocks are in flight or about to be: what has no room now may have room when they landed."""
-        return bool(self.in_flight or self.onboards)
+        return self.traffic.moving
+
+    def knows(self, value: BlockHash) -> bool:
+        """Is this block anywhere?"""
+        return any(value in books.find for books in self.levels)
+
+    def would_load(self, hashes: Sequence[BlockHash]) -> bool:
+        """Is the first of these blocks that is not on the device to be had from below?"""
+        if len(self.levels) == 1:
+            return False
+        missing = next((value for value in hashes if not self.device.has(value)), None)
+        return missing is not None and self.traffic.level_of(missing) is not None
 
     def admit(self, hashes: Sequence[BlockHash], now: float) -> Lease:
-        """Lease the longest resident prefix of `hashes` and plan the onboarding of what is not on the device.
+        """Lease the longest known prefix of `hashes` that is on the device or worth loading, and send for the latter.
 
-        The lease may hold less than was matched where the device has no room for it. Call `release` exactly once.
+        Then `join` puts into the table what came, and `compute_until` says how far to compute meanwhile. Call `release`
+        exactly once.
         """
-        lease = Lease()
+        lease, device = Lease(), self.device
         self.leases.add(lease)
-        missing: list[Block] = []
+        frames = []
         for value in hashes:
-            block = self.index.get(value)
-            if block is None:
+            if not device.has(value):
                 break
-            if DEVICE not in block.copies:
-                missing.append(block)
-            self._hold(block)
-            lease.blocks.append(block)
-        lease.sealed = len(lease.blocks)
-        self._onboard(lease, missing, now)
-        for block in lease.blocks:
-            block.hits += 1
-        if lease.onboarding == 0:
-            self._settle(lease, now)
+            frame = device.find[value]
+            device.hold(frame)
+            device.hits[frame] += 1
+            frames.append(frame)
+        lease.table.extend(frames)
+        lease.sealed = len(frames)
+        lease.hashes = hashes[: len(frames)]
+        lease.served[DEVICE] = len(frames)
+        if len(frames) < len(hashes) and len(self.levels) > 1:
+            self._send_for(lease, hashes, now)
         return lease
 
-    def grow(self, lease: Lease, tokens: int) -> bool:
+    def _send_for(self, lease: Lease, hashes: Sequence[BlockHash], now: float) -> None:
+        """Match on below the device, and want what is worth it, the last block first."""
+        start = len(lease.table)
+        levels = self._worth_loading(self._levels_of(hashes, start), now)
+        lease.hashes = hashes[: start + len(levels)]
+        queued = self.traffic.queued()
+        wanted = Counter(levels)
+        longest_s = max((self.planner.load_s(k, n, queued) for k, n in wanted.items() if k), default=0.0)
+        deadline_s = now + self.planner.deadline_s(longest_s)
+        for position in range(start + len(levels) - 1, start - 1, -1):
+            value = hashes[position]
+            if self.device.has(value):
+                frame = self.device.find[value]
+                self.device.hold(frame)
+                lease.tail[position] = (frame, DEVICE)
+            else:
+                self.traffic.want(lease, hashes, position, deadline_s)
+
+    def _levels_of(self, hashes: Sequence[BlockHash], start: int) -> list[int]:
+        """Where each block from `start` on is, until one is nowhere."""
+        levels = []
+        for value in islice(hashes, start, None):
+            level = self.traffic.level_of(value)
+            if level is None:
+                break
+            levels.append(level)
+        return levels
+
+    def _worth_loading(self, levels: list[int], now: float) -> list[int]:
+        """`levels` up to the first run of blocks whose tier is off or too slow for them."""
+        queued = self.traffic.queued()
+        start = 0
+        while start < len(levels):
+            level, end = levels[start], start
+            while end < len(levels) and levels[end] == level:
+                end += 1
+            if level:
+                name = self.levels[level].name
+                reason = None
+                if not self.planner.breakers[name].allows(now):
+                    reason = "disabled"
+                elif not self.planner.worth(level, end - start, queued):
+                    reason = "slower_than_recompute"
+                if reason is not None:
+                    self.declined[(name, reason)] += len(levels) - start
+                    return levels[:start]
+            start = end
+        return levels
+
+    def join(self, lease: Lease, now: float) -> int:
+        """Append to the table what it has reached: blocks that came from below or that somebody else computed. The table
+        must hold finished blocks only. Returns how many."""
+        assert lease.sealed == len(lease.table), "a table with private blocks is joined"
+        device, table, before = self.device, lease.table, len(lease.table)
+        while len(table) < len(lease.hashes):
+            position = len(table)
+            came = lease.tail.pop(position, None)
+            if came is None:
+                value = lease.hashes[position]
+                if not device.has(value):
+                    break
+                came = (device.find[value], DEVICE)
+                device.hold(came[0])
+                if position in lease.loads:
+                    self.traffic.leave(lease, position, now)
+            frame, origin = came
+            if position and device.above[frame] == NOWHERE:
+                device.hang(frame, table[position - 1])
+            table.extend((frame,))
+            lease.served[origin] += 1
+        lease.sealed = len(table)
+        if lease.sealed > before:
+            lease.late_s = None
+        return lease.sealed - before
+
+    def compute_until(self, lease: Lease, now: float) -> int:
+        """Up to which block the request may compute now. Equal to the table's length: it should wait for its loads; then
+        `wake_s` is no later than the moment at which it should not any more."""
+        front, end = len(lease.table), len(lease.hashes)
+        if lease.sealed < front:  # its last block is on its way up for somebody else: do without what came behind it
+            return front + 1
+        load = lease.loads.get(front)
+        stop = front
+        if load is None:  # nobody brings this block: compute up to one that is here or on its way
+            while stop < end and stop not in lease.loads and stop not in lease.tail:
+                stop += 1
+            return stop if stop < end else ALL
+        while stop < end and (other := lease.loads.get(stop)) is not None and other.level == load.level:
+            stop += 1
+        blocks, queued = stop - front, self.traffic.queued(lease)
+        if lease.late_s is None:
+            lease.late_s = now + self.planner.patience_s(self.planner.load_s(load.level, blocks, queued))
+        if now >= lease.late_s:
+            return stop
+        share = self.planner.front(load.level, blocks, queued)
+        if not share:
+            self.wake_s = min(self.wake_s, lease.late_s)
+        return front + share
+
+    def grow(self, lease: Lease, tokens: int, now: float) -> bool:
         """Make room for `tokens` tokens in all; False, and nothing changed, when the device cannot hold them."""
-        wanted = self.layout.blocks_for(tokens) - len(lease.blocks)
+        start = len(lease.table)
+        wanted = self.layout.blocks_for(tokens) - start
         if wanted <= 0:
             return True
-        frames = self._take(self.device, wanted)
+        frames = self.device.take(wanted, now)
         if frames is None:
             return False
-        lease.blocks.extend(self._private_block(frame) for frame in frames)
+        for frame in frames:
+            self.device.ready[frame] = 1
         lease.table.extend(frames)
+        for position in range(start, min(start + wanted, len(lease.hashes))):
+            if position in lease.loads:
+                self.traffic.leave(lease, position, now)
+            elif position in lease.tail:
+                self.device.unhold(lease.tail.pop(position)[0], now)
         return True
 
     def seal(self, lease: Lease, hashes: Sequence[BlockHash], full: int) -> None:
         """The first `full` blocks of `lease` are computed to their last token: name them by `hashes` and share them."""
+        device = self.device
         for position in range(lease.sealed, full):
-            block, value = lease.blocks[position], hashes[position]
-            twin = self.index.get(value)
-            if twin is not None and not self._adopt(lease, position, twin):
-                return
+            value, frame = hashes[position], lease.table[position]
+            twin = device.find.get(value)
             if twin is None:
-                self._seal_block(block, value, lease.blocks[position - 1] if position else None)
+                device.file(frame, value, hashes[position - 1] if position else None, position, ready=True)
+                device.transient[frame] = lease.transient
+                self.traffic.spill(value)
+            elif device.ready[twin]:  # somebody else was first: hold theirs, give ours up
+                device.hold(twin)
+                device.give_back((frame,))
+                lease.table.replace(position, twin)
+            else:
+                return  # on its way up: sealing is tried again at the next block
             lease.sealed = position + 1
 
     def release(self, lease: Lease, now: float) -> None:
@@ -133,244 +277,168 @@ class KVManager:
         assert not lease.released, "a lease is released exactly once"
         lease.released = True
         self.leases.remove(lease)
-        self._let_go(lease.blocks, now)
-        if self.lower is not None:
-            self._refresh(self.lower, lease.blocks, now)
+        for position in list(lease.loads):
+            self.traffic.leave(lease, position, now)
+        device, frames = self.device, lease.table.view().tolist()
+        values = [value for frame in frames[: lease.sealed] if (value := device.hashes[frame]) is not None]
+        device.give_back(frames[lease.sealed :])
+        for position in sorted(lease.tail, reverse=True):
+            device.unhold(lease.tail[position][0], now)
+        for frame in reversed(frames[: lease.sealed]):
+            device.unhold(frame, now)
+        if len(self.levels) > 1:
+            self._used(values, lease.transient, now)
+
+    def _used(self, values: Sequence[BlockHash], transient: bool, now: float) -> None:
+        """The chain `values` was just used: it is recent in every tier, and what lacks a copy below is spilled again."""
+        for level, books in enumerate(self.levels[1:]):
+            books.refresh(values, now)
+            above = self.levels[level]
+            for value in values:
+                if not transient and value in above.find:
+                    above.transient[above.find[value]] = 0
+                if value not in books.find and value in above.find:
+                    self.traffic.spill(value, level)
+        if len(self.levels) > 2:
+            bottom = self.levels[-1]
+            tip = next((value for value in reversed(values) if bottom.has(value)), None)
+            if tip is not None:
+                self.traffic.notes.append(Note("touch", tip, bottom.find[tip]))
 
     # --- transfers ---------------------------------------------------------------------------------------------------
 
+    def prefetch(self, hashes: Sequence[BlockHash], now: float) -> None:
+        """A request for this chain was received: what is below DRAM starts to come up, and nothing of it is old."""
+        if len(self.levels) < 3:
+            return
+        start = next((i for i, value in enumerate(hashes) if not self.device.has(value)), len(hashes))
+        levels = self._levels_of(hashes, start)
+        self.levels[1].refresh(hashes[: start + len(levels)], now)
+        ssd = self.levels[2].name
+        if max(levels, default=0) > 1 and self.planner.breakers[ssd].closed:
+            count = levels.count(2)
+            if self.planner.worth(2, count, self.traffic.queued()):
+                self.traffic.prefetch(hashes, start)
+
     def plan_transfers(self, now: float) -> list[Transfer]:
-        """Transfers to start now: onboards first, a request waits for them; then spills, nobody does."""
-        if self.lower is None:
-            return []
-        planned: list[Transfer] = []
-        while self.onboards and len(self.in_flight) < self.transfers_max:
-            block, source, target = self.onboards.popleft()
-            planned.append(self._start(block, (self.lower.name, source.frame), (DEVICE, target.frame), now))
-        while self._spills and len(self.in_flight) < self.transfers_max:
-            self._spill(self._spills.popleft(), planned, now)
-        return planned
+        """Transfers to start now: loads first, a request waits for them; then spills, nobody does."""
+        while self._expiries and self._expiries[0][0] <= now:
+            self._expire_pin(heapq.heappop(self._expiries)[1], now)
+        return self.traffic.plan(now)
+
+    def recover(self, found: Recovered) -> None:
+        """Take over what the lowest tier still holds. Once, before anything else."""
+        bottom = self.levels[-1]
+        bottom.recover(found.frames, found.hashes, found.above, found.depths)
+        self.recovered_blocks = len(found.frames)
+        for tip, until_unix_s in found.pins.items():
+            if bottom.has(tip):
+                until_s = until_unix_s - self._wall_offset_s
+                self.traffic.kept[tip] = until_s
+                self._pin_sizes[tip] = bottom.depth[bottom.find[tip]] + 1
+                heapq.heappush(self._expiries, (until_s, tip))
+                bottom.keep(tip)
+
+    def take_notes(self) -> list[Note]:
+        """What the lowest tier should remember, since the last call."""
+        notes, self.traffic.notes = self.traffic.notes, []
+        return notes
+
+    def flush(self, now: float) -> None:
+        """Spill all that has no copy below, oldest first, so that parents go before their children; fetch no more."""
+        self.traffic.end_early(now)
+        for level, below in enumerate(self.levels[1:]):
+            for value in self.levels[level].find:
+                if value not in below.find:
+                    self.traffic.spill(value, level)
+
+    @property
+    def busy(self) -> bool:
+        """Blocks move or wait to be spilled."""
+        return self.traffic.moving or self.traffic.spilling
+
+    @property
+    def frames_total(self) -> int:
+        return sum(books.pool.capacity for books in self.levels)
 
     def complete(self, transfer_id: int, fault: TierFault | None, now: float) -> None:
         """The mover's report: no byte of this transfer moves any more. A faulty target is never used."""
-        transfer, block = self.in_flight.pop(transfer_id)
-        source_tier, target_tier = self.tiers[transfer.source[0]], self.tiers[transfer.target[0]]
-        source, target = block.copies[source_tier.name], block.copies[target_tier.name]
-        source.readers -= 1
-        if fault is None:
-            target.ready = True
-            self._unpin(target_tier, target, now)
+        self.traffic.complete(transfer_id, fault, now)
+
+    # --- what an operator asks ---------------------------------------------------------------------------------------
+
+    def pin(self, hashes: Sequence[BlockHash], until_s: float, now: float) -> int:
+        """Keep the known prefix of `hashes` in the lowest tier until `until_s`; how many blocks that are, 0 when the
+        share that pins may hold is used up. What is not down there yet is kept from the moment it gets there."""
+        known = next((i for i, value in enumerate(hashes) if not self.knows(value)), len(hashes))
+        if not known:
+            return 0
+        tip, kept = hashes[known - 1], self.traffic.kept
+        if tip not in kept and self.pinned_blocks + known > self.pin_blocks_max:
+            return 0
+        kept[tip] = max(until_s, kept.get(tip, 0.0))
+        self._pin_sizes[tip] = known
+        heapq.heappush(self._expiries, (kept[tip], tip))
+        bottom = self.levels[-1]
+        if bottom.has(tip):
+            bottom.keep(tip)
         else:
-            self._discard(target_tier, target, now)
-        if fault is not None and fault.reason == "corrupt" and source_tier is not self.device:
-            self._discard(source_tier, source, now)
-        else:
-            self._unpin(source_tier, source, now)
-        if target_tier is self.device:
-            for lease in self._waiters.pop(block, ()):
-                if not lease.released:
-                    lease.onboarding -= 1
-                    if lease.onboarding == 0:
-                        self._settle(lease, now)
+            for value in hashes[:known]:
+                for level, books in enumerate(self.levels[:-1]):
+                    if books.has(value) and value not in self.levels[level + 1].find:
+                        self.traffic.spill(value, level)
+        self._note_pin(tip, kept[tip])
+        return known
 
-    # --- admission and onboarding ------------------------------------------------------------------------------------
+    def unpin(self, hashes: Sequence[BlockHash], now: float) -> int:
+        """End the pins on this chain; how many there were."""
+        tips = [value for value in hashes if value in self.traffic.kept]
+        for tip in tips:
+            self._forget_pin(tip, now)
+        return len(tips)
 
-    def _onboard(self, lease: Lease, missing: list[Block], now: float) -> None:
-        frames = self._take(self.device, min(len(missing), self.device.available))
-        assert frames is not None, "frames that are available can be taken"
-        if len(frames) < len(missing):
-            self._truncate(lease, lease.blocks.index(missing[len(frames)]), now)
-        for block, frame in zip(missing, frames, strict=False):
-            assert self.lower is not None, "a block without a device copy lives in a lower tier"
-            source, target = block.copies[self.lower.name], Copy(block, frame, ready=False)
-            source.readers += 1
-            self._pin(self.lower, source)
-            self._place(self.device, target)
-            self.onboards.append((block, source, target))
-        onboarded = set(missing)
-        for block in lease.blocks:
-            lease.found_in.append(self.lower.name if block in onboarded and self.lower is not None else DEVICE)
-            if not block.copies[DEVICE].ready:
-                lease.onboarding += 1
-                self._waiters.setdefault(block, []).append(lease)
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks that pins hold, a shared beginning counted for each: never too few."""
+        return sum(self._pin_sizes.values())
 
-    def _settle(self, lease: Lease, now: float) -> None:
-        """Every onboard of `lease` has landed: cut it before the first that failed, and fill its table.
+    def _expire_pin(self, tip: BlockHash, now: float) -> None:
+        if self.traffic.kept.get(tip, now + 1) <= now:
+            self._forget_pin(tip, now)
 
-        Somebody else may have sent for a failed block again: then its copy is there, but it is not ready.
-        """
-        for position, block in enumerate(lease.blocks):
-            copy = block.copies.get(DEVICE)
-            if copy is None or not copy.ready:
-                self._truncate(lease, position, now)
-                break
-        lease.table.extend(block.copies[DEVICE].frame for block in lease.blocks)
+    def _forget_pin(self, tip: BlockHash, now: float) -> None:
+        del self.traffic.kept[tip], self._pin_sizes[tip]
+        self.levels[-1].let_go(tip, now)
+        self._note_pin(tip, 0.0)
 
-    def _truncate(self, lease: Lease, length: int, now: float) -> None:
-        dropped = lease.blocks[length:]
-        del lease.blocks[length:], lease.found_in[length:]
-        lease.sealed = len(lease.blocks)
-        self._let_go(dropped, now)
+    def _note_pin(self, tip: BlockHash, until_s: float) -> None:
+        frame = self.levels[-1].find.get(tip)
+        if len(self.levels) > 2 and frame is not None:
+            self.traffic.notes.append(Note("pin", tip, frame, until_s and until_s + self._wall_offset_s))
 
-    # --- sealing -----------------------------------------------------------------------------------------------------
+    def evict(self, hashes: Sequence[BlockHash], now: float) -> int:
+        """Drop every copy of these blocks that nobody holds, the last of the chain first; how many blocks are gone."""
+        gone = 0
+        for value in reversed(hashes):
+            known = self.knows(value)
+            for books in self.levels:
+                frame = books.find.get(value)
+                if frame is not None and books.may_go(frame):
+                    self._drop(books, value, now)
+            gone += known and not self.knows(value)
+        return gone
 
-    def _seal_block(self, block: Block, value: BlockHash, parent: Block | None) -> None:
-        block.hash, block.parent = value, parent
-        self._link(self.device, block.copies[DEVICE])
-        self.index[value] = block
-        if self.lower is not None:
-            self._spills.append(block)
+    def clear(self, now: float) -> int:
+        """Drop every copy that nobody holds; how many."""
+        count = 0
+        for books in self.levels:
+            for value in list(books.policy.victims()):
+                self._drop(books, value, now)
+                count += 1
+        return count
 
-    def _adopt(self, lease: Lease, position: int, twin: Block) -> bool:
-        """Someone else sealed the same content: hold theirs and give our bytes up, or to them if they have none on the
-        device. False while theirs is still on its way up: sealing is tried again at the next block."""
-        own = lease.blocks[position]
-        theirs = twin.copies.get(DEVICE)
-        if theirs is None:
-            self._hold(twin)
-            self._place(self.device, Copy(twin, own.copies[DEVICE].frame, ready=True))
-        elif theirs.ready:
-            self._hold(twin)
-            self.device.pool.give_back([own.copies[DEVICE].frame])
-            lease.table.replace(position, theirs.frame)
-        else:
-            return False
-        lease.blocks[position] = twin
-        return True
-
-    # --- holding, ranking, placing -----------------------------------------------------------------------------------
-
-    def _private_block(self, frame: FrameId) -> Block:
-        block = Block(None, None, leases=1)
-        block.copies[DEVICE] = Copy(block, frame, ready=True)
-        return block
-
-    def _hold(self, block: Block) -> None:
-        block.leases += 1
-        copy = block.copies.get(DEVICE)
-        if copy is not None:
-            self._pin(self.device, copy)
-
-    def _let_go(self, blocks: list[Block], now: float) -> None:
-        """Give up one lease on each block of a chain, child before parent, as the eviction policies need it."""
-        private: list[FrameId] = []
-        for block in reversed(blocks):
-            block.leases -= 1
-            copy = block.copies.get(DEVICE)
-            if block.hash is None:
-                private.append(block.copies[DEVICE].frame)
-            elif copy is not None:
-                self._unpin(self.device, copy, now)
-        self.device.pool.give_back(reversed(private))
-
-    def _refresh(self, tier: TierState, blocks: list[Block], now: float) -> None:
-        """A whole chain was just used: the policy hears of it again, child before parent."""
-        for block in reversed(blocks):
-            copy = block.copies.get(tier.name)
-            if copy is not None and copy.ranked:
-                tier.policy.on_remove(block)
-                tier.policy.on_insert(block, now)
-
-    def _unpin(self, tier: TierState, copy: Copy, now: float) -> None:
-        """A hold on this copy ended: unless another remains it may go, and so, perhaps, may those that it hangs on."""
-        above: Copy | None = copy
-        while above is not None and not above.ranked and self._may_go(tier, above):
-            above.ranked = True
-            tier.policy.on_insert(above.block, now)
-            above = above.above
-            if above is not None:
-                above.pins -= 1
-
-    def _may_go(self, tier: TierState, copy: Copy) -> bool:
-        """Resident, ready, not being read, on the device not leased, and so are all that hang on it in this tier."""
-        block = copy.block
-        held = copy.readers or copy.pins or (tier is self.device and block.leases)
-        return copy.ready and not held and block.copies.get(tier.name) is copy
-
-    def _pin(self, tier: TierState, copy: Copy) -> None:
-        """This copy may not go, and so may none that it hangs on."""
-        above: Copy | None = copy
-        while above is not None and above.ranked:
-            above.ranked = False
-            tier.policy.on_remove(above.block)
-            above = above.above
-            if above is not None:
-                above.pins += 1
-
-    def _place(self, tier: TierState, copy: Copy) -> None:
-        copy.block.copies[tier.name] = copy
-        self._link(tier, copy)
-
-    def _link(self, tier: TierState, copy: Copy) -> None:
-        """Hang a new copy, which may not go yet, on its parent's."""
-        parent = copy.block.parent
-        above = parent.copies.get(tier.name) if parent is not None else None
-        if above is not None:
-            copy.above = above
-            above.pins += 1
-            self._pin(tier, above)
-
-    def _discard(self, tier: TierState, copy: Copy, now: float) -> None:
-        """Drop a copy whose bytes are no good. Copies that hang on it stay, out of reach, until they are evicted."""
-        self._drop(tier, copy)
-        if copy.above is not None:
-            self._unpin(tier, copy.above, now)
-
-    def _drop(self, tier: TierState, copy: Copy) -> None:
-        """Forget one copy and free its frame; the block leaves the index with its last copy."""
-        block = copy.block
-        assert not copy.readers, "a copy is not dropped while it is read"
-        del block.copies[tier.name]
-        if copy.ranked:
-            copy.ranked = False
-            tier.policy.on_remove(block)
-        elif copy.above is not None:
-            copy.above.pins -= 1
-        tier.pool.give_back([copy.frame])
-        if not block.copies:
-            assert block.hash is not None, "only sealed blocks are dropped"
-            del self.index[block.hash]
-
-    # --- frames ------------------------------------------------------------------------------------------------------
-
-    def _take(self, tier: TierState, count: int) -> list[FrameId] | None:
-        """`count` frames, evicting where needed; None, and nothing changed, when that many cannot be had."""
-        short = count - tier.pool.free
-        if short > 0:
-            if short > len(tier.policy):
-                return None
-            for block in list(islice(tier.policy.victims(), short)):
-                self._drop(tier, block.copies[tier.name])
-            tier.evicted_blocks += short
-        return tier.pool.take(count)
-
-    # --- spilling ----------------------------------------------------------------------------------------------------
-
-    def _spill(self, block: Block, planned: list[Transfer], now: float) -> None:
-        """Plan the copy of one sealed block to the lower tier, unless that would be no use or there is no room."""
-        assert self.lower is not None
-        source = block.copies.get(DEVICE)
-        if source is None or not source.ready or self.lower.name in block.copies:
-            return
-        above = block.parent.copies.get(self.lower.name) if block.parent is not None else None
-        if block.parent is not None and above is None:
-            return  # unreachable down there without its parent
-        if above is not None:
-            self._pin(self.lower, above)  # the room must not come from the parent itself
-        frames = self._take(self.lower, 1)
-        if frames is not None:
-            source.readers += 1
-            self._pin(self.device, source)
-            self._place(self.lower, Copy(block, frames[0], ready=False))
-            planned.append(self._start(block, (DEVICE, source.frame), (self.lower.name, frames[0]), now))
-        elif above is not None:
-            self._unpin(self.lower, above, now)
-
-    def _start(
-        self, block: Block, source: tuple[TierName, FrameId], target: tuple[TierName, FrameId], now: float
-    ) -> Transfer:
-        assert block.hash is not None, "only sealed blocks travel"
-        self._next_transfer += 1
-        transfer = Transfer(self._next_transfer, block.hash, source, target, now)
-        self.in_flight[transfer.id] = (transfer, block)
-        return transfer
+    def _drop(self, books: TierBooks, value: BlockHash, now: float) -> None:
+        frame = books.find[value]
+        if books is self.levels[-1] and len(self.levels) > 2:
+            self.traffic.notes.append(Note("drop", value, frame))
+        books.drop(frame, "admin", now)

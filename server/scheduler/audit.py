@@ -11,7 +11,7 @@ from itertools import pairwise
 from server.kvcache.audit import InvariantViolation
 from server.scheduler.request import Request, RequestState
 from server.scheduler.scheduler import Scheduler
-from server.types import DEVICE, FrameId, StepRow
+from server.types import FrameId, StepRow
 
 
 def _require(fact: bool, message: str) -> None:
@@ -23,7 +23,6 @@ def one_queue_each(scheduler: Scheduler) -> None:
     """A live request is in exactly the queue that its state names; queues are in rank order."""
     queues = {
         RequestState.WAITING: scheduler.waiting,
-        RequestState.ONBOARDING: scheduler.onboarding,
         RequestState.RUNNING: scheduler.running,
     }
     for state, queue in queues.items():
@@ -36,9 +35,9 @@ def one_queue_each(scheduler: Scheduler) -> None:
 
 
 def limits_hold(scheduler: Scheduler) -> None:
-    """Running and onboarding requests, queue lengths and lengths of requests are within their limits."""
+    """Running requests, queue lengths and lengths of requests are within their limits."""
     limits = scheduler.limits
-    _require(len(scheduler.running) + len(scheduler.onboarding) <= limits.max_running, "more requests run than allowed")
+    _require(len(scheduler.running) <= limits.max_running, "more requests run than allowed")
     fresh = [request for request in scheduler.waiting if not request.preemptions]
     _require(len(fresh) <= limits.max_queued_requests, "more requests wait than allowed")
     waiting_tokens = sum(len(request.tokens) for request in scheduler.waiting)
@@ -50,22 +49,20 @@ def limits_hold(scheduler: Scheduler) -> None:
 
 def leases_fit(scheduler: Scheduler) -> None:
     """Exactly the admitted requests hold a lease, one each, that covers what is computed; waiting ones hold nothing."""
-    holders = [*scheduler.running, *scheduler.onboarding]
-    held = {id(request.lease) for request in holders}
-    _require(len(held) == len(holders), "two requests share a lease, or one has none")
+    held = {id(request.lease) for request in scheduler.running}
+    _require(len(held) == len(scheduler.running), "two requests share a lease, or one has none")
     _require(held == {id(lease) for lease in scheduler.kv.leases}, "a lease without a request, or the reverse")
     for request in scheduler.waiting:
         _require(request.lease is None and request.computed_tokens == 0, f"waiting request {request.id} holds blocks")
     size = scheduler.kv.layout.block_tokens
     for request in scheduler.running:
         lease = request.lease
-        _require(lease is not None and not lease.onboarding, f"request {request.id} runs before its blocks landed")
         assert lease is not None
         computed = request.computed_tokens
-        _require(computed <= len(lease.blocks) * size, f"request {request.id} computed more than its blocks hold")
+        _require(computed <= len(lease.table) * size, f"request {request.id} computed more than its blocks hold")
         _require(lease.sealed * size <= computed, f"request {request.id} sealed what is not computed")
         _require(computed < len(request.tokens), f"request {request.id} has no token left to feed")
-        own = [block.hash for block in lease.blocks[: lease.sealed]]
+        own = [scheduler.kv.device.hashes[frame] for frame in lease.table.view()[: lease.sealed].tolist()]
         _require(own == request.hashes[: lease.sealed], f"request {request.id} holds blocks of other tokens")
 
 
@@ -88,9 +85,7 @@ def plan_is_sound(scheduler: Scheduler) -> None:
         0 < plan.tokens <= limits.max_step_tokens, f"a step of {plan.tokens} tokens, {limits.max_step_tokens} allowed"
     )
     _require(len({row.request_id for row in plan.rows}) == len(plan.rows), "a request has two rows in one step")
-    shared = {
-        block.copies[DEVICE].frame for block in scheduler.kv.index.values() if DEVICE in block.copies
-    } | scheduler.kv.device.pool.free_frames()
+    shared = set(scheduler.kv.device.find.values()) | scheduler.kv.device.pool.free_frames()
     written: set[FrameId] = set()
     for row in plan.rows:
         request = scheduler.requests.get(row.request_id)
@@ -112,7 +107,7 @@ def _row_fits(request: Request, row: StepRow, max_chunk_tokens: int) -> None:
     _require(row.start == request.computed_tokens, f"{name}: its row does not start where it stands")
     _require(row.tokens == request.tokens[row.start : end], f"{name}: its row feeds other tokens than its own")
     assert request.lease is not None
-    frames = [block.copies[DEVICE].frame for block in request.lease.blocks]
+    frames = request.lease.table.view().tolist()
     _require(row.frames.tolist() == frames[: len(row.frames)], f"{name}: its row names frames of others")
     last = end == len(request.tokens) and request.generated < request.params.max_tokens
     _require((row.sample is not None) == last, f"{name}: it samples exactly after its last token")

@@ -17,7 +17,6 @@ from server.types import BlockHash, RequestId, SamplingParams, TokenLogprobs
 
 class RequestState(Enum):
     WAITING = auto()
-    ONBOARDING = auto()
     RUNNING = auto()
     FINISHED = auto()
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from server.errors import InvalidRequest, Overloaded
+from server.kvcache.block import Lease
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager
 from server.scheduler.policy import SchedulingPolicy
@@ -75,7 +76,6 @@ class Scheduler:
         self.limits = limits
         self.requests: dict[RequestId, Request] = {}
         self.waiting: list[Request] = []
-        self.onboarding: list[Request] = []
         self.running: list[Request] = []
         self.planned: StepPlan | None = None
         self.queued_tokens = 0
@@ -126,7 +126,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can run before a request or a transfer arrives."""
         assert self.planned is None, "one step at a time"
-        self._start_onboarded()
+        self.kv.wake_s = float("inf")
         rows: dict[RequestId, StepRow] = {}
         preempted = True
         while preempted and not rows:  # places were given up and nobody took them yet: look again
@@ -134,7 +134,7 @@ class Scheduler:
             rows = self._draft(now)
             preempted = self.preemptions > before
         if not rows:
-            assert not self.requests or self.onboarding or self.kv.moving, "requests wait and nothing can ever run"
+            assert not self.requests or self.kv.moving, "requests wait and nothing can ever run"
             return None
         self._next_plan += 1
         self._planned_ids = rows
@@ -160,18 +160,39 @@ class Scheduler:
 
     def _advance(self, request: Request, draft: _Draft, now: float) -> None:
         """Give `request` its row, preempting whoever ranks last for room; that may be itself."""
-        count = min(len(request.tokens) - request.computed_tokens, draft.budget, self.limits.max_chunk_tokens)
-        end = request.computed_tokens + count
         lease = request.lease
         assert lease is not None
-        if end > len(lease.blocks) * self._block_tokens:
-            while not self.kv.grow(lease, end):
+        limit = self._meet(request, lease, now) if lease.loading else len(request.tokens)
+        count = min(limit - request.computed_tokens, draft.budget, self.limits.max_chunk_tokens)
+        if count <= 0:
+            return  # waits for its blocks
+        end = request.computed_tokens + count
+        if end > len(lease.table) * self._block_tokens:
+            while not self.kv.grow(lease, end, now):
                 victim = self.running[-1]
                 draft.drop(victim.id)
                 self._preempt(victim, now)
                 if victim is request:
                     return
         draft.add(self._row(request, end))
+
+    def _meet(self, request: Request, lease: Lease, now: float) -> int:
+        """Part of the prefix is on its way: take what came, and say up to which token to compute meanwhile."""
+        granted = len(lease.table) * self._block_tokens
+        if request.computed_tokens < granted:
+            return granted
+        self._seal(request)
+        if lease.sealed == len(lease.table) and self.kv.join(lease, now):
+            self._joined(request, lease)
+        if not lease.loading:
+            return len(request.tokens)
+        return min(self.kv.compute_until(lease, now) * self._block_tokens, len(request.tokens))
+
+    def _joined(self, request: Request, lease: Lease) -> None:
+        """The table grew by blocks that need no computing."""
+        request.computed_tokens = len(lease.table) * self._block_tokens
+        if request.preemptions == 0:
+            request.cached_tokens = lease.served.total() * self._block_tokens
 
     def _row(self, request: Request, end: int) -> StepRow:
         start, tokens = request.computed_tokens, request.tokens
@@ -212,14 +233,14 @@ class Scheduler:
         """
         promised = self._promised_blocks()
         for request in self._candidates():
-            if draft.budget == 0:
-                return
+            if draft.budget == 0 and not self.kv.would_load(self.reusable(request)):
+                return  # a request whose blocks are to be loaded may start that before its turn to compute
             if not self._place(request, promised, now):
                 if self.running and self.policy.outranks(request, self.running[-1]):
                     draft.drop(self.running[-1].id)
                     self._preempt(self.running[-1], now)
                 return
-            if request.state is RequestState.RUNNING:
+            if draft.budget:
                 self._advance(request, draft, now)
             if request.lease is not None:
                 promised += self._missing_blocks(request)
@@ -240,8 +261,12 @@ class Scheduler:
         if request.awaits in self._computing:
             return True
         usable = self._usable_hashes(request)
-        request.awaits = next((h for h in islice(request.hashes, usable) if h not in self.kv.index), None)
+        request.awaits = next((h for h in islice(request.hashes, usable) if not self.kv.knows(h)), None)
         return request.awaits in self._computing
+
+    def reusable(self, request: Request) -> list[BlockHash]:
+        """The blocks of `request` that may come from the cache."""
+        return request.hashes[: self._usable_hashes(request)]
 
     def _usable_hashes(self, request: Request) -> int:
         """How many leading blocks may come from the cache: at least one token is left to sample from."""
@@ -249,11 +274,11 @@ class Scheduler:
 
     def _place(self, request: Request, promised: int, now: float) -> bool:
         """Lease what is cached and start `request` if the rest of its tokens fits as well; else leave all as it was."""
-        busy = len(self.running) + len(self.onboarding)
+        busy = len(self.running)
         room = self.kv.available_blocks - promised
         if busy >= self.limits.max_running or (busy and room < request.needed_blocks):
             return False
-        request.lease = self.kv.admit(request.hashes[: self._usable_hashes(request)], now)
+        request.lease = self.kv.admit(self.reusable(request), now)
         reserve = int(ADMIT_RESERVE_RATIO * self.kv.device.pool.capacity) if busy else 0
         wanted = self._missing_blocks(request) + reserve
         if self.kv.available_blocks - promised < wanted:
@@ -264,41 +289,28 @@ class Scheduler:
         self._dequeue(request)
         if request.admitted_s is None:
             request.admitted_s = now
-        if request.lease.onboarding:
-            request.state = RequestState.ONBOARDING
-            self.onboarding.append(request)
-        else:
-            self._run(request)
+        self._run(request, request.lease)
         return True
 
-    def _run(self, request: Request) -> None:
-        """The lease is complete: compute from its end on."""
-        assert request.lease is not None
-        hit = len(request.lease.blocks)
-        request.computed_tokens = hit * self._block_tokens
-        if request.cached_tokens is None:
-            request.cached_tokens = request.computed_tokens
+    def _run(self, request: Request, lease: Lease) -> None:
+        """Compute from the end of the table on; what was matched beyond it is on its way."""
+        self._joined(request, lease)
         request.state = RequestState.RUNNING
-        request.claimed = range(hit, len(request.hashes))
-        for value in request.hashes[hit:]:
+        matched = len(lease.hashes)
+        request.claimed = range(matched, len(request.hashes))
+        for value in request.hashes[matched:]:
             self._computing[value] = self._computing.get(value, 0) + 1
         insort(self.running, request, key=self.policy.rank)
 
-    def _start_onboarded(self) -> None:
-        if self.onboarding:
-            landed = [r for r in self.onboarding if r.lease is not None and not r.lease.onboarding]
-            for request in landed:
-                self.onboarding.remove(request)
-                self._run(request)
-
     def _promised_blocks(self) -> int:
         """Device frames that admitted requests were granted and have not taken yet."""
-        behind = [r for r in self.running if len(r.tokens) - r.computed_tokens > 1]
-        return sum(self._missing_blocks(r) for r in behind) + sum(self._missing_blocks(r) for r in self.onboarding)
+        return sum(self._missing_blocks(r) for r in self.running if len(r.tokens) - r.computed_tokens > 1)
 
     def _missing_blocks(self, request: Request) -> int:
-        assert request.lease is not None
-        return max(0, self.kv.layout.blocks_for(len(request.tokens) + 1) - len(request.lease.blocks))
+        lease = request.lease
+        assert lease is not None
+        needed = self.kv.layout.blocks_for(len(request.tokens) + 1)
+        return max(0, needed - len(lease.table) - len(lease.tail))
 
     # --- commit ------------------------------------------------------------------------------------------------------
 
@@ -376,8 +388,6 @@ class Scheduler:
         del self.requests[request.id]
         if request.state is RequestState.WAITING:
             self._dequeue(request)
-        elif request.state is RequestState.ONBOARDING:
-            self.onboarding.remove(request)
         else:
             self.running.remove(request)
         if request.lease is not None:

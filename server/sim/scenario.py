@@ -29,8 +29,8 @@ from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
 from server.sim.clock import SimFailure, VirtualLoop, run_virtual
 from server.sim.oracle import Arena, Expected, OracleRunner, Reference, StepCost
-from server.sim.tiers import FaultPlan, SimTiers
-from server.types import DEVICE, DRAM, BlockHash, BlockLayout, FinishReason, SamplingParams
+from server.sim.tiers import FaultPlan, Media, SimTier
+from server.types import DEVICE, DRAM, SSD, BlockHash, BlockLayout, FinishReason, SamplingParams
 
 CPU_LIMIT_S = 4.0
 """Of one scenario; a healthy one takes some hundredths of a second."""
@@ -47,7 +47,6 @@ class Setup:
 
     layout: BlockLayout
     tiers: tuple[TierSpec, ...]
-    transfers_max: int
     limits: Limits
     policy: str
     vocab: int
@@ -57,20 +56,24 @@ class Setup:
     rot_every_s: float | None
     drain_at_s: float | None
     drain_timeout_s: float
+    flush_s: float
+    crashes_s: tuple[float, ...]
+    """When each life but the last ends: by kill -9, or by a drain where the sign is negative."""
+    write_bytes_per_day: float
 
 
 def draw_setup(rng: Random) -> Setup:
     block_tokens = rng.choice((1, 2, 2, 3, 4))
     frames = rng.randint(4, 20)
     max_step_tokens = rng.randint(2, 24)
-    tiers = [TierSpec(DEVICE, frames, rng.choice(sorted(EVICTION)))]
-    if rng.random() < 0.5:
-        tiers.append(TierSpec(DRAM, rng.randint(1, 24), rng.choice(sorted(EVICTION))))
+    sizes = {DEVICE: frames, DRAM: rng.randint(1, 24), SSD: rng.randint(1, 60)}
+    names = rng.choice(((DEVICE,), (DEVICE, DRAM), (DEVICE, DRAM, SSD), (DEVICE, DRAM, SSD)))
+    tiers = [TierSpec(name, sizes[name], rng.choice(sorted(EVICTION)), rng.choice((1, 2, 8))) for name in names]
     faulty = rng.random() < 0.7
+    lives = rng.choice((0, 0, 1, 2)) if SSD in names else 0
     return Setup(
         BlockLayout(1, 1, 1, 8, block_tokens),
         tuple(tiers),
-        transfers_max=rng.choice((1, 2, 8)),
         limits=Limits(
             max_running=rng.randint(1, min(8, max_step_tokens)),
             max_step_tokens=max_step_tokens,
@@ -87,6 +90,9 @@ def draw_setup(rng: Random) -> Setup:
         rot_every_s=rng.choice((None, 0.1, 1.0)) if faulty else None,
         drain_at_s=rng.uniform(0, 3) if rng.random() < 0.3 else None,
         drain_timeout_s=rng.choice((0.0, 0.05, 1.0, 1000.0)),
+        flush_s=rng.choice((0.0, 0.1, 1000.0)),
+        crashes_s=tuple(rng.choice((-1, 1)) * rng.uniform(0.05, 4) for _ in range(lives)),
+        write_bytes_per_day=rng.choice((0.0, 0.0, 1e7)),
     )
 
 
@@ -116,22 +122,42 @@ class Scenario:
         self._contents: dict[bytes, list[int]] = {}
         block_tokens = setup.layout.block_tokens
         arenas = {tier.name: Arena(tier.frames, block_tokens, self._stream("noise")) for tier in setup.tiers}
-        self.tiers = SimTiers(arenas, setup.faults, self._stream("faults"), self.report)
-        self.kv = KVManager(setup.layout, setup.tiers, FINGERPRINT, transfers_max=setup.transfers_max)
+        self.media = Media(arenas, self.report)
+        self.tiers = {
+            name: SimTier(name, self.media, setup.faults, self._stream(f"faults of {name}"))
+            for name in arenas
+            if name != DRAM
+        }
+        self.prefix_caching = self._stream("caching").random() < 0.9
+        self._prefixes = [self._tokens(self.rng.randint(1, 3 * block_tokens + 2)) for _ in range(3)]
+        self._start(life=0)
+
+    def _start(self, life: int) -> None:
+        """A fresh process over the same media."""
+        setup, loop = self.setup, self._loop
+        self.kv = KVManager(
+            setup.layout, setup.tiers, FINGERPRINT, write_bytes_per_day=setup.write_bytes_per_day, pin_ratio=0.5
+        )
         self.scheduler = Scheduler(self.kv, make_policy(setup.policy), setup.limits)
         self.runner = OracleRunner(
-            arenas[DEVICE], setup.vocab, setup.cost, self._stream("steps"), self.report, before_step=self._before_step
+            self.media.arenas[DEVICE],
+            setup.vocab,
+            setup.cost,
+            self._stream(f"steps {life}"),
+            self.report,
+            before_step=self._before_step,
         )
-        self.prefix_caching = self._stream("caching").random() < 0.9
         self.engine = Engine(
             self.scheduler,
             self.runner,
-            Mover(self.tiers.copy),
+            Mover(self.tiers, run_blocks=self._stream("runs").choice((1, 2, 8))),
             Metrics("sim"),
             loop.time,
             prefix_caching=self.prefix_caching,
+            prefetch=self._stream("prefetch").random() < 0.7,
+            flush_s=setup.flush_s,
+            nonce=str(life),
         )
-        self._prefixes = [self._tokens(self.rng.randint(1, 3 * block_tokens + 2)) for _ in range(3)]
 
     def _stream(self, name: str) -> Random:
         """Random numbers of one part, so that a change in one does not shift those of all others."""
@@ -158,18 +184,43 @@ class Scenario:
     # --- the run -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        engine = asyncio.create_task(self.engine.run(), name="engine")
         decay = asyncio.create_task(self._decay(), name="decay")
-        clients = [
-            asyncio.create_task(self._conversation(self._stream(f"client {number}")), name=f"client {number}")
-            for number in range(self.rng.randint(3, 14))
-        ]
-        await asyncio.sleep(0)
         try:
-            await self._serve(engine, clients)
+            for life, end_s in enumerate(self.setup.crashes_s):
+                await self._live(life, end_s)
+                self.media.lose_memory()
+                self.tiers[SSD].crash()
+                self._start(life + 1)
+                self.kv.recover(await self.tiers[SSD].open())
+                self.outcome.counts["recovered"] += self.kv.recovered_blocks
+                self.audit()
+            await self._live(len(self.setup.crashes_s), None)
         finally:
             decay.cancel()
         self._check_quiet()
+
+    async def _live(self, life: int, end_s: float | None) -> None:
+        """One process: until all clients are done, or until `end_s`, by a kill or, when negative, by a drain."""
+        engine = asyncio.create_task(self.engine.run(), name="engine")
+        clients = [
+            asyncio.create_task(self._conversation(self._stream(f"client {life} {number}")), name=f"client {number}")
+            for number in range(self.rng.randint(3, 14))
+        ]
+        await asyncio.sleep(0)
+        if end_s is None:
+            await self._serve(engine, clients)
+        else:
+            await asyncio.sleep(abs(end_s))
+            if end_s < 0:
+                await self.engine.drain(0.0)
+                await engine
+            self.outcome.counts["kills" if end_s > 0 else "restarts"] += 1
+            self._count()
+            mine = asyncio.current_task()
+            others = {task for task in asyncio.all_tasks() if task is not mine and task.get_name() != "decay"}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, engine: asyncio.Task[None], clients: list[asyncio.Task[None]]) -> None:
         everyone = asyncio.gather(*clients)
@@ -183,12 +234,14 @@ class Scenario:
             await self.engine.drain(END_S)
         await engine
         await everyone
+        while self.kv.traffic.in_flight:  # the flush had no more time; what was under way lands all the same
+            await asyncio.sleep(1.0)
 
     async def _decay(self) -> None:
         if self.setup.rot_every_s is not None:
             for _ in range(MAX_ROT):
                 await asyncio.sleep(self.setup.rot_every_s)
-                self.tiers.rot()
+                self.media.rot(self._stream(f"rot {self._loop.time()}"))
 
     def _check_quiet(self) -> None:
         """Nobody is left: no leases, no transfers, no queues, and every ready copy holds what its hash says."""
@@ -206,20 +259,29 @@ class Scenario:
             if not holds:
                 self.report(f"not true in the end: {fact}")
         self._check_contents()
+        self._count()
         outcome.virtual_s = self._loop.time()
-        outcome.counts.update(
-            steps=self.runner.steps, step_failures=self.runner.failures, preemptions=scheduler.preemptions,
-            evictions=kv.device.evicted_blocks, spills=self.tiers.moved[DRAM], onboards=self.tiers.moved[DEVICE],
-        )  # fmt: skip
-        outcome.counts.update({f"fault_{kind}": count for kind, count in self.tiers.injected.items()})
+        outcome.counts.update({f"{a}_to_{b}": count for (a, b), count in self.media.moved.items()})
+        outcome.counts.update({f"fault_{kind}": count for kind, count in self.media.injected.items()})
+
+    def _count(self) -> None:
+        """What happened in one life."""
+        kv, counts = self.kv, self.outcome.counts
+        counts.update(steps=self.runner.steps, step_failures=self.runner.failures)
+        counts.update(preemptions=self.scheduler.preemptions)
+        for books in kv.levels:
+            counts[f"evicted_{books.name}"] += books.evicted["capacity"]
+        for hop in (*kv.planner.up, *kv.planner.down):
+            counts.update({f"reported_{reason}": count for reason, count in hop.failed.items()})
+        counts.update({f"declined_{reason}": count for (_, reason), count in kv.declined.items()})
 
     def _check_contents(self) -> None:
-        for value, block in self.kv.index.items():
-            for name, copy in block.copies.items():
-                if copy.ready and (name, copy.frame) not in self.tiers.damaged:
-                    content = self.tiers.read((name, copy.frame))
-                    if content != self._contents.get(value):
-                        self.report(f"frame {copy.frame} of {name} is not what was sealed under its hash")
+        for books in self.kv.levels:
+            for value, frame in books.find.items():
+                place = (books.name, frame)
+                if books.ready[frame] and place not in self.media.damaged:
+                    if self.media.read(place) != self._contents.get(value):
+                        self.report(f"frame {frame} of {books.name} is not what was sealed under its hash")
 
     # --- clients -----------------------------------------------------------------------------------------------------
 

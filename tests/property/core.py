@@ -8,30 +8,20 @@ from collections.abc import Sequence
 from server.kvcache import audit
 from server.kvcache.block import Lease
 from server.kvcache.hashing import extend_hashes
-from server.kvcache.manager import KVManager, TierSpec
+from server.kvcache.manager import KVManager
 from server.scheduler.audit import check_scheduler
 from server.scheduler.policy import make_policy
 from server.scheduler.request import Request, request_from
 from server.scheduler.scheduler import Limits, Scheduler
 from server.types import (
-    DEVICE,
-    DRAM,
     BlockHash,
-    BlockLayout,
     SamplingParams,
     StepPlan,
     StepResult,
     TierFault,
     TokenEvent,
 )
-from tests.property.scheduler_machine import made_up
-
-
-def make_kv(
-    frames: int, lower: int = 0, *, block_tokens: int = 2, eviction: str = "lru", transfers_max: int = 8
-) -> KVManager:
-    tiers = [TierSpec(DEVICE, frames, eviction), *([TierSpec(DRAM, lower, eviction)] if lower else [])]
-    return KVManager(BlockLayout(1, 1, 1, 8, block_tokens), tiers, b"model", transfers_max=transfers_max)
+from tests.property.making import made_up, make_kv
 
 
 def hashes_of(kv: KVManager, tokens: Sequence[int], salt: str = "") -> list[BlockHash]:
@@ -44,9 +34,10 @@ def come(kv: KVManager, tokens: Sequence[int], *, salt: str = "", now: float = 0
     """A request that computes all its tokens at once; what is cached comes from the cache, from below at once."""
     hashes = hashes_of(kv, tokens, salt)
     lease = kv.admit(hashes[: (len(tokens) - 1) // kv.layout.block_tokens], now)
-    if lease.onboarding:
+    if lease.loading:
         land(kv, now=now)
-    assert kv.grow(lease, len(tokens)), "no room"
+        kv.join(lease, now)
+    assert kv.grow(lease, len(tokens), now), "no room"
     kv.seal(lease, hashes, len(tokens) // kv.layout.block_tokens)
     return lease
 
@@ -70,7 +61,7 @@ def cached_blocks(kv: KVManager, tokens: Sequence[int], salt: str = "") -> int:
     """How many blocks of `tokens` a request would find."""
     count = 0
     for value in hashes_of(kv, tokens, salt):
-        if value not in kv.index:
+        if not kv.knows(value):
             break
         count += 1
     return count
@@ -86,9 +77,15 @@ class Bench:
     """A scheduler over one KV manager, stepped by hand; both audited around every step."""
 
     def __init__(
-        self, frames: int = 32, *, lower: int = 0, policy: str = "fcfs", block_tokens: int = 2, **limits: int
+        self,
+        frames: int = 32,
+        *,
+        lower: tuple[int, ...] = (),
+        policy: str = "fcfs",
+        block_tokens: int = 2,
+        **limits: int,
     ) -> None:
-        self.kv = make_kv(frames, lower, block_tokens=block_tokens)
+        self.kv = make_kv(frames, *lower, block_tokens=block_tokens)
         self.scheduler = Scheduler(self.kv, make_policy(policy), Limits(**(LIMITS | limits)))
         self.now = 0.0
         self.computed: dict[int, int] = {}

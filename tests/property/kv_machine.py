@@ -16,9 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from server.kvcache import audit
 from server.kvcache.block import Lease
+from server.kvcache.eviction import POLICIES
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager, TierSpec
-from server.types import DEVICE, DRAM, BlockHash, BlockLayout, TierFault, TierName, Transfer
+from server.types import DEVICE, DRAM, SSD, BlockHash, BlockLayout, TierFault, TierName, Transfer
 
 NOISE = "noise"
 
@@ -39,8 +40,7 @@ class Holder:
     salt: str
     tokens: array[int]
     hashes: list[BlockHash]
-    computed: int | None = None
-    """None while its blocks are on their way."""
+    computed: int = 0
 
 
 @dataclass
@@ -55,18 +55,28 @@ class KVMachine(RuleBasedStateMachine):
     manager: type[KVManager] = KVManager
 
     @initialize(
-        device=st.integers(1, 5),
-        lower=st.integers(0, 4),
+        frames=st.tuples(st.integers(1, 5), st.integers(0, 4), st.integers(0, 5)),
         block_tokens=st.integers(1, 2),
-        policies=st.tuples(st.sampled_from(["lru", "slru"]), st.sampled_from(["lru", "slru"])),
-        transfers_max=st.integers(1, 3),
+        policies=st.tuples(*[st.sampled_from(sorted(POLICIES))] * 3),
+        in_flight_max=st.integers(1, 3),
+        step_s=st.sampled_from([None, 1e-4, 1e-2, 10.0]),
+        write_bytes_per_day=st.sampled_from([0.0, 0.0, 1e5]),
     )
-    def start(self, device: int, lower: int, block_tokens: int, policies: tuple[str, str], transfers_max: int) -> None:
-        tiers = [TierSpec(DEVICE, device, policies[0])]
-        if lower:
-            tiers.append(TierSpec(DRAM, lower, policies[1]))
+    def start(
+        self,
+        frames: tuple[int, int, int],
+        block_tokens: int,
+        policies: tuple[str, str, str],
+        in_flight_max: int,
+        step_s: float | None,
+        write_bytes_per_day: float,
+    ) -> None:
+        names = (DEVICE, DRAM, SSD)[: 1 + bool(frames[1]) + bool(frames[1] and frames[2])]
+        tiers = [TierSpec(*spec, in_flight_max) for spec in zip(names, frames, policies, strict=False)]
         layout = BlockLayout(1, 1, 1, 8, block_tokens)
-        self.kv = self.manager(layout, tiers, b"model", transfers_max=transfers_max)
+        self.kv = self.manager(layout, tiers, b"model", write_bytes_per_day=write_bytes_per_day, pin_ratio=0.5)
+        if step_s is not None:
+            self.kv.planner.step.observe(1, step_s)
         self.size = block_tokens
         self.holders: list[Holder] = []
         self.moving: list[tuple[Transfer, Any]] = []
@@ -74,11 +84,18 @@ class KVMachine(RuleBasedStateMachine):
         self.now = 0.0
 
     def later(self) -> float:
-        self.now += 1.0
+        self.now += 1e-5
         return self.now
 
-    def ready(self) -> list[Holder]:
-        return [holder for holder in self.holders if holder.computed is not None]
+    def chain(self, tokens: list[int], salt: str) -> Holder:
+        """A request that is not admitted yet; what its blocks hold is known from now on."""
+        holder = Holder(Lease(), salt, array("i", tokens), [])
+        extend_hashes(holder.hashes, self.kv.root(salt), holder.tokens, self.size)
+        for number, value in enumerate(holder.hashes):
+            self.model.truth[value] = tuple(
+                self.content(holder, position) for position in range(number * self.size, (number + 1) * self.size)
+            )
+        return holder
 
     def content(self, holder: Holder, position: int) -> Any:
         return (holder.salt, *holder.tokens[: position + 1])
@@ -87,52 +104,63 @@ class KVMachine(RuleBasedStateMachine):
 
     @rule(tokens=tokens_of, salt=salts)
     def admit(self, tokens: list[int], salt: str) -> None:
-        """A request arrives; what it matched and is ready must hold its own tokens."""
-        holder = Holder(Lease(), salt, array("i", tokens), [])
-        extend_hashes(holder.hashes, self.kv.root(salt), holder.tokens, self.size)
-        for number, value in enumerate(holder.hashes):
-            self.model.truth[value] = tuple(
-                self.content(holder, position) for position in range(number * self.size, (number + 1) * self.size)
-            )
+        """A request arrives; what it matched on the device must hold its own tokens."""
+        holder = self.chain(tokens, salt)
         holder.lease = self.kv.admit(holder.hashes[: (len(tokens) - 1) // self.size], self.later())
+        holder.computed = len(holder.lease.table) * self.size
         self.holders.append(holder)
-        self.settle()
+        self.read(holder, holder.computed)
+
+    @rule(tokens=tokens_of, salt=salts)
+    def prefetch(self, tokens: list[int], salt: str) -> None:
+        """A request is received and waits."""
+        self.kv.prefetch(self.chain(tokens, salt).hashes, self.later())
 
     @rule(tokens=tokens_of, salt=salts)
     def visit(self, tokens: list[int], salt: str) -> None:
         """A request comes, computes all that there is room for, and leaves."""
         self.admit(tokens, salt)
         holder = self.holders[-1]
-        if holder.computed is not None:
-            self.step(holder, len(tokens))
+        self.step(holder, len(tokens))
         self.holders.remove(holder)
         self.kv.release(holder.lease, self.later())
 
-    @precondition(lambda self: self.ready())
+    @precondition(lambda self: self.holders)
     @rule(data=st.data(), count=st.integers(1, 9))
     def compute(self, data: st.DataObject, count: int) -> None:
-        """A step: grow, read all KV before it, write new KV, seal what is full. Or the device has no room."""
-        self.step(data.draw(st.sampled_from(self.ready())), count)
+        """A step: take what came, grow, read all KV before it, write new KV, seal what is full; or there is no room."""
+        self.step(data.draw(st.sampled_from(self.holders)), count)
 
     def step(self, holder: Holder, count: int) -> None:
-        assert holder.computed is not None
-        end = min(holder.computed + count, len(holder.tokens))
-        wanted = self.kv.layout.blocks_for(end) - len(holder.lease.blocks)
+        limit, lease = len(holder.tokens), holder.lease
+        granted = len(lease.table) * self.size
+        if lease.loading and holder.computed < granted:
+            limit = granted
+        elif lease.loading:
+            self.kv.seal(lease, holder.hashes, holder.computed // self.size)
+            if lease.sealed == len(lease.table) and self.kv.join(lease, self.later()):
+                holder.computed = len(lease.table) * self.size
+                assert holder.computed < len(holder.tokens), "no token is left to sample from"
+                self.read(holder, holder.computed)
+            if lease.loading:
+                limit = min(limit, self.kv.compute_until(lease, self.later()) * self.size)
+        end = min(holder.computed + count, limit)
+        wanted = self.kv.layout.blocks_for(end) - len(lease.table)
         room = self.kv.available_blocks
-        if not self.kv.grow(holder.lease, end):
+        if not self.kv.grow(lease, end, self.later()):
             assert wanted > room, f"{wanted} frames refused, {room} available"
             return
-        assert wanted <= room, f"{wanted} frames granted, {room} available"
+        assert wanted <= room or wanted <= 0, f"{wanted} frames granted, {room} available"
         self.read(holder, holder.computed)
-        shared = {block.copies[DEVICE].frame for block in self.kv.index.values() if DEVICE in block.copies}
+        shared = set(self.kv.device.find.values())
         for position in range(holder.computed, end):
             frame = int(holder.lease.table.view()[position // self.size])
             assert frame not in shared, "a step writes into a shared frame"
             slots = self.slots((DEVICE, frame))
             slots[position % self.size] = self.content(holder, position)
-        holder.computed = end
-        self.kv.seal(holder.lease, holder.hashes, end // self.size)
-        self.read(holder, end)
+        holder.computed = max(holder.computed, end)
+        self.kv.seal(holder.lease, holder.hashes, holder.computed // self.size)
+        self.read(holder, holder.computed)
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
@@ -140,6 +168,29 @@ class KVMachine(RuleBasedStateMachine):
         holder = data.draw(st.sampled_from(self.holders))
         self.holders.remove(holder)
         self.kv.release(holder.lease, self.later())
+
+    @rule(seconds=st.sampled_from([0.002, 0.3, 5.0, 100.0]))
+    def wait(self, seconds: float) -> None:
+        """Time passes: loads are late or past their deadline, breakers try again, pins run out."""
+        self.now += seconds
+
+    # --- what an operator does ---------------------------------------------------------------------------------------
+
+    @rule(tokens=tokens_of, salt=salts, seconds=st.sampled_from([0.001, 50.0]))
+    def pin(self, tokens: list[int], salt: str, seconds: float) -> None:
+        """Pins hold no more than their share, and hold it."""
+        self.kv.pin(self.chain(tokens, salt).hashes, self.now + seconds, self.later())
+        assert self.kv.pinned_blocks <= self.kv.pin_blocks_max, "pins hold more than their share"
+
+    @rule(tokens=tokens_of, salt=salts, act=st.sampled_from(["unpin", "evict", "clear"]))
+    def admin(self, tokens: list[int], salt: str, act: str) -> None:
+        hashes = self.chain(tokens, salt).hashes
+        if act == "unpin":
+            self.kv.unpin(hashes, self.later())
+        elif act == "evict":
+            self.kv.evict(hashes, self.later())
+        else:
+            self.kv.clear(self.later())
 
     # --- what a mover does -------------------------------------------------------------------------------------------
 
@@ -164,18 +215,11 @@ class KVMachine(RuleBasedStateMachine):
         assert self.slots(transfer.target) == [NOISE] * self.size, "a target was written in flight"
         if reason is None:
             self.model.frames[transfer.target] = list(before)
+        if reason == "corrupt" and transfer.source[0] != DEVICE:  # what is found bad is bad from then on
+            self.model.frames[transfer.source] = [NOISE] * self.size
         self.kv.complete(transfer.id, TierFault(reason) if reason else None, self.later())
-        self.settle()
 
     # --- what must hold ----------------------------------------------------------------------------------------------
-
-    def settle(self) -> None:
-        """Requests whose blocks have landed may read them from now on."""
-        for holder in self.holders:
-            if holder.computed is None and not holder.lease.onboarding:
-                holder.computed = len(holder.lease.blocks) * self.size
-                assert holder.computed < len(holder.tokens), "no token is left to sample from"
-                self.read(holder, holder.computed)
 
     def slots(self, place: tuple[TierName, int]) -> list[Any]:
         return self.model.frames.setdefault(place, [NOISE] * self.size)
@@ -196,13 +240,12 @@ class KVMachine(RuleBasedStateMachine):
     def bytes_are_right(self) -> None:
         if not hasattr(self, "kv"):
             return
-        for value, block in self.kv.index.items():
-            for name, copy in block.copies.items():
-                if copy.ready:
-                    held = tuple(self.slots((name, copy.frame)))
-                    assert held == self.model.truth[value], f"{name} frame {copy.frame} holds {held}"
-        for holder in self.ready():
-            assert holder.computed is not None
+        for books in self.kv.levels:
+            for value, frame in books.find.items():
+                if books.ready[frame]:
+                    held = tuple(self.slots((books.name, frame)))
+                    assert held == self.model.truth[value], f"{books.name} frame {frame} holds {held}"
+        for holder in self.holders:
             self.read(holder, holder.computed)
 
     def teardown(self) -> None:
@@ -214,12 +257,18 @@ class KVMachine(RuleBasedStateMachine):
         self.holders.clear()
         while self.kv.moving or self.moving:
             self.plan_transfers()
-            transfer, before = self.moving.pop()
-            self.model.frames[transfer.target] = before
-            self.kv.complete(transfer.id, None, self.later())
+            if self.moving:
+                transfer, before = self.moving.pop()
+                self.model.frames[transfer.target] = before
+                self.kv.complete(transfer.id, None, self.later())
         audit.check(self.kv)
         assert not self.kv.leases
-        assert all(copy.ready and copy.ranked for block in self.kv.index.values() for copy in block.copies.values())
-        for tier in self.kv.tiers.values():
-            assert tier.available == tier.pool.capacity, f"{tier.name}: frames are lost"
+        self.now += 1000.0
+        self.kv.plan_transfers(self.now)
+        for transfer in [flight.transfer for flight in self.kv.traffic.in_flight.values()]:
+            self.kv.complete(transfer.id, TierFault("io"), self.later())
+        for books in self.kv.levels:
+            assert all(books.ready[f] and books.ranked[f] for f in books.find.values()), "something is held for ever"
+            free = books.available + books.pool.unusable()
+            assert free == books.pool.capacity, f"{books.name}: frames are lost"
         self.bytes_are_right()

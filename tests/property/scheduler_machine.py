@@ -15,24 +15,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from server.errors import InvalidRequest, Overloaded
 from server.kvcache import audit
-from server.kvcache.manager import KVManager, TierSpec
+from server.kvcache.eviction import POLICIES
 from server.scheduler.audit import check_scheduler
 from server.scheduler.policy import make_policy
 from server.scheduler.request import Request, RequestState, request_from
 from server.scheduler.scheduler import Limits, Scheduler
 from server.types import (
-    DEVICE,
-    DRAM,
-    BlockLayout,
     FinishReason,
     SamplingParams,
-    StepPlan,
-    StepResult,
     TierFault,
     TokenEvent,
     TokenLogprobs,
     Transfer,
 )
+from tests.property.making import made_up, make_kv, sampled
 
 STOP = 3
 ALL_DONE_STEPS = 3000
@@ -50,41 +46,39 @@ class Client:
     aborted: bool = False
 
 
-def sampled(position: int, prompt_tokens: int) -> int:
-    """The token at `position`: repetitive, so that answers of siblings make the same blocks."""
-    return (position * 5 + prompt_tokens) % 4
-
-
-def made_up(plan: StepPlan) -> StepResult:
-    """A result with one token for each row that samples and one score for each target."""
-    tokens = [sampled(row.sample.position, row.sample.prompt_tokens) if row.sample else None for row in plan.rows]
-    scores = [
-        None if row.prompt_logprobs is None else [TokenLogprobs(t, -1.0, 1) for t in row.targets or ()]
-        for row in plan.rows
-    ]
-    return StepResult(plan.id, tokens, [None] * len(tokens), scores, 0.0, 0.0)
+def waits(request: Request) -> bool:
+    """Its next block is on its way from a tier below."""
+    return request.lease is not None and request.lease.loading and len(request.lease.table) in request.lease.loads
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     scheduler_class: type[Scheduler] = Scheduler
-    manager: type[KVManager] = KVManager
 
     @initialize(
         device=st.integers(3, 8),
-        lower=st.integers(0, 4),
+        lower=st.tuples(st.integers(0, 4), st.integers(0, 6)),
         block_tokens=st.integers(1, 2),
-        eviction=st.sampled_from(["lru", "slru"]),
+        eviction=st.sampled_from(sorted(POLICIES)),
         policy=st.sampled_from(["fcfs", "priority"]),
         limits=st.tuples(
             st.integers(1, 4), st.integers(0, 4), st.integers(1, 6), st.integers(1, 6), st.integers(4, 60)
         ),
+        step_s=st.sampled_from([None, 1e-4, 1e-2, 10.0]),
     )
     def start(
-        self, device: int, lower: int, block_tokens: int, eviction: str, policy: str, limits: tuple[int, ...]
+        self,
+        device: int,
+        lower: tuple[int, int],
+        block_tokens: int,
+        eviction: str,
+        policy: str,
+        limits: tuple[int, ...],
+        step_s: float | None,
     ) -> None:
         running, more, chunk, queued, queued_tokens = limits
-        tiers = [TierSpec(DEVICE, device, eviction), *([TierSpec(DRAM, lower, eviction)] if lower else [])]
-        self.kv = self.manager(BlockLayout(1, 1, 1, 8, block_tokens), tiers, b"model", transfers_max=2)
+        self.kv = make_kv(device, *(lower if lower[0] else ()), block_tokens=block_tokens, eviction=eviction)
+        if step_s is not None:
+            self.kv.planner.step.observe(1, step_s)
         self.limits = Limits(running, running + more, chunk, queued, queued_tokens, (device - 1) * block_tokens)
         self.scheduler = self.scheduler_class(self.kv, make_policy(policy), self.limits)
         self.clients: dict[int, Client] = {}
@@ -93,7 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.next_id = 0
 
     def later(self) -> float:
-        self.now += 1.0
+        self.now += 1e-5
         return self.now
 
     def live(self) -> list[int]:
@@ -131,7 +125,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt_logprobs=scored,
         )
         self.next_id += 1
-        request = request_from(self.next_id, prompt, params, self.kv.root(""), priority=priority, now=self.later() // 3)
+        request = request_from(
+            self.next_id, prompt, params, self.kv.root(""), priority=priority, now=self.later() // 3e-5
+        )
         waiting, limits = self.scheduler.waiting, self.limits
         fits = len(prompt) + max_tokens <= limits.max_model_len
         queued_tokens = sum(len(other.tokens) for other in waiting)
@@ -169,11 +165,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A step has rows, or nothing can run until something lands; whoever ranks first is never left out."""
         plan = self.scheduler.plan(self.later())
         if plan is None:
-            assert not self.scheduler.running, "running requests and no step"
+            assert all(waits(request) for request in self.scheduler.running), "running requests and no step"
+            assert not self.scheduler.running or self.kv.wake_s < self.now + 100, "nobody looks again in time"
             return
         assert plan.rows, "a step without rows"
         first = min(self.scheduler.running, key=self.scheduler.policy.rank)
-        assert any(row.request_id == first.id for row in plan.rows), "the first in rank is left out of a step"
+        taken = any(row.request_id == first.id for row in plan.rows)
+        assert taken or waits(first), "the first in rank is left out of a step"
+
+    @rule(seconds=st.sampled_from([0.002, 0.3, 100.0]))
+    def wait(self, seconds: float) -> None:
+        """Time passes: loads are late or past their deadline."""
+        self.now += seconds
 
     @rule(turns=st.integers(1, 4))
     def turns(self, turns: int) -> None:
@@ -275,7 +278,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         while waiting & set(self.scheduler.requests):
             steps += 1
             assert steps < ALL_DONE_STEPS, "requests starve"
-            self.now += 10
+            self.now += 0.01
             self.submit([0, 1] if self.limits.max_model_len > 2 else [0], 1, 0, False, None, 9)
             self.turn()
         while not self.scheduler.idle:
@@ -288,5 +291,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.queued_tokens
         while self.kv.moving or self.moving:
             self.turn()
-        for tier in self.kv.tiers.values():
-            assert tier.available == tier.pool.capacity, f"{tier.name}: frames are lost"
+        for books in self.kv.levels:
+            assert books.available == books.pool.capacity, f"{books.name}: frames are lost"

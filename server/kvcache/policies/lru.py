@@ -5,20 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from server.kvcache.block import Block
+from server.types import BlockHash
 
 
 class LRU:
     def __init__(self) -> None:
-        self._order: dict[Block, None] = {}
+        self._order: dict[BlockHash, None] = {}
 
-    def on_insert(self, block: Block, now: float) -> None:
-        self._order[block] = None
+    def on_insert(self, key: BlockHash, now: float, hits: int, depth: int) -> None:
+        self._order[key] = None
 
-    def on_remove(self, block: Block) -> None:
-        del self._order[block]
+    def on_remove(self, key: BlockHash) -> None:
+        del self._order[key]
 
-    def victims(self) -> Iterator[Block]:
+    def victims(self) -> Iterator[BlockHash]:
         return iter(self._order)
 
     def __len__(self) -> int:

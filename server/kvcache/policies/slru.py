@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from server.kvcache.block import Block
+from server.types import BlockHash
 
 PROTECTED_SHARE = 0.8
 """Of the evictable blocks at most this share may be protected."""
@@ -19,23 +19,23 @@ PROTECTED_SHARE = 0.8
 
 class SegmentedLRU:
     def __init__(self) -> None:
-        self._probation: dict[Block, None] = {}
-        self._protected: dict[Block, None] = {}
+        self._probation: dict[BlockHash, None] = {}
+        self._protected: dict[BlockHash, None] = {}
 
-    def on_insert(self, block: Block, now: float) -> None:
-        if block.hits:
-            self._protected[block] = None
+    def on_insert(self, key: BlockHash, now: float, hits: int, depth: int) -> None:
+        if hits:
+            self._protected[key] = None
             self._shrink()
         else:
-            self._probation[block] = None
+            self._probation[key] = None
 
-    def on_remove(self, block: Block) -> None:
-        if block in self._protected:
-            del self._protected[block]
+    def on_remove(self, key: BlockHash) -> None:
+        if key in self._protected:
+            del self._protected[key]
         else:
-            del self._probation[block]
+            del self._probation[key]
 
-    def victims(self) -> Iterator[Block]:
+    def victims(self) -> Iterator[BlockHash]:
         return chain(self._probation, self._protected)
 
     def __len__(self) -> int:

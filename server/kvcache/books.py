@@ -1,0 +1,229 @@
+"""The books of one tier: which block is in which frame, who holds it, what may go. Loop thread only; no bytes, no I/O.
+
+Columns indexed by frame, no object per block: a tier of a million blocks costs the garbage collector nothing and some
+300 bytes a block, and every operation is O(1), or O(blocks that change rank) along one chain.
+
+A frame is free, private (owned, no hash: one request writes it) or filed (`find` leads from its hash to it; not `ready`
+while a transfer fills it). `holds` counts everything that needs its bytes: leases, transfers, loads that wait, pins.
+`above` is the frame of the block's parent in this tier, and `pins` counts the blocks that hang on a frame and that may
+not go: while there are any, it may not either. So a chain goes suffix first. `kept` blocks, and so what they hang on,
+may not go at all. `ranked` blocks are those that may go, and the eviction policy knows exactly these.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+
+from server.kvcache.eviction import make_policy
+from server.kvcache.pool import FramePool
+from server.types import BlockHash, FrameId, TierName
+
+NOWHERE = -1
+
+
+class TierBooks:
+    def __init__(self, name: TierName, frames: int, eviction: str) -> None:
+        self.name = name
+        self.pool = FramePool(frames)
+        self.policy = make_policy(eviction, frames)
+        self.find: dict[BlockHash, FrameId] = {}
+        self.hashes: list[BlockHash | None] = [None] * frames
+        self.parents: list[BlockHash | None] = [None] * frames
+        self.depth = array("i", bytes(4 * frames))
+        self.hits = array("i", bytes(4 * frames))
+        self.holds = array("i", bytes(4 * frames))
+        self.pins = array("i", bytes(4 * frames))
+        self.above = array("i", [NOWHERE]) * frames
+        self.ready = bytearray(frames)
+        self.ranked = bytearray(frames)
+        self.transient = bytearray(frames)
+        """1: this block was asked not to outlive the process."""
+        self.kept: set[BlockHash] = set()
+        self.evicted: Counter[str] = Counter({"capacity": 0, "corrupt": 0, "admin": 0})
+
+    @property
+    def available(self) -> int:
+        """Frames that are free or could be made free now; exact, so whoever asks for as many gets them."""
+        return self.pool.free + len(self.policy)
+
+    def has(self, value: BlockHash) -> bool:
+        """Is this block here, with all its bytes?"""
+        frame = self.find.get(value)
+        return frame is not None and bool(self.ready[frame])
+
+    # --- frames ------------------------------------------------------------------------------------------------------
+
+    def take(self, count: int, now: float) -> list[FrameId] | None:
+        """`count` private frames, evicting where needed; None, and nothing changed, when that many cannot be had."""
+        short = count - self.pool.free
+        if short > 0:
+            if short > len(self.policy):
+                return None
+            for value in list(islice(self.policy.victims(), short)):
+                self.drop(self.find[value], "capacity", now)
+        frames = self.pool.take(count)
+        for frame in frames:
+            self.holds[frame] = 1
+        return frames
+
+    def give_back(self, frames: Sequence[FrameId]) -> None:
+        """Free private frames, each held once."""
+        for frame in frames:
+            assert self.hashes[frame] is None, "a filed frame is dropped, not given back"
+            assert self.holds[frame] == 1, f"a private frame has one holder, not {self.holds[frame]}"
+            self.holds[frame] = 0
+            self.ready[frame] = 0
+        self.pool.give_back(frames)
+
+    def file(
+        self, frame: FrameId, value: BlockHash, parent: BlockHash | None, depth: int, *, ready: bool, hits: int = 0
+    ) -> None:
+        """A private frame becomes the place of block `value`, and hangs on its parent's if that is here. Its one hold
+        stays the caller's."""
+        assert value not in self.find, f"{self.name}: a block is filed twice"
+        self.find[value] = frame
+        self.hashes[frame], self.parents[frame] = value, parent
+        self.depth[frame], self.hits[frame], self.ready[frame] = depth, hits, ready
+        above = self.find.get(parent) if parent is not None else None
+        if above is not None:
+            self.hang(frame, above)
+
+    def hang(self, frame: FrameId, above: FrameId) -> None:
+        """Hang a held block, which hangs on nothing yet, on its parent's frame."""
+        assert self.holds[frame], "only a block that may not go is hung up"
+        assert self.above[frame] == NOWHERE, f"{self.name}: a block hangs on something already"
+        self.above[frame] = above
+        self.pins[above] += 1
+        self._unrank(above)
+
+    def drop(self, frame: FrameId, reason: str, now: float) -> None:
+        """Forget the block in `frame`, which nobody holds, and free the frame. Blocks that hang on it stay: a policy
+        lets them go first, but bad bytes go when they are found."""
+        value, above = self.hashes[frame], self.above[frame]
+        assert value is not None, "a private frame is given back, not dropped"
+        assert not self.holds[frame], f"{self.name}: a block is dropped while somebody holds it"
+        if reason != "capacity":
+            self._orphan_children(frame)
+            self.pins[frame] = 0
+        if self.ranked[frame]:
+            self.ranked[frame] = 0
+            self.policy.on_remove(value)
+        elif above != NOWHERE:
+            self.pins[above] -= 1
+        del self.find[value]
+        self.hashes[frame] = self.parents[frame] = None
+        self.ready[frame] = self.pins[frame] = self.depth[frame] = self.hits[frame] = self.transient[frame] = 0
+        self.kept.discard(value)
+        self.above[frame] = NOWHERE
+        self.pool.give_back((frame,))
+        if reason in self.evicted:
+            self.evicted[reason] += 1
+        if above != NOWHERE:
+            self._rank(above, now)
+
+    def _orphan_children(self, frame: FrameId) -> None:
+        """O(frames), 0.3 ms per million: faults and operators are rarer than evictions."""
+        for child in np.flatnonzero(np.frombuffer(self.above, np.int32) == frame).tolist():
+            self.above[child] = NOWHERE
+
+    # --- holding -----------------------------------------------------------------------------------------------------
+
+    def hold(self, frame: FrameId) -> None:
+        self.holds[frame] += 1
+        self._unrank(frame)
+
+    def unhold(self, frame: FrameId, now: float) -> None:
+        """A hold ended: unless something else keeps the block it may go, and so, perhaps, may those it hangs on. Bytes
+        that never came, or went bad, go with their last holder."""
+        assert self.holds[frame] > 0, f"{self.name}: a hold ended that was not there"
+        self.holds[frame] -= 1
+        if not self.holds[frame] and not self.ready[frame]:
+            self.drop(frame, "failed", now)
+        else:
+            self._rank(frame, now)
+
+    def condemn(self, frame: FrameId) -> None:
+        """The bytes of this held block are bad: from now on it is not here, and it goes with its last holder."""
+        assert self.holds[frame], "whoever finds bad bytes holds them"
+        if self.ready[frame]:
+            self.ready[frame] = 0
+            self.evicted["corrupt"] += 1
+
+    def keep(self, value: BlockHash) -> None:
+        """This block, which is here, may not go until `let_go`; neither may those it hangs on."""
+        self.kept.add(value)
+        self._unrank(self.find[value])
+
+    def let_go(self, value: BlockHash, now: float) -> None:
+        """End `keep`. Nothing happens if the block is not kept."""
+        if value in self.kept:
+            self.kept.remove(value)
+            self._rank(self.find[value], now)
+
+    def refresh(self, values: Sequence[BlockHash], now: float) -> None:
+        """A whole chain was just used: the policy hears of it again, child before parent."""
+        for value in reversed(values):
+            frame = self.find.get(value)
+            if frame is not None and self.ranked[frame]:
+                self.policy.on_remove(value)
+                self.policy.on_insert(value, now, self.hits[frame], self.depth[frame])
+
+    def landed(self, frame: FrameId) -> None:
+        """The bytes are all there; the transfer's hold is still the caller's."""
+        self.ready[frame] = 1
+
+    def may_go(self, frame: FrameId) -> bool:
+        """Filed, ready, held by nobody, and so is all that hangs on it in this tier."""
+        value = self.hashes[frame]
+        if value is None or not self.ready[frame] or self.holds[frame] or self.pins[frame]:
+            return False
+        return value not in self.kept
+
+    def _rank(self, frame: FrameId, now: float) -> None:
+        while frame != NOWHERE and not self.ranked[frame] and self.may_go(frame):
+            value = self.hashes[frame]
+            assert value is not None
+            self.ranked[frame] = 1
+            self.policy.on_insert(value, now, self.hits[frame], self.depth[frame])
+            child, frame = frame, self.above[frame]
+            if frame != NOWHERE:
+                self.pins[frame] -= 1
+                # Whoever found the child found the parent; a parent that was computed anew has forgotten it.
+                self.hits[frame] = max(self.hits[frame], self.hits[child])
+
+    def _unrank(self, frame: FrameId) -> None:
+        while frame != NOWHERE and self.ranked[frame]:
+            value = self.hashes[frame]
+            assert value is not None
+            self.ranked[frame] = 0
+            self.policy.on_remove(value)
+            frame = self.above[frame]
+            if frame != NOWHERE:
+                self.pins[frame] += 1
+
+    # --- restart -----------------------------------------------------------------------------------------------------
+
+    def recover(
+        self, frames: Sequence[FrameId], hashes: Sequence[BlockHash], above: Sequence[FrameId], depths: Sequence[int]
+    ) -> None:
+        """File what outlived the last process, in eviction order: 1 us a block. Only in books that are still empty."""
+        self.pool.occupy(frames)
+        self.find = dict(zip(hashes, frames, strict=True))
+        rows = np.asarray(frames, np.int64)
+        for column, values in ((self.above, above), (self.depth, depths)):
+            np.frombuffer(column, np.int32)[rows] = np.asarray(values, np.int32)
+        for column in (self.ready, self.ranked):
+            np.frombuffer(column, np.uint8)[rows] = 1
+        by_frame, parents, insert = self.hashes, self.parents, self.policy.on_insert
+        for frame, value in zip(frames, hashes, strict=True):
+            by_frame[frame] = value
+        for frame, parent in zip(frames, above, strict=True):
+            if parent != NOWHERE:
+                parents[frame] = by_frame[parent]
+        for value, depth in zip(hashes, depths, strict=True):
+            insert(value, 0.0, 0, depth)

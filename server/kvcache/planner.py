@@ -1,0 +1,220 @@
+"""Load or compute? Measured rates of every hop and of the device, and what follows from them. Pure, loop thread only.
+
+Loading n blocks over a hop takes `latency + (queued + n) * block_s`, computing them `base + n * block_tokens * token_s`.
+Where the first is far below the second the request waits; where it is far above nothing is loaded; between the two both
+are done at once, computing from the front while loading from the back, until they meet (Cake, ICML 2025, section 3.15
+of no rule but this: solve for the k blocks at the front whose computing takes as long as loading the rest).
+
+Nothing here is trusted for long. All rates are decayed means of what was just measured; a load that is later than
+promised is no longer waited for; and a tier that fails or stalls is switched off by its breaker and tried again later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.types import TierName
+
+DECAY = 0.1
+"""Weight of one block's new measurement: about ten blocks to follow a disk that became slow."""
+STEP_DECAY = 0.02
+"""Weight of one step in the regression of step time on tokens."""
+LATE_FACTOR = 1.5
+"""A load may take this many times its estimate before the request that waits for it computes instead."""
+LATE_GRACE_S = 0.002
+"""Added to that: timers and threads are not more punctual."""
+DEADLINE_FACTOR = 8.0
+"""After this many times its estimate, plus DEADLINE_GRACE_S, a load is given up: its tier has failed once."""
+DEADLINE_GRACE_S = 0.25
+WORTH_RATIO = 0.9
+"""A hit of which more than this share would be computed anyway before it is loaded is not loaded at all."""
+BREAKER_FAILURES = 3
+"""Failures in a row that switch a tier off."""
+BREAKER_FIRST_S = 1.0
+BREAKER_LONGEST_S = 60.0
+"""For how long: doubling from the first to the longest while trials fail."""
+
+
+@dataclass(slots=True)
+class Hop:
+    """Blocks moving one way between two neighbouring tiers. `block_s`: seconds per block while it is busy."""
+
+    block_s: float
+    latency_s: float
+    in_flight: int = 0
+    mark_s: float = 0.0
+    moved_blocks: int = 0
+    failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("io", "corrupt", "no_space", "timeout"), 0))
+    busy_s: float = 0.0
+
+    def started(self, now: float) -> None:
+        if self.in_flight == 0:
+            self.mark_s = now
+        self.in_flight += 1
+
+    def landed(self, started_s: float, now: float, *, good: bool) -> None:
+        """Throughput is the pace of landings while something is in flight; latency what a lone block takes."""
+        alone = self.in_flight == 1 and self.mark_s == started_s
+        self.in_flight -= 1
+        gap_s, self.mark_s = now - self.mark_s, now
+        self.busy_s += gap_s
+        if good:
+            self.moved_blocks += 1
+            self.block_s += DECAY * (gap_s - self.block_s)
+            if alone:
+                self.latency_s += DECAY * (now - started_s - self.latency_s)
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Switches a sick tier off. Closed: all may use it. Open: nobody, but for one trial each time `until_s` passes."""
+
+    failures: int = 0
+    until_s: float = 0.0
+    backoff_s: float = BREAKER_FIRST_S
+    opened: int = 0
+
+    @property
+    def closed(self) -> bool:
+        return self.failures < BREAKER_FAILURES
+
+    def allows(self, now: float) -> bool:
+        """May this tier be used now? When it is off, a True is the trial: ask once and use it."""
+        if self.closed:
+            return True
+        if now < self.until_s:
+            return False
+        self.until_s = now + self.backoff_s
+        return True
+
+    def failed(self, now: float) -> None:
+        was_closed = self.closed
+        self.failures += 1
+        if self.closed:
+            return
+        if was_closed:
+            self.opened += 1
+        else:
+            self.backoff_s = min(2 * self.backoff_s, BREAKER_LONGEST_S)
+        self.until_s = now + self.backoff_s
+
+    def worked(self) -> None:
+        self.failures = 0
+        self.backoff_s = BREAKER_FIRST_S
+
+
+class StepCost:
+    """Seconds of a step as `base + token_s * tokens`: a least-squares line through recent steps, older ones fading."""
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        keep = 1 - STEP_DECAY
+        self._weight = keep * self._weight + 1
+        self._x = keep * self._x + tokens
+        self._y = keep * self._y + seconds
+        self._xx = keep * self._xx + tokens * tokens
+        self._xy = keep * self._xy + tokens * seconds
+
+    @property
+    def known(self) -> bool:
+        return self._weight > 0
+
+    def line(self) -> tuple[float, float]:
+        """(base seconds, seconds per token); the base is 0 while all steps had the same size."""
+        if not self._weight:
+            return 0.0, 0.0
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        spread = self._xx / self._weight - mean_x * mean_x
+        slope = (self._xy / self._weight - mean_x * mean_y) / spread if spread > 1e-9 * self._xx else 0.0
+        if slope <= 0:
+            return 0.0, mean_y / mean_x
+        base = mean_y - slope * mean_x
+        return (base, slope) if base >= 0 else (0.0, mean_y / mean_x)
+
+
+class Planner:
+    """`tiers` from fastest to slowest; `block_s[k]` is the first guess for loading one block from tier k+1 to tier k."""
+
+    def __init__(self, tiers: list[TierName], block_tokens: int, guesses: list[tuple[float, float]]) -> None:
+        self.up = [Hop(block_s, latency_s) for block_s, latency_s in guesses]
+        self.down = [Hop(block_s, latency_s) for block_s, latency_s in guesses]
+        self.breakers = {name: Breaker() for name in tiers[1:]}
+        self.step = StepCost()
+        self._block_tokens = block_tokens
+
+    def load_s(self, level: int, blocks: int, queued: list[int]) -> float:
+        """Seconds until `blocks` blocks of tier `level` are on the device, behind `queued[k]` blocks on each hop. The
+        hops work at the same time, so the slowest counts, and one latency each."""
+        hops = self.up[:level]
+        slowest_s = max((queued[k] + blocks) * hop.block_s for k, hop in enumerate(hops))
+        return slowest_s + sum(hop.latency_s for hop in hops)
+
+    def compute_s(self, blocks: int) -> float:
+        """Seconds to compute `blocks` blocks of a prompt on a device that does nothing else."""
+        base_s, token_s = self.step.line()
+        return base_s + blocks * self._block_tokens * token_s
+
+    def front(self, level: int, blocks: int, queued: list[int]) -> int:
+        """How many of `blocks` blocks that could be loaded from tier `level` to compute from the front meanwhile, so
+        that both end together; 0: waiting is best. Before the first step was measured: wait."""
+        base_s, token_s = self.step.line()
+        if not self.step.known:
+            return 0
+        hops = self.up[:level]
+        slowest = max(range(level), key=lambda k: (queued[k] + blocks) * hops[k].block_s)
+        block_s = hops[slowest].block_s
+        load_s = (queued[slowest] + blocks) * block_s + sum(hop.latency_s for hop in hops)
+        share = (load_s - base_s) / (self._block_tokens * token_s + block_s)
+        return max(0, min(blocks, int(share)))
+
+    def worth(self, level: int, blocks: int, queued: list[int]) -> bool:
+        """Would loading spare enough computing to be worth the trouble?"""
+        return self.front(level, blocks, queued) <= WORTH_RATIO * blocks
+
+    def patience_s(self, estimate_s: float) -> float:
+        """How long to wait idly for what was promised in `estimate_s`."""
+        return LATE_FACTOR * estimate_s + LATE_GRACE_S
+
+    def deadline_s(self, estimate_s: float) -> float:
+        """When to give a load up."""
+        return DEADLINE_FACTOR * estimate_s + DEADLINE_GRACE_S
+
+
+@dataclass(slots=True)
+class WriteBudget:
+    """Endurance: at most `bytes_per_day` bytes written, as a bucket that fills all day and holds `hold_s` worth of it.
+
+    It starts empty but for a minute's worth, so that restarts cannot overrun the day. 0 bytes: no limit.
+    """
+
+    bytes_per_day: float
+    hold_s: float = 3600.0
+    level: float = 0.0
+    filled_s: float | None = None
+
+    def fill(self, now: float) -> None:
+        per_s = self.bytes_per_day / 86_400
+        if self.filled_s is None:
+            self.level = 60 * per_s
+        else:
+            self.level = min(self.level + (now - self.filled_s) * per_s, self.hold_s * per_s)
+        self.filled_s = now
+
+    def short(self, now: float) -> bool:
+        """Less than half is left: write only what was used a second time."""
+        if not self.bytes_per_day:
+            return False
+        self.fill(now)
+        return self.level < 0.5 * self.hold_s * self.bytes_per_day / 86_400
+
+    def spend(self, count: int, now: float) -> bool:
+        """Take `count` bytes; False, and nothing taken, when they are not there."""
+        if not self.bytes_per_day:
+            return True
+        self.fill(now)
+        if self.level < count:
+            return False
+        self.level -= count
+        return True
