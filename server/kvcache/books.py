@@ -217,8 +217,8 @@ class TierBooks:
         rows = np.asarray(frames, np.int64)
         for column, values in ((self.above, above), (self.depth, depths)):
             np.frombuffer(column, np.int32)[rows] = np.asarray(values, np.int32)
-        for column in (self.ready, self.ranked):
-            np.frombuffer(column, np.uint8)[rows] = 1
+        for flags in (self.ready, self.ranked):
+            np.frombuffer(flags, np.uint8)[rows] = 1
         by_frame, parents, insert = self.hashes, self.parents, self.policy.on_insert
         for frame, value in zip(frames, hashes, strict=True):
             by_frame[frame] = value

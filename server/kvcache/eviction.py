@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from server.types import BlockHash
 from server.registry import resolve
+from server.types import BlockHash
 
 POLICIES = {
     "lru": "server.kvcache.policies.lru:LRU",
