@@ -1,9 +1,14 @@
-"""The eviction seam: in which order do the evictable copies of one tier go?
+"""The eviction seam: in which order do the evictable blocks of one tier go?
 
-A policy ranks; it moves no bytes and frees no frames. The manager guarantees: `on_insert` when a copy becomes evictable
-(sealed, ready, not leased, not being read), `on_remove` when it stops being so or is gone, and along a chain the
-child's `on_insert` comes before its parent's. The policy guarantees suffix first: `victims` yields no block before a
-resident block that follows it. The caller stops iterating before it changes anything.
+A policy ranks block hashes; it moves no bytes, frees no frames and does not know who follows whom. What it may rely on:
+
+- `on_insert` when a block becomes evictable, `on_remove` when somebody holds it again (that is how a use shows: it comes
+  back with more hits) or when it is gone (then it comes back, if ever, as a new block with no hits);
+- of a block and the one it follows, both evictable, the follower was inserted first, is deeper and has no more hits.
+  Whenever a block is used, what it follows is too, and is inserted after it.
+
+What it promises is suffix first: `victims` yields no block before an evictable block that follows it. So a rank may
+only rise with the time of insertion, rise with hits and fall with depth: each policy says why its own does.
 """
 
 from __future__ import annotations
@@ -21,13 +26,24 @@ POLICIES = {
 
 
 class EvictionPolicy(Protocol):
-    def on_insert(self, key: BlockHash, now: float, hits: int, depth: int) -> None: ...
-    def on_remove(self, key: BlockHash) -> None: ...
-    def victims(self) -> Iterator[BlockHash]: ...
+    """Made as `Policy(capacity)`, in frames of the tier. Loop thread only; O(1) or O(log n) per call, memory O(capacity)."""
+
+    def on_insert(self, key: BlockHash, now: float, hits: int, depth: int) -> None:
+        """`key`, not ranked until now, may go. `hits`: matches so far; `depth`: blocks before it in its chain."""
+        ...
+
+    def on_remove(self, key: BlockHash) -> None:
+        """`key`, ranked until now, is held again or gone."""
+        ...
+
+    def victims(self) -> Iterator[BlockHash]:
+        """All ranked keys, the first to go first. The caller stops iterating before it changes anything."""
+        ...
+
     def __len__(self) -> int: ...
 
 
 def make_policy(name: str, capacity: int) -> EvictionPolicy:
-    """A fresh policy by its name in `POLICIES`; ConfigError names the ones there are."""
-    policy: EvictionPolicy = resolve("eviction", POLICIES, name)()
+    """A fresh policy for a tier of `capacity` frames by its name in `POLICIES`; ConfigError names the ones there are."""
+    policy: EvictionPolicy = resolve("eviction", POLICIES, name)(capacity)
     return policy

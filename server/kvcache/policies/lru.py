@@ -9,7 +9,7 @@ from server.types import BlockHash
 
 
 class LRU:
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
         self._order: dict[BlockHash, None] = {}
 
     def on_insert(self, key: BlockHash, now: float, hits: int, depth: int) -> None:

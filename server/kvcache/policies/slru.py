@@ -18,7 +18,7 @@ PROTECTED_SHARE = 0.8
 
 
 class SegmentedLRU:
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
         self._probation: dict[BlockHash, None] = {}
         self._protected: dict[BlockHash, None] = {}
 
