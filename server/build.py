@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import json
 import logging
+import secrets
 import signal
 import socket
 import sys
 import time
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,23 +33,36 @@ from server.engine import Engine
 from server.errors import ConfigError
 from server.kernels.attention import BACKENDS
 from server.kvcache.arena import allocate_arena
+from server.kvcache.host import HostArena
 from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Mover
+from server.kvcache.tiers.base import Tier
+from server.kvcache.tiers.device import DeviceTier
+from server.kvcache.tiers.ssd import SsdTier
 from server.metrics import Metrics
 from server.models.base import Model
-from server.models.weights import load_model, resolve_folder
+from server.models.fingerprint import fingerprint, random_digest, weights_digest
+from server.models.weights import checkpoint_files, load_config, load_model, resolve_folder
 from server.registry import resolve
 from server.runner.runner import TorchRunner
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
 from server.text import Tokenizer
-from server.types import DEVICE, BlockLayout, TierFault, Transfer
+from server.types import DEVICE, DRAM, SSD, BlockLayout, SampleSpec, SamplingParams, StepPlan, StepRow, TierName
 
 log = logging.getLogger("terrace")
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 MIN_BLOCKS = 8
 """A device tier with fewer blocks than this serves nobody."""
+FIRST_GUESSES = ((4e9, 0.0005), (1e9, 0.002))
+"""Bytes per second and latency of the two hops below the device, until they are measured."""
+RUN_BYTES = 4 * 2**20
+"""Neighbouring blocks that go in one call to a tier."""
+IN_FLIGHT_BYTES = 64 * 2**20
+MIN_IN_FLIGHT, MAX_IN_FLIGHT = 8, 256
+"""Blocks moving at once between two tiers, per direction: this many bytes, within these bounds."""
+CALIBRATION_TOKENS = 64
 LAG_PROBE_S = 0.1
 GC_THRESHOLDS = (50_000, 20, 20)
 """A step of 256 rows makes about 1,000 objects that live for one step: with the default of 700 the collector would run
@@ -56,15 +71,32 @@ in every one of them, and a full collection over a large cache takes longer than
 
 @dataclass(frozen=True)
 class Daemon:
-    """Everything that runs, put together. `runner` owns the device thread: `aclose` it last."""
+    """Everything that runs, put together. `open` it before the engine runs, `aclose` it after."""
 
     config: Config
     engine: Engine
     runner: TorchRunner
+    tiers: dict[TierName, Tier]
     tokenizer: Tokenizer
     metrics: Metrics
     model_name: str
     summary: str
+
+    async def open(self) -> None:
+        """Take over what the SSD tier still holds, and measure what a step costs."""
+        for tier in self.tiers.values():
+            found = await tier.open()
+            if found.frames:
+                self.engine.kv.recover(found)
+                log.info("%d blocks of the %s tier are warm", len(found.frames), tier.name)
+        if len(self.tiers) > 0:
+            await _calibrate(self)
+
+    async def aclose(self) -> None:
+        """After the engine: no step and no transfer runs any more, or none that anybody waits for."""
+        await self.runner.aclose()
+        for tier in self.tiers.values():
+            await tier.aclose()
 
 
 def build(config: Config) -> Daemon:
@@ -88,19 +120,40 @@ def build(config: Config) -> Daemon:
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
     name = config.model.served_model_name or _default_name(config, folder)
     metrics = Metrics(name, version(), max_model_len=max_model_len)
-    kv = KVManager(layout, [TierSpec(DEVICE, frames, config.kv.eviction)], _fingerprint(folder, layout, str(kv_dtype)))
+    identity = fingerprint(
+        _weights(config, folder), load_config(folder).to_dict(), layout, dtypes=(str(model.dtype), str(kv_dtype))
+    )
+    tiers, specs = _lower_tiers(config, layout, arena, identity)
+    kv = KVManager(
+        layout,
+        [TierSpec(DEVICE, frames, config.kv.eviction), *specs],
+        identity,
+        guesses=[(layout.block_bytes / bytes_s, latency_s) for bytes_s, latency_s in FIRST_GUESSES[: len(specs)]],
+        write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
+        pin_ratio=config.kv.pin_ratio,
+        wall_offset_s=time.time() - time.monotonic(),
+    )
     scheduler = Scheduler(kv, make_policy(config.scheduler.policy), _limits(config, max_model_len))
     runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
     engine = Engine(
-        scheduler, runner, Mover(_no_lower_tier), metrics, time.monotonic, prefix_caching=config.kv.prefix_caching
+        scheduler,
+        runner,
+        Mover(tiers, run_blocks=max(1, RUN_BYTES // layout.block_bytes)),
+        metrics,
+        time.monotonic,
+        prefix_caching=config.kv.prefix_caching,
+        prefetch=config.kv.prefetch,
+        flush_s=config.kv.drain_flush_s if SSD in tiers else 0.0,
+        nonce=secrets.token_hex(8),
     )
     summary = (
         f"model {name}: {model.geometry.layers} layers, {str(model.dtype).removeprefix('torch.')}, context "
         f"{max_model_len} tokens; device tier {frames} blocks of {layout.block_tokens} tokens "
         f"({frames * layout.block_tokens} tokens, {layout.token_bytes} B each, {config.kv.device_gib:g} GiB); "
         f"attention {backend}"
+        + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
-    return Daemon(config, engine, runner, tokenizer, metrics, name, summary)
+    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary)
 
 
 async def serve(config: Config) -> int:
@@ -109,6 +162,7 @@ async def serve(config: Config) -> int:
     sys.setswitchinterval(config.server.switch_interval_s)
     listener = _bind(config)
     daemon = build(config)
+    await daemon.open()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
@@ -134,7 +188,7 @@ async def serve(config: Config) -> int:
     await serving
     for task in (lag, stopping):
         task.cancel()
-    await daemon.runner.aclose()
+    await daemon.aclose()
     with suppress(Exception):  # logged by the engine already
         await engine
     log.info("stopped")
@@ -231,14 +285,70 @@ def _limits(config: Config, max_model_len: int) -> Limits:
     )
 
 
-def _fingerprint(folder: Path, layout: BlockLayout, dtype: str) -> bytes:
-    """Root of all block hashes. With one tier that dies with the process, config and layout identify the bytes."""
-    config = (folder / "config.json").read_bytes()
-    return hashlib.blake2b(config + f"{layout}{dtype}".encode(), digest_size=32).digest()
+def _weights(config: Config, folder: Path) -> bytes:
+    """Identity of the weights: of their bytes, or of the seed that they come from."""
+    if config.model.load_format == "dummy":
+        return random_digest(config.model.seed)
+    return weights_digest(checkpoint_files(folder), Path.home() / ".cache" / "terrace")
 
 
-async def _no_lower_tier(transfer: Transfer) -> TierFault | None:
-    raise AssertionError(f"a transfer to {transfer.target[0]} was planned, but there is only the device")
+def _lower_tiers(
+    config: Config, layout: BlockLayout, arena: Any, identity: bytes
+) -> tuple[dict[TierName, Tier], list[TierSpec]]:
+    """What moves blocks between the device and the tiers below, and those tiers as the KV manager sees them."""
+    knobs = config.kv
+    if not knobs.dram_gib:
+        return {}, []
+    in_flight = min(MAX_IN_FLIGHT, max(MIN_IN_FLIGHT, IN_FLIGHT_BYTES // layout.block_bytes))
+    frames = int(knobs.dram_gib * 2**30) // layout.block_bytes
+    if frames < MIN_BLOCKS:
+        raise ConfigError(
+            f"dram_gib {knobs.dram_gib:g} holds {frames} blocks of {layout.block_bytes} bytes; raise --dram-gib",
+            param="kv.dram_gib",
+        )
+    host = HostArena(frames, layout.block_bytes)
+    host.prefault()
+    tiers: dict[TierName, Tier] = {DEVICE: DeviceTier(arena, host)}
+    specs = [TierSpec(DRAM, frames, knobs.dram_eviction, in_flight)]
+    if knobs.ssd_path is not None:
+        ssd = _ssd(config, host, identity, knobs.ssd_path)
+        tiers[SSD] = ssd
+        specs.append(TierSpec(SSD, ssd.capacity_blocks, knobs.ssd_eviction, in_flight))
+    return tiers, specs
+
+
+def _ssd(config: Config, host: HostArena, identity: bytes, path: Path) -> SsdTier:
+    knobs = config.kv
+    try:
+        ssd = SsdTier(
+            path,
+            identity,
+            host,
+            capacity_bytes=int(knobs.ssd_gib * 2**30),
+            min_free_bytes=int(knobs.ssd_min_free_gib * 2**30),
+            clock=time.monotonic,
+            wall_clock=time.time,
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot use {path} for the SSD tier: {error.strerror}", param="kv.ssd_path") from error
+    if ssd.capacity_blocks < MIN_BLOCKS:
+        raise ConfigError(
+            f"ssd_gib {knobs.ssd_gib:g} holds {ssd.capacity_blocks} blocks; raise --ssd-gib", param="kv.ssd_gib"
+        )
+    return ssd
+
+
+async def _calibrate(daemon: Daemon) -> None:
+    """Run a few steps on frames that are still free: the planner knows what computing costs before the first request,
+    and the first request does not pay for what is only slow once."""
+    kv, block_tokens = daemon.engine.kv, daemon.engine.kv.layout.block_tokens
+    longest = min(CALIBRATION_TOKENS, daemon.engine.max_model_len - 1, daemon.config.scheduler.max_num_batched_tokens)
+    for tokens in (longest, max(1, longest // 4), longest):
+        frames = np.arange(kv.layout.blocks_for(tokens + block_tokens), dtype=np.int32)
+        fed = array("i", bytes(4 * tokens))
+        row = StepRow(0, fed, 0, frames, SampleSpec(SamplingParams(1, temperature=0.0), tokens, tokens, fed))
+        result = await daemon.runner.run(StepPlan(0, [row], [0]))
+        kv.planner.step.observe(tokens, result.finished_s - result.started_s)
 
 
 def _chat_template(config: Config) -> str | None:

@@ -22,11 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from server.errors import ConfigError
 
 ENV_PREFIX = "TERRACE_"
+_SECRETS = {"server.api_keys", "server.admin_keys"}
 _ENV_SHORT = {"TERRACE_MODEL": "model.model", "TERRACE_API_KEYS": "server.api_keys"}
 _ENV_FILE = "TERRACE_CONFIG"
 # Kubernetes injects these into every pod of a namespace that has a Service called `terrace` or `terrace-...`.
@@ -174,7 +184,43 @@ class KvConfig(_Section):
     prefix_caching: Annotated[bool, Flag(names=("--prefix-caching", "--enable-prefix-caching"), common=True)] = Field(
         default=True, description="Reuse the cached blocks of a prompt's longest known prefix."
     )
+    dram_gib: Annotated[Gib, COMMON] = Field(
+        default=0.0, ge=0, description="DRAM tier in GiB, below the device; 0: none. Pinned on a GPU machine."
+    )
+    ssd_gib: Annotated[Gib, COMMON] = Field(
+        default=0.0, ge=0, description="SSD tier in GiB: a hard cap on the bytes on disk, index included; 0: none."
+    )
+    ssd_path: Annotated[Path | None, COMMON] = Field(
+        default=None, description="Directory of the SSD tier. It survives restarts; each model has its own part of it."
+    )
+    ssd_min_free_gib: Gib = Field(
+        default=10.0, ge=0, description="Free space that the SSD tier leaves on its file system, in GiB."
+    )
+    ssd_write_gib_per_day: Gib = Field(
+        default=0.0, ge=0, description="Endurance budget: most GiB written to the SSD tier per day; 0: no limit."
+    )
     eviction: str = Field(default="lru", description="Policy that picks which unused cached blocks go first.")
+    dram_eviction: str = Field(default="lru", description="The same for the DRAM tier.")
+    ssd_eviction: str = Field(default="lru", description="The same for the SSD tier.")
+    pin_ratio: float = Field(
+        default=0.25, ge=0, le=1, description="Largest share of the lowest tier that pins and retention may hold."
+    )
+    prefetch: bool = Field(
+        default=True, description="Fetch a request's blocks from SSD to DRAM as soon as it is received."
+    )
+    drain_flush_s: Seconds = Field(
+        default=10.0, ge=0, description="After SIGTERM, how long the cache may take to be written to the SSD tier."
+    )
+
+    @model_validator(mode="after")
+    def _tiers_rest_on_each_other(self) -> KvConfig:
+        if self.ssd_gib and not self.dram_gib:
+            raise ValueError("ssd_gib needs a DRAM tier, which blocks pass through: set --dram-gib, e.g. 1")
+        if self.ssd_gib and self.ssd_path is None:
+            raise ValueError("ssd_gib needs a directory: set --ssd-path")
+        if self.ssd_path is not None and not self.ssd_gib:
+            raise ValueError("ssd_path is set but the SSD tier has no size: set --ssd-gib")
+        return self
 
 
 class SchedulerConfig(_Section):
@@ -215,6 +261,11 @@ class ServerConfig(_Section):
     )
     api_key_file: Path | None = Field(
         default=None, description="File with one API key per line, added to api_keys; # starts a comment."
+    )
+    admin_keys: Annotated[ApiKeys, Flag(names=("--admin-key",))] = Field(
+        default=(),
+        repr=False,
+        description="Bearer keys of the cache admin API; none: it is off unless there are no api_keys either.",
     )
     max_body_bytes: Bytes = Field(
         default=8 * 2**20, ge=1024, description="Largest request body in bytes, e.g. 8MiB; beyond it 413."
@@ -265,7 +316,7 @@ class Config(_Section):
         """(name, value as TOML, source) of every field, API keys as their number only; for `terrace config show`."""
         for option in OPTIONS:
             value = getattr(getattr(self, option.section), option.field)
-            shown = f"<{len(value)} set>" if option.name == "server.api_keys" else toml_value(value)
+            shown = f"<{len(value)} set>" if option.name in _SECRETS else toml_value(value)
             yield option.name, shown, self.source(option.name)
 
 
@@ -456,7 +507,7 @@ def _validate(values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
         name = ".".join(str(part) for part in first["loc"][:2])
         message = first["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        given = "" if name == "server.api_keys" else f" = {first['input']!r}"
+        given = "" if name in _SECRETS or len(first["loc"]) < 2 else f" = {first['input']!r}"
         raise ConfigError(f"{name}{given} ({sources.get(name, 'default')}): {message}", param=name) from None
 
 

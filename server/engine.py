@@ -154,7 +154,9 @@ class Engine:
             self._metrics.rejected("draining")
             raise NotReady(f"the server is {self.state}")
         self._next_id += 1
-        salt = spec.cache_salt if self._prefix_caching else f"{spec.cache_salt}\0only for request {self._next_id} of {self._nonce}"
+        salt = spec.cache_salt
+        if not self._prefix_caching:
+            salt = f"{salt}\0only for request {self._next_id} of {self._nonce}"
         request = request_from(
             self._next_id, spec.prompt, spec.params, self.kv.root(salt), priority=spec.priority, now=self._clock()
         )

@@ -60,8 +60,8 @@ def holds_add_up(kv: KVManager) -> None:
     for books in kv.levels:
         for frame in range(books.pool.capacity):
             expected = held[(books.name, frame)]
-            _require(books.holds[frame] == expected,
-                     f"{books.name}: frame {frame} counts {books.holds[frame]} holds, {expected} are known")  # fmt: skip
+            found = books.holds[frame]
+            _require(found == expected, f"{books.name}: frame {frame} counts {found} holds, {expected} are known")
             if books.hashes[frame] is not None and not books.ready[frame]:
                 _require(expected > 0, f"{books.name}: frame {frame} is not ready and nobody fills it")
 

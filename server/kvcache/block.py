@@ -80,10 +80,10 @@ class Lease:
 
     `table` are its frames in prompt order: the first `sealed` hold finished, shared blocks, those behind are private.
     The prefix `hashes` was matched; where it is longer than the table its blocks are on their way: `loads` by position
-    those that are to come, `tail` the frames of those that came and wait until the table reaches them (loading goes from
-    the back while computing goes from the front). A position in neither has to be computed.
-    `served` counts the blocks of the table that came from the cache, by the tier they were found in. `late_s`: when to
-    stop waiting for the next one. `transient`: what this request computes should not outlive the process.
+    those that are to come, `tail` the frames of those that came and wait until the table reaches them (loading goes
+    from the back while computing goes from the front). A position in neither has to be computed. `served` counts the
+    blocks of the table that came from the cache, by the tier they were found in. `late_s`: when to stop waiting for the
+    next one. `transient`: what this request computes should not outlive the process.
     """
 
     hashes: Sequence[BlockHash] = ()

@@ -6,7 +6,8 @@ request), `plan_transfers` and `complete` O(what moves), and nothing is O(blocks
 
 How a sealed block travels: sealed on the device -> spilled in the background to the tiers below -> dropped from the
 device when its frame is wanted (no copy at that moment) -> loaded when a request matches it again, as far as that beats
-computing it. A preempted request, a parked session and a restarted daemon are all the same: blocks below, a later match.
+computing it. A preempted request, a parked session and a restarted daemon are all the same: blocks below, a later
+match.
 """
 
 from __future__ import annotations
@@ -186,8 +187,8 @@ class KVManager:
         return levels
 
     def join(self, lease: Lease, now: float) -> int:
-        """Append to the table what it has reached: blocks that came from below or that somebody else computed. The table
-        must hold finished blocks only. Returns how many."""
+        """Append to the table what it has reached: blocks that came from below or that somebody else computed. The
+        table must hold finished blocks only. Returns how many."""
         assert lease.sealed == len(lease.table), "a table with private blocks is joined"
         device, table, before = self.device, lease.table, len(lease.table)
         while len(table) < len(lease.hashes):
@@ -212,8 +213,8 @@ class KVManager:
         return lease.sealed - before
 
     def compute_until(self, lease: Lease, now: float) -> int:
-        """Up to which block the request may compute now. Equal to the table's length: it should wait for its loads; then
-        `wake_s` is no later than the moment at which it should not any more."""
+        """Up to which block the request may compute now. Equal to the table's length: it should wait for its loads;
+        then `wake_s` is no later than the moment at which it should not any more."""
         front, end = len(lease.table), len(lease.hashes)
         if lease.sealed < front:  # its last block is on its way up for somebody else: do without what came behind it
             return front + 1
@@ -290,7 +291,8 @@ class KVManager:
             self._used(values, lease.transient, now)
 
     def _used(self, values: Sequence[BlockHash], transient: bool, now: float) -> None:
-        """The chain `values` was just used: it is recent in every tier, and what lacks a copy below is spilled again."""
+        """The chain `values` was just used: it is recent in every tier, and what lacks a copy below is spilled
+        again."""
         for level, books in enumerate(self.levels[1:]):
             books.refresh(values, now)
             above = self.levels[level]

@@ -41,6 +41,11 @@ class Mover:
             for tier in self._tiers.values():
                 tier.note(notes)
 
+    async def settled(self) -> None:
+        """Until nothing moves any more."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
     def _over(self, task: asyncio.Task[None], broke: Broke) -> None:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()

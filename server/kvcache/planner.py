@@ -1,9 +1,10 @@
 """Load or compute? Measured rates of every hop and of the device, and what follows from them. Pure, loop thread only.
 
-Loading n blocks over a hop takes `latency + (queued + n) * block_s`, computing them `base + n * block_tokens * token_s`.
-Where the first is far below the second the request waits; where it is far above nothing is loaded; between the two both
-are done at once, computing from the front while loading from the back, until they meet (Cake, ICML 2025, section 3.15
-of no rule but this: solve for the k blocks at the front whose computing takes as long as loading the rest).
+Loading n blocks over a hop takes `latency + (queued + n) * block_s`, computing them `base + n * block_tokens *
+token_s`. Where the first is far below the second the request waits; where it is far above nothing is loaded; between
+the two both are done at once, computing from the front while loading from the back, until they meet (Cake, ICML 2025,
+section 3.15 of no rule but this: solve for the k blocks at the front whose computing takes as long as loading the
+rest).
 
 Nothing here is trusted for long. All rates are decayed means of what was just measured; a load that is later than
 promised is no longer waited for; and a tier that fails or stalls is switched off by its breaker and tried again later.
@@ -135,7 +136,8 @@ class StepCost:
 
 
 class Planner:
-    """`tiers` from fastest to slowest; `block_s[k]` is the first guess for loading one block from tier k+1 to tier k."""
+    """`tiers` from fastest to slowest; `block_s[k]` is the first guess for loading one block from tier k+1 to tier
+    k."""
 
     def __init__(self, tiers: list[TierName], block_tokens: int, guesses: list[tuple[float, float]]) -> None:
         self.up = [Hop(block_s, latency_s) for block_s, latency_s in guesses]

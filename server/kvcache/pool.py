@@ -44,8 +44,8 @@ class FramePool:
         self._returned.extend(reversed(returned))
 
     def withhold(self, frame: FrameId) -> None:
-        """The medium has no place for this frame, the last one given back, nor for any that was never used: none of them
-        is handed out until `thaw`."""
+        """The medium has no place for this frame, the last one given back, nor for any that was never used: none of
+        them is handed out until `thaw`."""
         assert self._returned[-1] == frame, f"frame {frame} is withheld before it was given back"
         self.withheld.append(self._returned.pop())
         self._ceiling = self._fresh

@@ -1,4 +1,5 @@
-"""Blocks on the move between tiers: loads up, spills down, at most so many at once. Loop thread only; no bytes, no clock.
+"""Blocks on the move between tiers: loads up, spills down, at most so many at once. Loop thread only; no bytes, no
+clock.
 
 A load is one block on its way to the device (because leases wait for it) or to DRAM (because somebody is expected to
 ask), hop by hop; all who want the block share it. A spill is a copy of a block that is ready one level above, made in
@@ -364,8 +365,10 @@ class Traffic:
         """The next blocks, parents first, that are still there, not below yet, and admitted there."""
         queue, source, below = self.hops[hop], self.levels[hop], self.levels[hop + 1]
         batch: dict[BlockHash, None] = {}
-        while queue.spills and len(batch) < room:
-            value = queue.spills.popitem(last=False)[0]
+        line: list[BlockHash] = []
+        while (line or queue.spills) and len(batch) < room:
+            line = line or self._next_line(queue, source)
+            value = line.pop()
             frame = source.find.get(value)
             if frame is None or not source.ready[frame] or value in below.find:
                 continue
@@ -374,7 +377,22 @@ class Traffic:
                 self.spill_outcomes["no_room"] += 1  # unreachable down there without its parent
             elif hop == 0 or self._admits(source, frame, now):
                 batch[value] = None
+        for value in line:  # no room for these now
+            queue.spills[value] = None
+            queue.spills.move_to_end(value, last=False)
         return list(batch)
+
+    @staticmethod
+    def _next_line(queue: HopQueue, source: TierBooks) -> list[BlockHash]:
+        """The oldest spill and, behind it, those of its ancestors that wait too: they landed in another order."""
+        line = [queue.spills.popitem(last=False)[0]]
+        while (frame := source.find.get(line[-1])) is not None:
+            parent = source.parents[frame]
+            if parent is None or parent not in queue.spills:
+                break
+            del queue.spills[parent]
+            line.append(parent)
+        return line
 
     def _admits(self, source: TierBooks, frame: FrameId, now: float) -> bool:
         """May this block be written to the lowest tier, as far as its wear is concerned?"""

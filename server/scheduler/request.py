@@ -7,12 +7,13 @@ exactly the newest is decoding, and a preempted one simply starts to chase again
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from server.kvcache.block import Lease
-from server.types import BlockHash, RequestId, SamplingParams, TokenLogprobs
+from server.types import BlockHash, RequestId, SamplingParams, TierName, TokenLogprobs
 
 
 class RequestState(Enum):
@@ -25,7 +26,8 @@ class RequestState(Enum):
 class Request:
     """`root` starts the hash chain (fingerprint and cache salt); `hashes` are extended and never recomputed.
 
-    `cached_tokens` counts the prompt tokens found in the cache at the first admission. `needed_blocks` is the room
+    `cached_tokens` counts the prompt tokens that came from the cache before any preemption, and `served` their blocks
+    by the tier that they were found in. `needed_blocks` is the room
     that the last failed admission wanted. `claimed` are the positions of `hashes` that this request will seal, and
     `awaits` a hash that another one will. `prompt_logprobs` collects entries until the prompt is done; None when not
     wanted.
@@ -44,6 +46,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     aborted: bool = False
     cached_tokens: int | None = None
+    served: Counter[TierName] = field(default_factory=Counter)
     needed_blocks: int = 0
     claimed: range = range(0)
     awaits: BlockHash | None = None

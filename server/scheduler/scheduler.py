@@ -192,6 +192,7 @@ class Scheduler:
         """The table grew by blocks that need no computing."""
         request.computed_tokens = len(lease.table) * self._block_tokens
         if request.preemptions == 0:
+            request.served = lease.served
             request.cached_tokens = lease.served.total() * self._block_tokens
 
     def _row(self, request: Request, end: int) -> StepRow:

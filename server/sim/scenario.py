@@ -147,10 +147,11 @@ class Scenario:
             self.report,
             before_step=self._before_step,
         )
+        self.mover = Mover(self.tiers, run_blocks=self._stream("runs").choice((1, 2, 8)))
         self.engine = Engine(
             self.scheduler,
             self.runner,
-            Mover(self.tiers, run_blocks=self._stream("runs").choice((1, 2, 8))),
+            self.mover,
             Metrics("sim"),
             loop.time,
             prefix_caching=self.prefix_caching,
@@ -234,8 +235,7 @@ class Scenario:
             await self.engine.drain(END_S)
         await engine
         await everyone
-        while self.kv.traffic.in_flight:  # the flush had no more time; what was under way lands all the same
-            await asyncio.sleep(1.0)
+        await self.mover.settled()  # the flush had no more time; what was under way lands all the same
 
     async def _decay(self) -> None:
         if self.setup.rot_every_s is not None:
@@ -279,9 +279,9 @@ class Scenario:
         for books in self.kv.levels:
             for value, frame in books.find.items():
                 place = (books.name, frame)
-                if books.ready[frame] and place not in self.media.damaged:
-                    if self.media.read(place) != self._contents.get(value):
-                        self.report(f"frame {frame} of {books.name} is not what was sealed under its hash")
+                readable = books.ready[frame] and place not in self.media.damaged
+                if readable and self.media.read(place) != self._contents.get(value):
+                    self.report(f"frame {frame} of {books.name} is not what was sealed under its hash")
 
     # --- clients -----------------------------------------------------------------------------------------------------
 

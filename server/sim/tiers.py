@@ -1,10 +1,10 @@
 """Simulated media: moves oracle blocks between arenas on virtual time, with seeded faults, torn until the last byte.
 
-Two tiers around one host arena, as in production: the device, whose blocks die with the process, and an SSD whose blocks
-and journal outlive it. Like the real ones they keep with each frame the hash that was written there and a checksum, and
-report `corrupt` instead of handing out what does not agree with both. The faults are those of real disks: slow, stalled,
-failed, full, a raised OSError, a bit flipped on the way or at rest, a write that lands in another frame and says it went
-well, a crash that tears what was in flight and loses the journal's last records.
+Two tiers around one host arena, as in production: the device, whose blocks die with the process, and an SSD whose
+blocks and journal outlive it. Like the real ones they keep with each frame the hash that was written there and a
+checksum, and report `corrupt` instead of handing out what does not agree with both. The faults are those of real disks:
+slow, stalled, failed, full, a raised OSError, a bit flipped on the way or at rest, a write that lands in another frame
+and says it went well, a crash that tears what was in flight and loses the journal's last records.
 """
 
 from __future__ import annotations

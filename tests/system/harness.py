@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from server.types import SamplingParams
 async def running(**settings: Any) -> AsyncIterator[Daemon]:
     """A ready daemon; `settings` are `section__field=value`. Its books are audited at the end."""
     daemon = build(load_config({name.replace("__", "."): value for name, value in settings.items()}, environ={}))
+    await daemon.open()
     loop = asyncio.create_task(daemon.engine.run())
     await asyncio.sleep(0)
     try:
@@ -26,14 +28,19 @@ async def running(**settings: Any) -> AsyncIterator[Daemon]:
     finally:
         await daemon.engine.drain(0)
         await loop
-        await daemon.runner.aclose()
+        await daemon.aclose()
 
 
-async def complete(daemon: Daemon, prompt: Sequence[int], params: SamplingParams) -> list[int]:
-    """All tokens of one request."""
+async def complete(
+    daemon: Daemon, prompt: Sequence[int], params: SamplingParams, *, served: Counter[str] | None = None
+) -> list[int]:
+    """All tokens of one request. `served` gets the blocks of its prompt that came from the cache, by tier."""
     stream = daemon.engine.submit(GenerateSpec(prompt, params))
     try:
-        return [event.token async for events in stream for event in events if event.token is not None]
+        tokens = [event.token async for events in stream for event in events if event.token is not None]
+        if served is not None:
+            served.update(stream.request.served)
+        return tokens
     finally:
         stream.close()
 

@@ -1,7 +1,7 @@
 """The SSD tier's memory of what is in which frame: a checkpoint and an append-only journal, both of fixed-size records.
 
-A record says that a block was put into a frame, dropped from it, used, or pinned. Records are appended in batches with a
-checksum, so that a torn tail is seen and cut. The index may lag the data and the data the index: every slot names and
+A record says that a block was put into a frame, dropped from it, used, or pinned. Records are appended in batches with
+a checksum, so that a torn tail is seen and cut. The index may lag the data and the data the index: every slot names and
 verifies itself when it is read, so the worst that a lost record can do is a miss. Hence no fsync on any hot path.
 
 Compaction writes the live rows as a new checkpoint, makes it durable, then empties the journal; a crash in between

@@ -1,0 +1,116 @@
+"""What the bytes of KV depend on, as one number: the weights themselves, the effective config, and the layout.
+
+A name is no identity: the same name with other weights, another RoPE scaling or another dtype gives other KV. So the
+fingerprint covers the bytes of every weight file. Reading 16 GB takes seconds; the result is kept beside the checkpoint
+(or in the user's cache, where that cannot be written) and trusted while size, modification time and inode of every file
+are what they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from server.types import BlockLayout
+
+FORMAT = "terrace-kv-1"
+"""Changes whenever equal inputs would give other KV bytes: a new layout of blocks, or a corrected kernel."""
+CACHE_NAME = ".terrace-digest.json"
+CHUNK_BYTES = 16 * 2**20
+THREADS = 4
+IRRELEVANT = frozenset({"_name_or_path", "transformers_version", "_commit_hash", "_attn_implementation"})
+"""Keys of a config that say where it came from, not what is computed."""
+
+ReadChunk = Callable[[int, int, int], bytes]
+"""`pread(fd, count, offset)`."""
+
+
+def weights_digest(files: Sequence[Path], cache_dir: Path | None = None, *, read: ReadChunk = os.pread) -> bytes:
+    """32 bytes over name, size and content of every weight file; from the cache if no file has changed since.
+
+    Raises OSError when a file cannot be read. Blocking: up to a second per GB.
+    """
+    stats = {path.name: _stat(path) for path in files}
+    folder = files[0].parent
+    places = [folder / CACHE_NAME]
+    if cache_dir is not None:
+        places.append(cache_dir / f"{blake2b(str(folder.resolve()).encode(), digest_size=16).hexdigest()}.json")
+    for place in places:
+        known = _cached(place, stats)
+        if known is not None:
+            return known
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = list(pool.map(lambda path: _content(path, read), files))
+    total = blake2b(digest_size=32)
+    for path, content in sorted(zip(files, sums, strict=True), key=lambda pair: pair[0].name):
+        total.update(f"{path.name}\0{stats[path.name][0]}\0".encode() + content)
+    if {path.name: _stat(path) for path in files} == stats:  # nobody wrote to them meanwhile
+        _remember(places, stats, total.digest())
+    return total.digest()
+
+
+def random_digest(seed: int) -> bytes:
+    """The same for random weights, which depend on the seed alone."""
+    return blake2b(f"random weights {seed}".encode(), digest_size=32).digest()
+
+
+def fingerprint(
+    weights: bytes, config: Mapping[str, Any], layout: BlockLayout, *, dtypes: Sequence[str], codec: str = "raw"
+) -> bytes:
+    """32 bytes: root of all block hashes and name of the cache's directory. `dtypes`: of the model and of its KV."""
+    relevant = {key: value for key, value in config.items() if key not in IRRELEVANT}
+    canonical = json.dumps(relevant, sort_keys=True, default=str)
+    parts = (FORMAT, weights.hex(), canonical, repr(layout), *dtypes, codec)
+    return blake2b("\0".join(parts).encode(), digest_size=32).digest()
+
+
+def _stat(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _content(path: Path, read: ReadChunk) -> bytes:
+    state = xxhash.xxh3_128()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        offset = 0
+        while chunk := read(fd, CHUNK_BYTES, offset):
+            state.update(chunk)
+            offset += len(chunk)
+    finally:
+        os.close(fd)
+    return state.digest()
+
+
+def _cached(place: Path, stats: Mapping[str, list[int]]) -> bytes | None:
+    try:
+        entry = json.loads(place.read_text(encoding="utf-8"))
+        if entry["files"] == stats:
+            digest = bytes.fromhex(entry["digest"])
+            return digest if len(digest) == 32 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or none that can be read: made anew
+    return None
+
+
+def _remember(places: Sequence[Path], stats: Mapping[str, list[int]], digest: bytes) -> None:
+    """Write the cache in the first place that takes it; that none does only costs the next start some time."""
+    text = json.dumps({"files": dict(stats), "digest": digest.hex()})
+    for place in places:
+        fresh = place.with_suffix(f".{os.getpid()}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                file.write(text)
+            fresh.replace(place)
+            return
+        except OSError:
+            continue
