@@ -35,6 +35,8 @@ class TierBooks:
         self.hashes: list[BlockHash | None] = [None] * frames
         self.parents: list[BlockHash | None] = [None] * frames
         self.depth = array("i", bytes(4 * frames))
+        self.reach = array("i", bytes(4 * frames))
+        """Depth of the deepest block that ever rested on this one here."""
         self.hits = array("i", bytes(4 * frames))
         self.holds = array("i", bytes(4 * frames))
         self.pins = array("i", bytes(4 * frames))
@@ -58,14 +60,14 @@ class TierBooks:
 
     # --- frames ------------------------------------------------------------------------------------------------------
 
-    def take(self, count: int, now: float) -> list[FrameId] | None:
+    def take(self, count: int) -> list[FrameId] | None:
         """`count` private frames, evicting where needed; None, and nothing changed, when that many cannot be had."""
         short = count - self.pool.free
         if short > 0:
             if short > len(self.policy):
                 return None
             for value in list(islice(self.policy.victims(), short)):
-                self.drop(self.find[value], "capacity", now)
+                self.drop(self.find[value], "capacity")
         frames = self.pool.take(count)
         for frame in frames:
             self.holds[frame] = 1
@@ -88,7 +90,8 @@ class TierBooks:
         assert value not in self.find, f"{self.name}: a block is filed twice"
         self.find[value] = frame
         self.hashes[frame], self.parents[frame] = value, parent
-        self.depth[frame], self.hits[frame], self.ready[frame] = depth, hits, ready
+        self.depth[frame] = self.reach[frame] = depth
+        self.hits[frame], self.ready[frame] = hits, ready
         above = self.find.get(parent) if parent is not None else None
         if above is not None:
             self.hang(frame, above)
@@ -101,7 +104,7 @@ class TierBooks:
         self.pins[above] += 1
         self._unrank(above)
 
-    def drop(self, frame: FrameId, reason: str, now: float) -> None:
+    def drop(self, frame: FrameId, reason: str) -> None:
         """Forget the block in `frame`, which nobody holds, and free the frame. Blocks that hang on it stay: a policy
         lets them go first, but bad bytes go when they are found."""
         value, above = self.hashes[frame], self.above[frame]
@@ -112,7 +115,7 @@ class TierBooks:
             self.pins[frame] = 0
         if self.ranked[frame]:
             self.ranked[frame] = 0
-            self.policy.on_remove(value)
+            (self.policy.on_evict if reason == "capacity" else self.policy.on_remove)(value)
         elif above != NOWHERE:
             self.pins[above] -= 1
         del self.find[value]
@@ -124,7 +127,7 @@ class TierBooks:
         if reason in self.evicted:
             self.evicted[reason] += 1
         if above != NOWHERE:
-            self._rank(above, now)
+            self._rank(above)
 
     def _orphan_children(self, frame: FrameId) -> None:
         """O(frames), 0.3 ms per million: faults and operators are rarer than evictions."""
@@ -137,15 +140,15 @@ class TierBooks:
         self.holds[frame] += 1
         self._unrank(frame)
 
-    def unhold(self, frame: FrameId, now: float) -> None:
+    def unhold(self, frame: FrameId) -> None:
         """A hold ended: unless something else keeps the block it may go, and so, perhaps, may those it hangs on. Bytes
         that never came, or went bad, go with their last holder."""
         assert self.holds[frame] > 0, f"{self.name}: a hold ended that was not there"
         self.holds[frame] -= 1
         if not self.holds[frame] and not self.ready[frame]:
-            self.drop(frame, "failed", now)
+            self.drop(frame, "failed")
         else:
-            self._rank(frame, now)
+            self._rank(frame)
 
     def condemn(self, frame: FrameId) -> None:
         """The bytes of this held block are bad: from now on it is not here, and it goes with its last holder."""
@@ -159,19 +162,19 @@ class TierBooks:
         self.kept.add(value)
         self._unrank(self.find[value])
 
-    def let_go(self, value: BlockHash, now: float) -> None:
+    def let_go(self, value: BlockHash) -> None:
         """End `keep`. Nothing happens if the block is not kept."""
         if value in self.kept:
             self.kept.remove(value)
-            self._rank(self.find[value], now)
+            self._rank(self.find[value])
 
-    def refresh(self, values: Sequence[BlockHash], now: float) -> None:
+    def refresh(self, values: Sequence[BlockHash]) -> None:
         """A whole chain was just used: the policy hears of it again, child before parent."""
         for value in reversed(values):
             frame = self.find.get(value)
             if frame is not None and self.ranked[frame]:
                 self.policy.on_remove(value)
-                self.policy.on_insert(value, now, self.hits[frame], self.depth[frame])
+                self.policy.on_insert(value, self.hits[frame], self.reach[frame])
 
     def landed(self, frame: FrameId) -> None:
         """The bytes are all there; the transfer's hold is still the caller's."""
@@ -184,17 +187,18 @@ class TierBooks:
             return False
         return value not in self.kept
 
-    def _rank(self, frame: FrameId, now: float) -> None:
+    def _rank(self, frame: FrameId) -> None:
         while frame != NOWHERE and not self.ranked[frame] and self.may_go(frame):
             value = self.hashes[frame]
             assert value is not None
             self.ranked[frame] = 1
-            self.policy.on_insert(value, now, self.hits[frame], self.depth[frame])
+            self.hits[frame] = self.policy.on_insert(value, self.hits[frame], self.reach[frame])
             child, frame = frame, self.above[frame]
             if frame != NOWHERE:
                 self.pins[frame] -= 1
                 # Whoever found the child found the parent; a parent that was computed anew has forgotten it.
                 self.hits[frame] = max(self.hits[frame], self.hits[child])
+                self.reach[frame] = max(self.reach[frame], self.reach[child])
 
     def _unrank(self, frame: FrameId) -> None:
         while frame != NOWHERE and self.ranked[frame]:
@@ -215,15 +219,17 @@ class TierBooks:
         self.pool.occupy(frames)
         self.find = dict(zip(hashes, frames, strict=True))
         rows = np.asarray(frames, np.int64)
-        for column, values in ((self.above, above), (self.depth, depths)):
+        for column, values in ((self.above, above), (self.depth, depths), (self.reach, depths)):
             np.frombuffer(column, np.int32)[rows] = np.asarray(values, np.int32)
         for flags in (self.ready, self.ranked):
             np.frombuffer(flags, np.uint8)[rows] = 1
         by_frame, parents, insert = self.hashes, self.parents, self.policy.on_insert
         for frame, value in zip(frames, hashes, strict=True):
             by_frame[frame] = value
-        for frame, parent in zip(frames, above, strict=True):
+        reach = self.reach
+        for frame, value, parent in zip(frames, hashes, above, strict=True):
+            insert(value, 0, reach[frame])
             if parent != NOWHERE:
                 parents[frame] = by_frame[parent]
-        for value, depth in zip(hashes, depths, strict=True):
-            insert(value, 0.0, 0, depth)
+                if reach[frame] > reach[parent]:
+                    reach[parent] = reach[frame]

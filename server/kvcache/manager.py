@@ -242,7 +242,7 @@ class KVManager:
         wanted = self.layout.blocks_for(tokens) - start
         if wanted <= 0:
             return True
-        frames = self.device.take(wanted, now)
+        frames = self.device.take(wanted)
         if frames is None:
             return False
         for frame in frames:
@@ -252,7 +252,7 @@ class KVManager:
             if position in lease.loads:
                 self.traffic.leave(lease, position, now)
             elif position in lease.tail:
-                self.device.unhold(lease.tail.pop(position)[0], now)
+                self.device.unhold(lease.tail.pop(position)[0])
         return True
 
     def seal(self, lease: Lease, hashes: Sequence[BlockHash], full: int) -> None:
@@ -284,9 +284,9 @@ class KVManager:
         values = [value for frame in frames[: lease.sealed] if (value := device.hashes[frame]) is not None]
         device.give_back(frames[lease.sealed :])
         for position in sorted(lease.tail, reverse=True):
-            device.unhold(lease.tail[position][0], now)
+            device.unhold(lease.tail[position][0])
         for frame in reversed(frames[: lease.sealed]):
-            device.unhold(frame, now)
+            device.unhold(frame)
         if len(self.levels) > 1:
             self._used(values, lease.transient, now)
 
@@ -294,7 +294,7 @@ class KVManager:
         """The chain `values` was just used: it is recent in every tier, and what lacks a copy below is spilled
         again."""
         for level, books in enumerate(self.levels[1:]):
-            books.refresh(values, now)
+            books.refresh(values)
             above = self.levels[level]
             for value in values:
                 if not transient and value in above.find:
@@ -315,7 +315,7 @@ class KVManager:
             return
         start = next((i for i, value in enumerate(hashes) if not self.device.has(value)), len(hashes))
         levels = self._levels_of(hashes, start)
-        self.levels[1].refresh(hashes[: start + len(levels)], now)
+        self.levels[1].refresh(hashes[: start + len(levels)])
         ssd = self.levels[2].name
         if max(levels, default=0) > 1 and self.planner.breakers[ssd].closed:
             count = levels.count(2)
@@ -410,7 +410,7 @@ class KVManager:
 
     def _forget_pin(self, tip: BlockHash, now: float) -> None:
         del self.traffic.kept[tip], self._pin_sizes[tip]
-        self.levels[-1].let_go(tip, now)
+        self.levels[-1].let_go(tip)
         self._note_pin(tip, 0.0)
 
     def _note_pin(self, tip: BlockHash, until_s: float) -> None:
@@ -443,4 +443,4 @@ class KVManager:
         frame = books.find[value]
         if books is self.levels[-1] and len(self.levels) > 2:
             self.traffic.notes.append(Note("drop", value, frame))
-        books.drop(frame, "admin", now)
+        books.drop(frame, "admin")

@@ -140,7 +140,7 @@ class Traffic:
         if load.stage is Stage.QUEUED and not load.leases and not load.target:
             books = self.levels[load.level]
             self._end(load)
-            books.unhold(books.find[load.hash], now)
+            books.unhold(books.find[load.hash])
 
     def prefetch(self, values: Sequence[BlockHash], start: int) -> None:
         """Somebody will ask for the chain `values` from position `start` on: bring what is below DRAM up to DRAM."""
@@ -161,7 +161,7 @@ class Traffic:
             if load.target and load.stage is Stage.QUEUED:
                 books = self.levels[load.level]
                 self._end(load)
-                books.unhold(books.find[load.hash], now)
+                books.unhold(books.find[load.hash])
 
     def _new_load(self, values: Sequence[BlockHash], position: int, *, target: int) -> Load:
         value = values[position]
@@ -221,7 +221,7 @@ class Traffic:
                 return
             if self._came_otherwise(load, now):
                 continue
-            frames = target.take(1, now)
+            frames = target.take(1)
             if frames is None:
                 (queue.early if load.target else queue.urgent).appendleft(load)
                 return
@@ -245,7 +245,7 @@ class Traffic:
             self._risen(load, frame, now)
         else:
             self._end(load)
-        source.unhold(held, now)
+        source.unhold(held)
         return True
 
     def _start(
@@ -280,15 +280,15 @@ class Traffic:
             self.planner.breakers[source.name].worked()
             target.landed(target_frame)
             target.hits[target_frame] = source.hits[source_frame]
-            source.unhold(source_frame, now)
+            source.unhold(source_frame)
             load.level = hop
             self._risen(load, target_frame, now)
             return
         self._failed(hop + 1, fault.reason, now)
         if fault.reason == "corrupt":
             self._condemn(source, source_frame, load.hash)
-        target.unhold(target_frame, now)
-        source.unhold(source_frame, now)
+        target.unhold(target_frame)
+        source.unhold(source_frame)
         self._try_below(load, now)
 
     def _condemn(self, books: TierBooks, frame: FrameId, value: BlockHash) -> None:
@@ -316,7 +316,7 @@ class Traffic:
             self.hops[load.level - 1].urgent.append(load)
         else:
             self._end(load)
-            self.levels[load.level].unhold(frame, now)
+            self.levels[load.level].unhold(frame)
 
     def _deliver(self, load: Load, frame: FrameId, now: float) -> None:
         device = self.levels[0]
@@ -324,7 +324,7 @@ class Traffic:
             device.hold(frame)
             lease.tail[load.depth] = (frame, load.origin)
         self._end(load)
-        device.unhold(frame, now)
+        device.unhold(frame)
 
     # --- spills ------------------------------------------------------------------------------------------------------
 
@@ -352,11 +352,11 @@ class Traffic:
         for anchor in anchors:  # the room must not come from the parents themselves
             below.hold(anchor)
         fitting = min(len(batch), below.available)
-        frames = below.take(fitting, now) or []
+        frames = below.take(fitting) or []
         for value, frame in zip(batch, sorted(frames), strict=False):
             self._spill_to(hop, value, frame, planned, now)
         for anchor in anchors:
-            below.unhold(anchor, now)
+            below.unhold(anchor)
         for value in reversed(batch[fitting:]):
             queue.spills[value] = None
             queue.spills.move_to_end(value, last=False)
@@ -431,10 +431,10 @@ class Traffic:
             self._spill_failed(hop, fault, now)
             if fault.reason == "corrupt" and hop:
                 self._condemn(source, origin, value)
-        below.unhold(frame, now)
+        below.unhold(frame)
         if fault is not None and fault.reason == "no_space":
             self._no_space(hop, frame, now)
-        source.unhold(origin, now)
+        source.unhold(origin)
 
     def _spill_failed(self, hop: int, fault: TierFault, now: float) -> None:
         self.planner.down[hop].failed[fault.reason] += 1

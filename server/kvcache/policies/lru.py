@@ -3,6 +3,7 @@ more recently inserted of the two."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from server.types import BlockHash
@@ -10,13 +11,17 @@ from server.types import BlockHash
 
 class LRU:
     def __init__(self, capacity: int) -> None:
-        self._order: dict[BlockHash, None] = {}
+        """`capacity` decides nothing here."""
+        self._order: OrderedDict[BlockHash, None] = OrderedDict()  # a dict finds its first key in O(deleted)
 
-    def on_insert(self, key: BlockHash, now: float, hits: int, depth: int) -> None:
+    def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
         self._order[key] = None
+        return hits
 
     def on_remove(self, key: BlockHash) -> None:
         del self._order[key]
+
+    on_evict = on_remove
 
     def victims(self) -> Iterator[BlockHash]:
         return iter(self._order)

@@ -8,26 +8,30 @@ its oldest blocks fall back to the young end of probation, child before parent.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
 
 from server.types import BlockHash
 
 PROTECTED_SHARE = 0.8
-"""Of the evictable blocks at most this share may be protected."""
+"""Of the tier's frames at most this share may be protected."""
 
 
 class SegmentedLRU:
     def __init__(self, capacity: int) -> None:
-        self._probation: dict[BlockHash, None] = {}
-        self._protected: dict[BlockHash, None] = {}
+        self._protected_max = max(1, int(PROTECTED_SHARE * capacity))
+        self._probation: OrderedDict[BlockHash, None] = OrderedDict()
+        self._protected: OrderedDict[BlockHash, None] = OrderedDict()
 
-    def on_insert(self, key: BlockHash, now: float, hits: int, depth: int) -> None:
+    def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
         if hits:
             self._protected[key] = None
-            self._shrink()
+            if len(self._protected) > self._protected_max:
+                self._probation[self._protected.popitem(last=False)[0]] = None
         else:
             self._probation[key] = None
+        return hits
 
     def on_remove(self, key: BlockHash) -> None:
         if key in self._protected:
@@ -35,14 +39,10 @@ class SegmentedLRU:
         else:
             del self._probation[key]
 
+    on_evict = on_remove
+
     def victims(self) -> Iterator[BlockHash]:
         return chain(self._probation, self._protected)
 
     def __len__(self) -> int:
         return len(self._probation) + len(self._protected)
-
-    def _shrink(self) -> None:
-        while len(self._protected) > max(1, PROTECTED_SHARE * len(self)):
-            oldest = next(iter(self._protected))
-            del self._protected[oldest]
-            self._probation[oldest] = None

@@ -1,0 +1,62 @@
+"""S3-FIFO (Yang et al., SOSP 2023), for chains: a small queue for newcomers, a main one for those used again, a ghost.
+
+Most blocks of real traffic are never asked for again: they pass through the small queue, a tenth of the tier, and leave
+without having displaced anything. A block that was matched goes to the main queue; so does one that comes back while
+its hash is still in the ghost list of what left lately.
+
+Suffix first: the main queue gives a block away only if it was inserted before all that is in the small queue, so no
+child of it can be there, as children are inserted before their parents. A block in the main queue has hits, its own or
+one for coming back, so its parent has too and is there as well. Inside one queue the argument of LRU applies.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from server.types import BlockHash
+
+SMALL_SHARE = 0.1
+
+
+class S3FIFO:
+    def __init__(self, capacity: int) -> None:
+        self._small_max = max(1, int(SMALL_SHARE * capacity))
+        self._ghosts_max = max(1, capacity - self._small_max)
+        self._small: OrderedDict[BlockHash, int] = OrderedDict()
+        self._main: OrderedDict[BlockHash, int] = OrderedDict()
+        self._ghosts: OrderedDict[BlockHash, None] = OrderedDict()
+        self._sequence = 0
+
+    def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
+        self._sequence += 1
+        if key in self._ghosts:
+            del self._ghosts[key]
+            hits = max(hits, 1)
+        (self._main if hits else self._small)[key] = self._sequence
+        return hits
+
+    def on_remove(self, key: BlockHash) -> None:
+        (self._main if key in self._main else self._small).pop(key)
+
+    def on_evict(self, key: BlockHash) -> None:
+        self.on_remove(key)
+        self._ghosts[key] = None
+        if len(self._ghosts) > self._ghosts_max:
+            self._ghosts.popitem(last=False)
+
+    def victims(self) -> Iterator[BlockHash]:
+        small, main = iter(self._small.items()), iter(self._main.items())
+        left = len(self._small)
+        newcomer, old = next(small, None), next(main, None)
+        while newcomer or old:
+            if newcomer and (old is None or left > self._small_max or old[1] > newcomer[1]):
+                yield newcomer[0]
+                left -= 1
+                newcomer = next(small, None)
+            elif old:
+                yield old[0]
+                old = next(main, None)
+
+    def __len__(self) -> int:
+        return len(self._small) + len(self._main)
