@@ -214,12 +214,14 @@ class KvConfig(_Section):
 
     @model_validator(mode="after")
     def _tiers_rest_on_each_other(self) -> KvConfig:
-        if self.ssd_gib and not self.dram_gib:
-            raise ValueError("ssd_gib needs a DRAM tier, which blocks pass through: set --dram-gib, e.g. 1")
         if self.ssd_gib and self.ssd_path is None:
             raise ValueError("ssd_gib needs a directory: set --ssd-path")
+        if self.ssd_gib and not self.dram_gib:
+            raise ValueError(
+                "ssd_gib needs a DRAM tier, blocks pass through it on their way to and from SSD: set --dram-gib, e.g. 1"
+            )
         if self.ssd_path is not None and not self.ssd_gib:
-            raise ValueError("ssd_path is set but the SSD tier has no size: set --ssd-gib")
+            raise ValueError("ssd_path needs a size: set --ssd-gib")
         return self
 
 
@@ -266,6 +268,9 @@ class ServerConfig(_Section):
         default=(),
         repr=False,
         description="Bearer keys of the cache admin API; none: it is off unless there are no api_keys either.",
+    )
+    admin_key_file: Path | None = Field(
+        default=None, description="File with one admin key per line, added to admin_keys; # starts a comment."
     )
     max_body_bytes: Bytes = Field(
         default=8 * 2**20, ge=1024, description="Largest request body in bytes, e.g. 8MiB; beyond it 413."
@@ -435,7 +440,7 @@ def load_config(
             raise ConfigError(f"unknown setting {name!r}{_hint(name)}", param=name)
         values[name] = value
         sources[name] = _BY_NAME[name].typed
-    config = _with_key_file(_validate(values, sources))
+    config = _with_key_files(_validate(values, sources))
     config._sources.update(sources)
     return config
 
@@ -507,21 +512,33 @@ def _validate(values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
         name = ".".join(str(part) for part in first["loc"][:2])
         message = first["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        given = "" if name in _SECRETS or len(first["loc"]) < 2 else f" = {first['input']!r}"
+        given = "" if name in _SECRETS else f" = {first['input']!r}"
+        if len(first["loc"]) == 1:  # fields that do not fit together: the message starts with the one to blame
+            field, _, message = message.partition(" ")
+            name = f"{name}.{field}"
+            given = f" = {toml_value(values[name])}"
         raise ConfigError(f"{name}{given} ({sources.get(name, 'default')}): {message}", param=name) from None
 
 
-def _with_key_file(config: Config) -> Config:
-    path = config.server.api_key_file
+def _with_key_files(config: Config) -> Config:
+    server = config.server
+    update = {
+        "api_keys": _with_keys(server.api_keys, server.api_key_file, "server.api_key_file"),
+        "admin_keys": _with_keys(server.admin_keys, server.admin_key_file, "server.admin_key_file"),
+    }
+    return config.model_copy(update={"server": server.model_copy(update=update)})
+
+
+def _with_keys(keys: tuple[str, ...], path: Path | None, name: str) -> tuple[str, ...]:
+    """`keys` and those in the file, each once."""
     if path is None:
-        return config
+        return keys
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read server.api_key_file {path}: {error}", param="server.api_key_file") from error
-    keys = tuple(key for line in lines if (key := line.partition("#")[0].strip()))
-    if not keys:
+        raise ConfigError(f"cannot read {name} {path}: {error}", param=name) from error
+    found = tuple(key for line in lines if (key := line.partition("#")[0].strip()))
+    if not found:
         # An empty file must not open the daemon to everyone.
-        raise ConfigError(f"server.api_key_file {path} holds no key", param="server.api_key_file")
-    merged = tuple(dict.fromkeys(config.server.api_keys + keys))
-    return config.model_copy(update={"server": config.server.model_copy(update={"api_keys": merged})})
+        raise ConfigError(f"{name} {path} holds no key", param=name)
+    return tuple(dict.fromkeys(keys + found))

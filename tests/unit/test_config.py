@@ -130,6 +130,8 @@ def sample(option: Option) -> str:
         return next(choice for choice in option.choices if choice != option.default)
     if option.kind == "bool":
         return str(not option.default).lower()
+    if option.field == "pin_ratio":
+        return "0.5"
     if isinstance(option.default, int | float):
         return (
             str(type(option.default)(option.default * 2 or 3)) if option.name != "server.switch_interval_s" else "0.5"
@@ -137,13 +139,21 @@ def sample(option: Option) -> str:
     return "64" if option.field in ("max_model_len", "threads", "prefill_chunk_tokens") else "text"
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o.field != "api_key_file"], ids=lambda option: option.name)
+READ_AT_ONCE = {"api_key_file", "admin_key_file"}
+COMPANY = {
+    "kv.ssd_gib": {"kv.dram_gib": "1", "kv.ssd_path": "somewhere"},
+    "kv.ssd_path": {"kv.dram_gib": "1", "kv.ssd_gib": "1"},
+}
+"""Settings that make sense only with others."""
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.field not in READ_AT_ONCE], ids=lambda option: option.name)
 def test_every_setting_can_be_set_everywhere(option, tmp_path):
     """File, environment and command line set each field to the same value, and each is named as its source."""
-    text = sample(option)
+    text, company = sample(option), COMPANY.get(option.name, {})
     quoted = not (option.kind == "bool" or text.replace(".", "").isdigit())
     file = write(tmp_path / "t.toml", f"[{option.section}]\n{option.field} = {json.dumps(text) if quoted else text}\n")
-    loaded = [load(file=file), load(**{option.env: text}), load({option.name: text})]
+    loaded = [load(company, file), load(company, **{option.env: text}), load(company | {option.name: text})]
     values = [getattr(getattr(config, option.section), option.field) for config in loaded]
     assert values[0] != option.default
     assert values == [values[0]] * 3
@@ -174,23 +184,54 @@ def test_empty_variable_is_unset():
     assert load(TERRACE_MODEL="", TERRACE_KV__DEVICE_GIB="") == Config()
 
 
-def test_key_file(tmp_path):
+@pytest.mark.parametrize("kind", ["api_key", "admin_key"])
+def test_key_file(kind, tmp_path):
     """Keys come from the file too, without comments and duplicates; a file without keys must not open the daemon."""
     file = write(tmp_path / "keys", "# ours\nalpha # comment\n\nbeta\n")
-    config = load({"server.api_key_file": str(file), "server.api_keys": "alpha"})
-    assert config.server.api_keys == ("alpha", "beta")
+    config = load({f"server.{kind}_file": str(file), f"server.{kind}s": "alpha"})
+    other = {"api_key": "admin_keys", "admin_key": "api_keys"}[kind]
+    assert getattr(config.server, f"{kind}s") == ("alpha", "beta")
+    assert getattr(config.server, other) == ()
     write(file, "# nobody yet\n")
-    with pytest.raises(ConfigError, match="holds no key"):
-        load({"server.api_key_file": str(file)})
+    with pytest.raises(ConfigError, match=f"server.{kind}_file .* holds no key"):
+        load({f"server.{kind}_file": str(file)})
 
 
-def test_keys_are_never_shown(capsys):
-    """Neither `config show` nor repr nor an error message prints an API key."""
-    assert main(["config", "show", "--api-key", "sesame"]) == 0
-    assert main(["config", "show", "--api-key", " sesame"]) == 2
+@pytest.mark.parametrize("flag", ["--api-key", "--admin-key"])
+def test_keys_are_never_shown(flag, capsys):
+    """Neither `config show` nor repr nor an error message prints an API key or an admin key."""
+    assert main(["config", "show", flag, "sesame"]) == 0
+    assert main(["config", "show", flag, " sesame"]) == 2
     captured = capsys.readouterr()
+    field = f"server.{flag[2:].replace('-', '_')}s"
     assert "<1 set>" in captured.out
-    assert "sesame" not in captured.out + captured.err + repr(load({"server.api_keys": "sesame"}))
+    assert "sesame" not in captured.out + captured.err + repr(load({field: "sesame"}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"kv.ssd_gib": "4"}, 'kv.ssd_gib = "4" (flag --ssd-gib): needs a directory: set --ssd-path'),
+        (
+            {"kv.ssd_gib": "4", "kv.ssd_path": "x"},
+            'kv.ssd_gib = "4" (flag --ssd-gib): needs a DRAM tier, blocks pass through it on their way to and '
+            "from SSD: set --dram-gib, e.g. 1",
+        ),
+        ({"kv.ssd_path": "x"}, 'kv.ssd_path = "x" (flag --ssd-path): needs a size: set --ssd-gib'),
+    ],
+)
+def test_tiers_rest_on_each_other(overrides, message):
+    """A tier that cannot work without another setting is refused at once, with the setting that is missing."""
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    assert caught.value.message == message
+
+
+def test_three_dials_make_three_tiers():
+    """Sizes of the tiers take units, and by default there is only the device."""
+    kv = load({"kv.dram_gib": "512MiB", "kv.ssd_gib": "2TiB", "kv.ssd_path": "cache"}).kv
+    assert (kv.dram_gib, kv.ssd_gib, kv.ssd_path) == (0.5, 2048.0, Path("cache"))
+    assert (load().kv.dram_gib, load().kv.ssd_gib, load().kv.ssd_path) == (0, 0, None)
 
 
 def test_every_option_is_described_and_unique():
