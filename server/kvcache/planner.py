@@ -161,19 +161,21 @@ class Planner:
     def front(self, level: int, blocks: int, queued: list[int]) -> int:
         """How many of `blocks` blocks that could be loaded from tier `level` to compute from the front meanwhile, so
         that both end together; 0: waiting is best. Before the first step was measured: wait."""
-        base_s, token_s = self.step.line()
-        if not self.step.known:
-            return 0
-        hops = self.up[:level]
-        slowest = max(range(level), key=lambda k: (queued[k] + blocks) * hops[k].block_s)
-        block_s = hops[slowest].block_s
-        load_s = (queued[slowest] + blocks) * block_s + sum(hop.latency_s for hop in hops)
-        share = (load_s - base_s) / (self._block_tokens * token_s + block_s)
-        return max(0, min(blocks, int(share)))
+        return int(self._front(level, blocks, queued))
 
     def worth(self, level: int, blocks: int, queued: list[int]) -> bool:
         """Would loading spare enough computing to be worth the trouble?"""
-        return self.front(level, blocks, queued) <= WORTH_RATIO * blocks
+        return self._front(level, blocks, queued) <= WORTH_RATIO * blocks
+
+    def _front(self, level: int, blocks: int, queued: list[int]) -> float:
+        if not self.step.known:
+            return 0.0
+        base_s, token_s = self.step.line()
+        hops = self.up[:level]
+        ahead, slowest = max(zip(queued, hops, strict=False), key=lambda pair: (pair[0] + blocks) * pair[1].block_s)
+        load_s = (ahead + blocks) * slowest.block_s + sum(hop.latency_s for hop in hops)
+        share = (load_s - base_s) / (self._block_tokens * token_s + slowest.block_s)
+        return max(0.0, min(blocks, share))
 
     def patience_s(self, estimate_s: float) -> float:
         """How long to wait idly for what was promised in `estimate_s`."""

@@ -47,12 +47,12 @@ def visit(kv: KVManager, tokens: Sequence[int], *, salt: str = "", now: float = 
     kv.release(come(kv, tokens, salt=salt, now=now), now)
 
 
-def land(kv: KVManager, fault: TierFault | None = None, now: float = 0.0) -> int:
-    """Carry out everything that waits to move; how many transfers that were."""
+def land(kv: KVManager, fault: TierFault | None = None, now: float = 0.0, *, into: str | None = None) -> int:
+    """Carry out everything that waits to move, or fail what moves `into` that tier; how many transfers that were."""
     count = 0
     while transfers := kv.plan_transfers(now):
         for transfer in transfers:
-            kv.complete(transfer.id, fault, now)
+            kv.complete(transfer.id, fault if into in (None, transfer.target[0]) else None, now)
         count += len(transfers)
     return count
 

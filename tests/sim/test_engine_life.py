@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -10,10 +11,11 @@ import pytest
 from server.engine import Engine, GenerateSpec
 from server.errors import NotReady
 from server.kvcache.mover import Mover
+from server.kvcache.tiers.base import Move, Recovered
 from server.metrics import Metrics
 from server.sim.clock import VirtualLoop, run_virtual
 from server.sim.oracle import Arena, OracleRunner, Reference, StepCost
-from server.types import DEVICE, FinishReason, SamplingParams, TierFault, TokenEvent, Transfer
+from server.types import DEVICE, DRAM, FinishReason, Note, SamplingParams, TierFault, TokenEvent
 from tests.property.core import Bench
 
 SPEC = GenerateSpec([1, 2, 3, 4, 5, 6, 7, 8], SamplingParams(max_tokens=3))
@@ -21,24 +23,42 @@ OTHER = GenerateSpec([9] * 13, SamplingParams(max_tokens=1))
 
 
 class World:
-    """An engine over the oracle. Transfers take a moment and move nothing; `raising` is what they raise instead."""
+    """An engine over the oracle, and its device tier: moves take a moment and move nothing, or raise `raising`."""
+
+    name = DEVICE
+    capacity_blocks = 0
 
     def __init__(self, loop: VirtualLoop, frames: int = 32, lower: int = 0) -> None:
         self.broken: list[str] = []
         self.raising: Exception | None = None
         self.landed_in: list[str] = []
-        bench = Bench(frames, lower=lower)
+        bench = Bench(frames, lower=(lower,))
         self.runner = OracleRunner(
             Arena(frames, 2, Random(0)), 50, StepCost(0.1, 0.0, failure_every=0), Random(0), self.broken.append
         )
-        self.engine = Engine(bench.scheduler, self.runner, Mover(self.copy), Metrics("sim"), loop.time)
+        self.engine = Engine(bench.scheduler, self.runner, Mover({DEVICE: self}), Metrics("sim"), loop.time)
 
-    async def copy(self, transfer: Transfer) -> TierFault | None:
+    async def open(self) -> Recovered:
+        return Recovered()
+
+    async def write(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
+        return await self.carry(moves, DEVICE)
+
+    async def read(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
+        return await self.carry(moves, DRAM)
+
+    async def carry(self, moves: Sequence[Move], target: str) -> Sequence[TierFault | None]:
         await asyncio.sleep(0.01)
         if self.raising is not None:
             raise self.raising
-        self.landed_in.append(transfer.target[0])
-        return None
+        self.landed_in += [target] * len(moves)
+        return [None] * len(moves)
+
+    def note(self, notes: Sequence[Note]) -> None:
+        """Nothing is remembered."""
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""
 
     async def ask(self, spec: GenerateSpec) -> list[TokenEvent]:
         stream = self.engine.submit(spec)

@@ -11,7 +11,8 @@ from server.kvcache.audit import InvariantViolation
 from server.kvcache.block import BlockTable
 from server.kvcache.hashing import block_hash, chain_root, extend_hashes
 from server.kvcache.pool import FramePool
-from server.types import DEVICE, DRAM, TierFault
+from server.kvcache.tiers.base import Recovered
+from server.types import DEVICE, DRAM, SSD, TierFault
 from tests.property.core import cached_blocks, come, hashes_of, land, make_kv, visit
 
 PROMPT = [1, 2, 3, 4, 5, 6]  # three blocks of two
@@ -53,9 +54,8 @@ def test_a_prefix_is_found_again():
     kv = make_kv(8)
     visit(kv, PROMPT)
     lease = kv.admit(hashes_of(kv, [1, 2, 3, 4, 9, 9]), 1.0)
-    assert len(lease.blocks) == 2
-    assert lease.found_in == [DEVICE, DEVICE]
     assert len(lease.table) == 2
+    assert lease.served == {DEVICE: 2}
 
 
 def test_a_tenant_does_not_find_another_tenants_blocks():
@@ -78,7 +78,7 @@ def test_sharing_counts_leases():
     """Two requests hold one block; it may go when both are gone, not before."""
     kv = make_kv(4)
     first, second = come(kv, PROMPT), come(kv, PROMPT)
-    assert first.blocks[0] is second.blocks[0]
+    assert first.table[0] == second.table[0]
     assert kv.available_blocks == 1
     kv.release(first, 1.0)
     assert kv.available_blocks == 1
@@ -100,12 +100,11 @@ def test_content_that_somebody_else_sealed_first_is_adopted():
     kv = make_kv(8)
     hashes = hashes_of(kv, PROMPT)
     one, two = kv.admit([], 0.0), kv.admit([], 0.0)
-    assert kv.grow(one, 2)
-    assert kv.grow(two, 2)
+    assert kv.grow(one, 2, 0.0)
+    assert kv.grow(two, 2, 0.0)
     planned = two.table.view()
     kv.seal(one, hashes, 1)
     kv.seal(two, hashes, 1)
-    assert one.blocks[0] is two.blocks[0]
     assert two.table.view().tolist() == one.table.view().tolist()
     assert planned.tolist() == [1], "a view that a step may still read does not change"
     assert kv.device.pool.free == 7
@@ -120,10 +119,10 @@ def test_growing_without_room_changes_nothing():
     kv = make_kv(4)
     visit(kv, [9, 9])
     lease = come(kv, [1, 2, 3, 4])
-    assert not kv.grow(lease, 12)
-    assert len(lease.blocks) == 2
+    assert not kv.grow(lease, 12, 0.0)
+    assert len(lease.table) == 2
     assert cached_blocks(kv, [9, 9]) == 1
-    assert kv.grow(lease, 8)
+    assert kv.grow(lease, 8, 0.0)
     assert cached_blocks(kv, [9, 9]) == 0
 
 
@@ -141,7 +140,7 @@ def test_free_frames_are_used_before_anything_is_evicted():
     visit(kv, PROMPT)
     visit(kv, [7, 8, 9, 10, 11, 12])
     assert cached_blocks(kv, PROMPT) == 3
-    assert kv.device.evicted_blocks == 0
+    assert kv.device.evicted["capacity"] == 0
 
 
 def test_frames_come_in_ascending_runs():
@@ -176,18 +175,18 @@ def test_a_table_view_survives_growth_and_replacement():
 
 
 def test_sealed_blocks_spill_and_come_up_again():
-    """A block that left the device is onboarded when it is matched, and the request waits for it."""
+    """A block that left the device is loaded when it is matched, and joins the table when it came."""
     kv = make_kv(4, 8)
     visit(kv, PROMPT)
     assert land(kv) == 3
     visit(kv, [7] * 8)
     lease = kv.admit(hashes_of(kv, PROMPT), 1.0)
-    assert lease.found_in == [DRAM] * 3
-    assert lease.onboarding == 3
-    assert len(lease.table) == 0
-    land(kv)
-    assert lease.onboarding == 0
-    assert len(lease.table) == 3
+    assert lease.loading
+    assert kv.compute_until(lease, 1.0) == 0, "waiting beats computing as far as anybody knows"
+    land(kv, now=1.0)
+    assert kv.join(lease, 1.0) == 3
+    assert lease.served == {DEVICE: 0, DRAM: 3}
+    assert not lease.loading
     audit.check(kv)
 
 
@@ -196,23 +195,28 @@ def test_dropping_a_block_that_was_spilled_moves_nothing():
     kv = make_kv(4, 8)
     visit(kv, PROMPT)
     land(kv)
-    assert kv.grow(kv.admit([], 0.0), 8)
+    assert kv.grow(kv.admit([], 0.0), 8, 0.0)
     assert not kv.moving
     assert cached_blocks(kv, PROMPT) == 3
 
 
-def test_a_failed_onboard_shortens_the_match():
-    """The request computes from the first block that did not arrive; what failed by chance stays cached below."""
-    kv = make_kv(4, 8)
+def test_what_failed_to_come_is_computed():
+    """The request computes the block that did not arrive and takes those behind it; what failed by chance stays."""
+    kv = make_kv(6, 16)
     visit(kv, PROMPT)
     land(kv)
-    visit(kv, [7] * 8)
+    visit(kv, [7] * 12)
     land(kv)
-    lease = kv.admit(hashes_of(kv, PROMPT), 1.0)
+    hashes = hashes_of(kv, PROMPT)
+    lease = kv.admit(hashes, 1.0)
     for transfer in kv.plan_transfers(1.0):
-        kv.complete(transfer.id, TierFault("io") if transfer.hash == hashes_of(kv, PROMPT)[1] else None, 1.0)
-    assert lease.onboarding == 0
-    assert len(lease.blocks) == len(lease.table) == 1
+        kv.complete(transfer.id, TierFault("io") if transfer.hash == hashes[1] else None, 1.0)
+    assert kv.join(lease, 1.0) == 1
+    assert kv.compute_until(lease, 1.0) == 2
+    assert kv.grow(lease, 4, 1.0)
+    kv.seal(lease, hashes, 2)
+    assert kv.join(lease, 1.0) == 1
+    assert lease.served == {DEVICE: 0, DRAM: 2}
     assert cached_blocks(kv, PROMPT) == 3
     audit.check(kv)
 
@@ -225,41 +229,244 @@ def test_a_corrupt_copy_is_forgotten():
     visit(kv, [7] * 8)
     lease = kv.admit(hashes_of(kv, [1, 2]), 1.0)
     land(kv, TierFault("corrupt"))
-    assert not lease.blocks
+    assert kv.join(lease, 1.0) == 0
+    assert not lease.loads
     assert cached_blocks(kv, [1, 2]) == 0
+    assert kv.tiers[DRAM].evicted["corrupt"] == 1
     audit.check(kv)
 
 
-def test_a_block_that_is_sent_for_again_is_not_trusted_before_it_lands():
-    """One of a lease's blocks fails, and before the others arrive another request sends for it again: the first lease
-    must not take the unfinished copy for its own."""
+def test_a_corrupt_copy_in_dram_is_replaced_from_ssd():
+    """A load that fails in one tier goes on from the next that has the block."""
+    kv = make_kv(4, 8, 8)
+    visit(kv, [1, 2])
+    land(kv)
+    visit(kv, [7] * 8)
+    lease = kv.admit(hashes_of(kv, [1, 2]), 1.0)
+    (first,) = [t for t in kv.plan_transfers(1.0) if t.target[0] == DEVICE]
+    kv.complete(first.id, TierFault("corrupt"), 1.0)
+    land(kv, now=1.0)
+    assert kv.join(lease, 1.0) == 1
+    audit.check(kv)
+
+
+def test_two_requests_share_one_load():
+    """Both wait for the same transfer, and both get the block."""
     kv = make_kv(4, 8)
-    visit(kv, PROMPT[:4])
+    visit(kv, [1, 2])
     land(kv)
     visit(kv, [7] * 8)
     land(kv)
-    first = kv.admit(hashes_of(kv, PROMPT[:4]), 1.0)
-    head, tail = kv.plan_transfers(1.0)
-    kv.complete(head.id, TierFault("io"), 1.0)
-    second = kv.admit(hashes_of(kv, PROMPT[:2]), 2.0)
-    kv.complete(tail.id, None, 2.0)
-    assert first.onboarding == 0
-    assert len(first.blocks) == 0
-    land(kv)
-    assert len(second.table) == 1
+    one, two = (kv.admit(hashes_of(kv, [1, 2]), 1.0) for _ in range(2))
+    assert land(kv, now=1.0) == 1
+    assert kv.join(one, 1.0) == kv.join(two, 1.0) == 1
     audit.check(kv)
+
+
+def test_nobody_waits_for_a_load_for_ever():
+    """A load that is late is waited for no longer; one past its deadline counts against its tier, which is then off."""
+    kv = make_kv(4, 8)
+    visit(kv, PROMPT)
+    land(kv)
+    visit(kv, [7] * 8)
+    land(kv)
+    lease = kv.admit(hashes_of(kv, PROMPT), 1.0)
+    kv.plan_transfers(1.0)
+    assert kv.compute_until(lease, 1.0) == 0
+    assert 1.0 < kv.wake_s < 1.1
+    assert kv.compute_until(lease, kv.wake_s) == 3
+    kv.plan_transfers(60.0)
+    assert not lease.loads
+    assert not kv.planner.breakers[DRAM].closed
+    kv.release(lease, 60.0)
+    again = kv.admit(hashes_of(kv, PROMPT), 60.0)
+    assert not again.loading
+    assert kv.declined[(DRAM, "disabled")] == 3
+    audit.check(kv)
+
+
+def test_computing_from_the_front_meets_loading_from_the_back():
+    """Where both take about as long, the request computes the first half while the second is loaded."""
+    kv = make_kv(32, 64, guesses=[(0.01, 0.0)])
+    prompt = list(range(32))
+    visit(kv, prompt)
+    land(kv)
+    visit(kv, list(range(100, 164)))
+    land(kv)
+    kv.planner.up[0].block_s = 0.01
+    kv.planner.step.observe(2, 0.01)
+    hashes = hashes_of(kv, prompt)
+    lease = kv.admit(hashes[:-1], 1.0)
+    half = kv.compute_until(lease, 1.0)
+    assert half == 7
+    first = kv.plan_transfers(1.0)[0]
+    assert first.hash == hashes[14], "loading starts at the end"
+
+
+def test_a_slow_tier_is_left_alone():
+    """Loading that would take far longer than computing is not even begun, and is counted."""
+    kv = make_kv(4, 8, guesses=[(1.0, 0.0)])
+    visit(kv, PROMPT)
+    for transfer in kv.plan_transfers(0.0):
+        kv.complete(transfer.id, None, 0.0)
+    visit(kv, [7] * 8)
+    kv.planner.up[0].block_s = 1.0
+    kv.planner.step.observe(2, 0.001)
+    assert not kv.admit(hashes_of(kv, PROMPT), 1.0).loading
+    assert kv.declined[(DRAM, "slower_than_recompute")] == 3
+
+
+# --- three tiers -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_sink_to_the_lowest_tier_and_rise_from_it():
+    """Sealed blocks are copied to DRAM and on to SSD; they come up over both hops, and are counted where they lay."""
+    kv = make_kv(4, 4, 16)
+    visit(kv, PROMPT)
+    land(kv)
+    assert len(kv.tiers[SSD].find) == 3
+    for start in (10, 20):
+        visit(kv, list(range(start, start + 8)))
+        land(kv)
+    lease = kv.admit(hashes_of(kv, PROMPT), 1.0)
+    land(kv, now=1.0)
+    assert kv.join(lease, 1.0) == 3
+    assert lease.served == {DEVICE: 0, SSD: 3}
+    audit.check(kv)
+
+
+def test_a_received_request_fetches_to_dram():
+    """Blocks that are only on SSD are in DRAM before their request is admitted; those of no use are not fetched."""
+    kv = make_kv(4, 8, 64)
+    visit(kv, PROMPT)
+    land(kv)
+    for start in range(10, 90, 8):
+        visit(kv, list(range(start, start + 8)))
+        land(kv)
+    hashes = hashes_of(kv, PROMPT)
+    assert not kv.tiers[DRAM].has(hashes[0])
+    kv.prefetch(hashes, 1.0)
+    land(kv, now=1.0)
+    assert all(kv.tiers[DRAM].has(value) for value in hashes)
+    assert not kv.device.has(hashes[0])
+    audit.check(kv)
+
+
+def test_a_restart_finds_what_the_ssd_holds():
+    """Books filled from what a tier recovered match, load, evict and pin like any others."""
+    old = make_kv(4, 8, 8)
+    visit(old, PROMPT)
+    land(old)
+    ssd, hashes = old.tiers[SSD], hashes_of(old, PROMPT)
+    frames = [ssd.find[value] for value in reversed(hashes)]
+    kv = make_kv(4, 8, 8)
+    kv.recover(Recovered(frames, hashes[::-1], [*frames[1:], -1], [2, 1, 0], {hashes[2]: 50.0}))
+    audit.check(kv)
+    assert kv.pinned_blocks == 3
+    lease = kv.admit(hashes, 1.0)
+    land(kv, now=1.0)
+    assert kv.join(lease, 1.0) == 3
+    kv.plan_transfers(100.0)
+    assert kv.pinned_blocks == 0
+    audit.check(kv)
+
+
+def test_a_pin_outlasts_any_pressure():
+    """Pinned blocks stay in the lowest tier whatever else is written; without the pin they go."""
+    for pinned in (True, False):
+        kv = make_kv(4, 8, 12, pin_ratio=0.5)
+        visit(kv, PROMPT)
+        land(kv)
+        if pinned:
+            assert kv.pin(hashes_of(kv, PROMPT), 1e9, 0.0) == 3
+        for start in range(10, 200, 8):
+            visit(kv, list(range(start, start + 8)))
+            land(kv)
+        assert cached_blocks(kv, PROMPT) == (3 if pinned else 0)
+        audit.check(kv)
+
+
+def test_pins_are_bounded():
+    """Beyond their share nothing more is pinned, and the caller is told."""
+    kv = make_kv(4, 8, 12, pin_ratio=0.25)
+    for start in (0, 10):
+        visit(kv, list(range(start, start + 6)))
+        land(kv)
+    assert kv.pin(hashes_of(kv, list(range(6))), 1e9, 0.0) == 3
+    assert kv.pin(hashes_of(kv, list(range(10, 16))), 1e9, 0.0) == 0
+    assert kv.unpin(hashes_of(kv, list(range(6))), 0.0) == 1
+    assert kv.pin(hashes_of(kv, list(range(10, 16))), 1e9, 0.0) == 3
+
+
+def test_evicting_by_hand_leaves_nothing():
+    """What an operator evicts is nowhere any more, and the lowest tier is told."""
+    kv = make_kv(4, 8, 12)
+    visit(kv, PROMPT)
+    land(kv)
+    kv.take_notes()
+    assert kv.evict(hashes_of(kv, PROMPT), 0.0) == 3
+    assert cached_blocks(kv, PROMPT) == 0
+    assert [note.kind for note in kv.take_notes()] == ["drop"] * 3
+    audit.check(kv)
+
+
+def test_a_full_disk_is_lived_with():
+    """Without room for new frames the tier goes on with those it has, and tries again a minute later."""
+    kv = make_kv(8, 8, 12)
+    visit(kv, [1, 2])
+    land(kv)
+    visit(kv, [3, 4])
+    land(kv, TierFault("no_space"), into=SSD)
+    assert kv.tiers[SSD].pool.unusable() == 11
+    audit.check(kv)
+    visit(kv, [5, 6])
+    land(kv, now=1.0)
+    assert kv.tiers[SSD].has(hashes_of(kv, [5, 6])[0]), "the one frame there is changed hands"
+    kv.plan_transfers(62.0)
+    assert kv.tiers[SSD].pool.unusable() == 0
+    audit.check(kv)
+
+
+def test_an_endurance_budget_is_kept():
+    """Beyond the budget nothing is written; while it is short only what was used twice is."""
+    kv = make_kv(8, 32, 32, write_bytes_per_day=86_400.0)
+    for start in range(0, 60, 4):
+        visit(kv, list(range(start, start + 4)))
+        land(kv)
+    assert kv.traffic.spill_outcomes["admit"] == 0
+    assert kv.traffic.spill_outcomes["reject_cold"] > 0
+    visit(kv, [0, 1, 2, 3, 9])
+    visit(kv, [0, 1, 2, 3, 9])
+    land(kv)
+    assert kv.traffic.spill_outcomes["admit"] == 1, "60 seconds' worth of 1 byte per second: one block of 32 bytes"
+
+
+def test_what_should_not_outlive_the_process_does_not():
+    """Blocks of a transient request stay above the SSD until another request uses them."""
+    kv = make_kv(8, 8, 8)
+    lease = kv.admit([], 0.0)
+    lease.transient = True
+    assert kv.grow(lease, 6, 0.0)
+    kv.seal(lease, hashes_of(kv, PROMPT), 3)
+    kv.release(lease, 0.0)
+    land(kv)
+    assert len(kv.tiers[DRAM].find) == 3
+    assert not kv.tiers[SSD].find
+    visit(kv, [*PROMPT, 7])
+    land(kv)
+    assert len(kv.tiers[SSD].find) == 3
 
 
 def test_available_frames_can_be_taken():
     """A parent whose child is being spilled is not counted as available, and is again when the child has landed."""
-    kv = make_kv(4, 8, transfers_max=1)
+    kv = make_kv(4, 8, in_flight_max=1)
     visit(kv, PROMPT[:4])
     (parent,) = kv.plan_transfers(0.0)
     kv.complete(parent.id, None, 0.0)
     assert kv.available_blocks == 4
     (child,) = kv.plan_transfers(0.0)
     assert kv.available_blocks == 2
-    assert kv.grow(kv.admit([], 0.0), 4)
+    assert kv.grow(kv.admit([], 0.0), 4, 0.0)
     kv.complete(child.id, None, 1.0)
     assert kv.available_blocks == 2
     audit.check(kv)
@@ -283,12 +490,12 @@ def test_an_abandoned_onboard_still_lands():
 
 
 def test_transfers_in_flight_are_bounded():
-    """At most `transfers_max` move at once; the rest waits its turn."""
-    kv = make_kv(8, 8, transfers_max=2)
+    """At most `in_flight_max` move at once per hop and direction; the rest waits its turn."""
+    kv = make_kv(8, 8, in_flight_max=2)
     visit(kv, list(range(12)))
     assert len(kv.plan_transfers(0.0)) == 2
     assert kv.plan_transfers(0.0) == []
-    kv.complete(1, None, 0.0)
+    kv.complete(next(iter(kv.traffic.in_flight)), None, 0.0)
     assert len(kv.plan_transfers(0.0)) == 1
 
 
@@ -307,6 +514,6 @@ def test_the_audit_sees_a_wrong_lease_count():
     """A count that no lease backs is a breach."""
     kv = make_kv(4)
     visit(kv, PROMPT)
-    next(iter(kv.index.values())).leases += 1
-    with pytest.raises(InvariantViolation, match="counts 1 leases, 0 hold it"):
+    kv.device.holds[0] += 1
+    with pytest.raises(InvariantViolation, match="counts 1 holds, 0 are known"):
         audit.check(kv)
