@@ -2,58 +2,74 @@
 
 A block's worth is (1 + hits) times what is lost with it. All blocks have the same size, but losing one makes everything
 behind it useless, and the attention of a block costs more the deeper it lies; so the loss grows with `reach`, the depth
-of the deepest block that rests on it. Priority is worth plus a clock, which is the priority of the last block evicted:
-what was worth much and is never used again is overtaken. A parent has at least its child's hits and reach and is
-inserted at the same or a later clock, hence suffix first.
+of the deepest block that ever rested on it. Priority is worth plus a clock, which is the priority of the last block
+evicted: what was worth much and is never used again is overtaken. Hits count up to `HITS_MAX`, else yesterday's system
+prompt would take thousands of turns of the cache to leave; those of an evicted block are remembered for about one turn.
+
+A parent has at least its child's hits and reach and is inserted at the same or a later clock, hence suffix first. On
+the Mooncake traces, with 500 to 30,000 frames, its hit rate is from 0.003 below to 0.018 above that of LRU.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from server.types import BlockHash
 
 DEPTH_DOUBLES = 256
 """Blocks of depth at which the loss has doubled: about where attention costs as much as the rest of a small model."""
+HITS_MAX = 15
+Entry = tuple[float, int, BlockHash, int]
+"""Priority, number of the insertion (later goes later), block, hits."""
 
 
 class CostAware:
     def __init__(self, capacity: int) -> None:
-        """`capacity` decides nothing here."""
-        self._entries: dict[BlockHash, tuple[float, int]] = {}
-        self._heap: list[tuple[float, int, BlockHash]] = []
+        self._ghosts_max = capacity
+        self._ghosts: OrderedDict[BlockHash, int] = OrderedDict()
+        self._entries: dict[BlockHash, Entry] = {}
+        self._heap: list[Entry] = []
+        """All of `_entries`, and, until they reach its top or are too many, some that were removed."""
         self._clock = 0.0
         self._sequence = 0
 
     def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
         self._sequence += 1
-        priority = self._clock + (1 + hits) * (1 + reach / DEPTH_DOUBLES)
-        self._entries[key] = (priority, self._sequence)
-        heapq.heappush(self._heap, (priority, self._sequence, key))
+        hits = max(hits, self._ghosts.pop(key, 0))
+        priority = self._clock + (1 + min(hits, HITS_MAX)) * (1 + reach / DEPTH_DOUBLES)
+        entry = self._entries[key] = (priority, self._sequence, key, hits)
+        heapq.heappush(self._heap, entry)
         return hits
 
     def on_evict(self, key: BlockHash) -> None:
-        self._clock = self._entries[key][0]
+        self._clock, _, _, hits = self._entries[key]
+        self._ghosts[key] = hits + 1  # should it come back, that is one more use
+        if len(self._ghosts) > self._ghosts_max:
+            self._ghosts.popitem(last=False)
         self.on_remove(key)
 
     def on_remove(self, key: BlockHash) -> None:
         del self._entries[key]
-        if len(self._heap) > 2 * len(self._entries) + 64:
-            self._heap = [(priority, number, key) for key, (priority, number) in self._entries.items()]
+        heap, entries = self._heap, self._entries
+        if len(heap) > 2 * len(entries) + 64:
+            self._heap = list(entries.values())
             heapq.heapify(self._heap)
+            return
+        while heap and entries.get(heap[0][2]) is not heap[0]:
+            heapq.heappop(heap)
 
     def victims(self) -> Iterator[BlockHash]:
-        taken = []
-        try:
-            while self._heap:
-                priority, sequence, key = heapq.heappop(self._heap)
-                if self._entries.get(key) == (priority, sequence):
-                    taken.append((priority, sequence, key))
-                    yield key
-        finally:
-            for entry in taken:
-                heapq.heappush(self._heap, entry)
+        """O(log n) for each, from the top of the heap down its smallest branches; the heap stays as it is."""
+        heap = self._heap
+        edge = [(heap[0], 0)] if heap else []
+        while edge:
+            entry, place = heapq.heappop(edge)
+            if self._entries.get(entry[2]) is entry:
+                yield entry[2]
+            for below in range(2 * place + 1, min(2 * place + 3, len(heap))):
+                heapq.heappush(edge, (heap[below], below))
 
     def __len__(self) -> int:
         return len(self._entries)

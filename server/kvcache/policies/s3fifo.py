@@ -2,7 +2,8 @@
 
 Most blocks of real traffic are never asked for again: they pass through the small queue, a tenth of the tier, and leave
 without having displaced anything. A block that was matched goes to the main queue; so does one that comes back while
-its hash is still in the ghost list of what left lately.
+its hash is still in the ghost list of what lately left the small queue. Unlike the original, a block that is used again
+goes to the end of its queue at once, as what follows it may be new there.
 
 Suffix first: the main queue gives a block away only if it was inserted before all that is in the small queue, so no
 child of it can be there, as children are inserted before their parents. A block in the main queue has hits, its own or
@@ -17,12 +18,13 @@ from collections.abc import Iterator
 from server.types import BlockHash
 
 SMALL_SHARE = 0.1
+"""Of the tier's frames, the share that newcomers keep while there is anything else to evict."""
 
 
 class S3FIFO:
     def __init__(self, capacity: int) -> None:
         self._small_max = max(1, int(SMALL_SHARE * capacity))
-        self._ghosts_max = max(1, capacity - self._small_max)
+        self._ghosts_max = capacity
         self._small: OrderedDict[BlockHash, int] = OrderedDict()
         self._main: OrderedDict[BlockHash, int] = OrderedDict()
         self._ghosts: OrderedDict[BlockHash, None] = OrderedDict()
@@ -40,7 +42,9 @@ class S3FIFO:
         (self._main if key in self._main else self._small).pop(key)
 
     def on_evict(self, key: BlockHash) -> None:
-        self.on_remove(key)
+        if self._main.pop(key, None) is not None:
+            return
+        del self._small[key]
         self._ghosts[key] = None
         if len(self._ghosts) > self._ghosts_max:
             self._ghosts.popitem(last=False)
