@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,11 @@ ReadChunk = Callable[[int, int, int], bytes]
 def weights_digest(files: Sequence[Path], cache_dir: Path | None = None, *, read: ReadChunk = os.pread) -> bytes:
     """32 bytes over name, size and content of every weight file; from the cache if no file has changed since.
 
-    Raises OSError when a file cannot be read. Blocking: up to a second per GB.
+    Where the files lie does not matter. Raises OSError when one cannot be read. Blocking: up to a second per GB.
     """
-    stats = {path.name: _stat(path) for path in files}
-    folder = files[0].parent
+    folder = Path(os.path.commonpath([path.parent for path in files]))
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(files)}
+    stats = {name: _stat(path) for name, path in paths.items()}
     places = [folder / CACHE_NAME]
     if cache_dir is not None:
         places.append(cache_dir / f"{blake2b(str(folder.resolve()).encode(), digest_size=16).hexdigest()}.json")
@@ -47,11 +49,11 @@ def weights_digest(files: Sequence[Path], cache_dir: Path | None = None, *, read
         if known is not None:
             return known
     with ThreadPoolExecutor(THREADS) as pool:
-        sums = list(pool.map(lambda path: _content(path, read), files))
+        sums = list(pool.map(lambda path: _content(path, read), paths.values()))
     total = blake2b(digest_size=32)
-    for path, content in sorted(zip(files, sums, strict=True), key=lambda pair: pair[0].name):
-        total.update(f"{path.name}\0{stats[path.name][0]}\0".encode() + content)
-    if {path.name: _stat(path) for path in files} == stats:  # nobody wrote to them meanwhile
+    for name, content in zip(paths, sums, strict=True):
+        total.update(f"{name}\0{stats[name][0]}\0".encode() + content)
+    if {name: _stat(path) for name, path in paths.items()} == stats:  # nobody wrote to them meanwhile
         _remember(places, stats, total.digest())
     return total.digest()
 
@@ -113,4 +115,5 @@ def _remember(places: Sequence[Path], stats: Mapping[str, list[int]], digest: by
             fresh.replace(place)
             return
         except OSError:
-            continue
+            with suppress(OSError):
+                fresh.unlink()
