@@ -8,88 +8,117 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 WRITE_YIELDS_S = 0.02
 """How long a write waits for reads that are queued; then it goes all the same, so that it never starves."""
 
-Work = Callable[[], Any]
-Job = tuple[Work, asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
+T = TypeVar("T")
+Work = Callable[[], T]
+
+
+class _Call(Generic[T]):
+    """The works of one call: `done` is set on the loop, once, when the last of them is over."""
+
+    def __init__(self, count: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[None] = self.loop.create_future()
+        self.results: list[T | None] = [None] * count
+        self.error: BaseException | None = None
+        self.left = count
 
 
 class IoPool:
+    """`readers` and `writers` threads. `read` and `write` on the loop thread."""
+
     def __init__(self, readers: int, writers: int) -> None:
-        self._reads: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._writes: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._no_reads = threading.Event()
-        self._no_reads.set()
+        lock = threading.Lock()
+        self._lock = lock
+        self._readable, self._writable, self._no_reads = (threading.Condition(lock) for _ in range(3))
+        self._reads: deque[tuple[_Call, int, Work]] = deque()
+        self._writes: deque[tuple[_Call, int, Work]] = deque()
+        self._closing = False
         self._threads = [
             threading.Thread(target=target, name=f"terrace-ssd-{name}-{i}", daemon=True)
             for name, target, count in (("read", self._read, readers), ("write", self._write, writers))
             for i in range(count)
         ]
-        self._counts = (readers, writers)
         for thread in self._threads:
             thread.start()
 
-    async def read(self, work: Work) -> Any:
-        """Run `work` on a reading thread. Loop thread; cancelled or not, it returns when `work` is over."""
-        self._no_reads.clear()
-        return await self._submit(self._reads, work)
+    async def read(self, works: Sequence[Work[T]]) -> list[T]:
+        """Run all of `works` on reading threads. Cancelled or not, it returns when the last of them is over."""
+        return await self._submit(self._reads, self._readable, works)
 
-    async def write(self, work: Work) -> Any:
-        """The same on a writing thread."""
-        return await self._submit(self._writes, work)
+    async def write(self, works: Sequence[Work[T]]) -> list[T]:
+        """The same on writing threads."""
+        return await self._submit(self._writes, self._writable, works)
 
-    def close(self, timeout_s: float) -> None:
-        """End the threads; those that are stuck in the kernel are left behind after `timeout_s` each."""
-        for jobs, count in zip((self._reads, self._writes), self._counts, strict=True):
-            for _ in range(count):
-                jobs.put(None)
+    def close(self, timeout_s: float, clock: Callable[[], float]) -> bool:
+        """End the threads when their queues are empty. False when some are still stuck after `timeout_s` in all."""
+        deadline_s = clock() + timeout_s
+        with self._lock:
+            self._closing = True
+            self._readable.notify_all()
+            self._writable.notify_all()
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - clock()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    async def _submit(self, jobs: queue.SimpleQueue[Job | None], work: Work) -> Any:
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Any] = loop.create_future()
-        jobs.put((work, loop, done))
-        try:
-            return await asyncio.shield(done)
-        except asyncio.CancelledError:
-            await done
-            raise
+    async def _submit(
+        self, jobs: deque[tuple[_Call, int, Work]], ready: threading.Condition, works: Sequence[Work[T]]
+    ) -> list[T]:
+        if not works:
+            return []
+        call: _Call[T] = _Call(len(works))
+        with self._lock:
+            assert not self._closing, "no call is made to a tier that is closed"
+            jobs.extend((call, i, work) for i, work in enumerate(works))
+            ready.notify(len(works))
+        cancelled: asyncio.CancelledError | None = None
+        while not call.done.done():
+            try:
+                await asyncio.wait((call.done,))  # which a cancellation of this task does not cancel
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        if call.error is not None:
+            raise call.error
+        return call.results  # type: ignore[return-value]
 
     def _read(self) -> None:
-        while (job := self._reads.get()) is not None:
-            _run(job)
-            if self._reads.empty():
-                self._no_reads.set()
+        while True:
+            with self._lock:
+                self._readable.wait_for(lambda: self._reads or self._closing)
+                if not self._reads:
+                    return
+                job = self._reads.popleft()
+                if not self._reads:
+                    self._no_reads.notify_all()
+            self._run(*job)
 
     def _write(self) -> None:
-        while (job := self._writes.get()) is not None:
-            self._no_reads.wait(WRITE_YIELDS_S)
-            _run(job)
+        while True:
+            with self._lock:
+                self._writable.wait_for(lambda: self._writes or self._closing)
+                if not self._writes:
+                    return
+                job = self._writes.popleft()
+                self._no_reads.wait_for(lambda: not self._reads, WRITE_YIELDS_S)
+            self._run(*job)
 
-
-def _run(job: Job) -> None:
-    work, loop, done = job
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as raised:  # noqa: BLE001 - it goes to whoever awaits it
-        error = raised
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(_resolve, done, result, error)
-
-
-def _resolve(done: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    if done.cancelled():
-        return
-    if error is not None:
-        done.set_exception(error)
-    else:
-        done.set_result(result)
+    def _run(self, call: _Call[T], index: int, work: Work[T]) -> None:
+        try:
+            call.results[index] = work()
+        except BaseException as error:  # noqa: BLE001 - a bug: it goes to whoever awaits the call
+            call.error = error
+        with self._lock:
+            call.left -= 1
+            last = call.left == 0
+        if last:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                call.loop.call_soon_threadsafe(call.done.set_result, None)

@@ -1,9 +1,9 @@
 """The SSD tier: blocks in fixed slots of segment files, each naming and verifying itself, warm after any crash.
 
 A slot is a 4 KiB header and the block, rounded up to 4 KiB, written with one `pwritev` and read with one `preadv`
-straight into the host arena; slots that lie side by side go in one call. The header names fingerprint, hash, parent and
-depth and carries the checksum that the bytes had when they came from the device. A read succeeds only if all of that is
-what was asked for: a stale, torn, misdirected, foreign or flipped slot is a miss, never data.
+straight into the host arena; slots that lie side by side go in one call. A read succeeds only if header and bytes are
+exactly what was asked for: a stale, torn, misdirected, foreign or flipped slot is a fault, never data. What the disk
+does wrong comes back as a `TierFault` per block and is counted; nothing is raised and nothing is retried.
 """
 
 from __future__ import annotations
@@ -11,57 +11,62 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import mmap
 import os
-import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import xxhash
 
 from server.kvcache.host import HostArena, checksum
 from server.kvcache.tiers.base import Move, Recovered
-from server.kvcache.tiers.files import Buffers, OsIo
-from server.kvcache.tiers.journal import Journal, bytes_needed
-from server.kvcache.tiers.pool import IoPool, Work
-from server.kvcache.tiers.segments import ALIGNMENT, DirectoryLock, Segments
+from server.kvcache.tiers.files import Buffers, OsIo, move_all
+from server.kvcache.tiers.index import Identity
+from server.kvcache.tiers.journal import Journal, JournalStats, bytes_needed
+from server.kvcache.tiers.pool import IoPool
+from server.kvcache.tiers.segments import DirectoryLock, Limits, Segments
+from server.kvcache.tiers.slots import HEADER_BYTES, RAW, read_header, write_header
 from server.types import SSD, Note, TierFault
 
-HEADER_BYTES = ALIGNMENT
-MAGIC = b"TERRACE1"
-RAW = 0
-"""The only codec so far: the block's own bytes."""
-_HEADER = struct.Struct("<8sI32s32s32sIIQ16s")
-"""Magic, codec, fingerprint, hash, parent, depth, 1 if there is a parent, bytes, checksum; then the header's own."""
-_SEAL = struct.Struct("<Q")
+log = logging.getLogger("terrace.ssd")
+
 MAX_IO_BYTES = 8 * 2**20
-"""Of one system call; a longer run is split."""
+"""Of one system call; a longer run is split, over the threads."""
+MAX_IO_BLOCKS = 512
+"""Two buffers each, and the system takes 1,024 (IOV_MAX)."""
 CLOSE_S = 5.0
-"""How long a stuck disk may hold up the end of the process, per thread at worst."""
+"""How long a stuck disk may hold up the end of the process: once for blocks, once for the index."""
 
 
 @dataclass(slots=True)
 class SsdStats:
-    """Written by many threads under one lock; read by anyone."""
+    """Counters since the start, written by many threads under one lock, read by anyone."""
 
     bytes_read: int = 0
     bytes_written: int = 0
     read_s: float = 0.0
+    """Seconds in read calls, summed over threads."""
     write_s: float = 0.0
     reads: int = 0
+    """Calls to the system, not blocks."""
     writes: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    """By kind: what exactly did not agree, or which error the system gave."""
+    io_errors: Counter[str] = field(default_factory=Counter)
+    """Calls that failed, by errno name; `SHORT`: they ended early."""
+    corrupt: Counter[str] = field(default_factory=Counter)
+    """Blocks refused: `label` (the host frame held something else), `header`, `foreign`, `stale`, `payload`."""
     recovered_blocks: int = 0
+    dropped_at_recovery: int = 0
+    """Rows of the index whose slot or chain is not there."""
     recovery_s: float = 0.0
+    journal: JournalStats = field(default_factory=JournalStats)
 
 
 class SsdTier:
+    """Loop thread. Calls may overlap; the disk's queue is as deep as there are threads."""
+
     def __init__(
         self,
         root: Path,
@@ -78,99 +83,96 @@ class SsdTier:
     ) -> None:
         """At most `capacity_bytes` on disk, index included, and never less than `min_free_bytes` free for others.
 
-        Raises ConfigError when the directory cannot be used or has another owner.
+        Raises ConfigError when the directory has another owner, OSError when it cannot be used.
         """
         assert len(fingerprint) == 32, "a fingerprint is 32 bytes"
         self.name = SSD
-        self.stats = SsdStats()
+        self.directory = root / fingerprint.hex()
+        self._io = io or OsIo()
         self._host = host
         self._fingerprint = fingerprint
         self._clock = clock
         self._wall_clock = wall_clock
         self._slot_bytes = HEADER_BYTES + host.stride
+        self._run_blocks = max(1, min(MAX_IO_BLOCKS, MAX_IO_BYTES // self._slot_bytes))
         self.capacity_blocks = frames_within(capacity_bytes, self._slot_bytes)
-        self.directory = root / fingerprint.hex()
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = DirectoryLock(self.directory)
-        self._io = io or OsIo()
-        self.segments = Segments(
-            self.directory,
-            self.capacity_blocks,
-            self._slot_bytes,
-            cap_bytes=capacity_bytes,
-            min_free_bytes=min_free_bytes,
-            io=self._io,
-        )
-        self.journal = Journal(self.directory, fingerprint, self.capacity_blocks, self._io)
+        limits = Limits(capacity_bytes, bytes_needed(self.capacity_blocks), min_free_bytes)
+        self.segments = Segments(self.directory, self.capacity_blocks, self._slot_bytes, limits, self._io)
+        self._journal = Journal(self.directory, Identity(fingerprint, host.block_bytes), self.capacity_blocks, self._io)
+        self.stats = SsdStats(journal=self._journal.stats)
         self._threads = IoPool(readers, writers)
         self._counting = threading.Lock()
         self._headers = threading.local()
-        self._run_blocks = max(1, MAX_IO_BYTES // self._slot_bytes)
 
     async def open(self) -> Recovered:
-        """Take over what is on disk: O(index), no slot is read. Rows whose slot does not exist are dropped."""
+        """Take over what is on disk: O(index), no slot is read. Raises OSError when the directory cannot be used."""
         return await asyncio.to_thread(self._open)
 
     def _open(self) -> Recovered:
         started_s = self._clock()
         self.segments.open()
-        found = self.journal.open(self._wall_clock())
-        if not all(map(self.segments.holds, found.frames)):
-            found = _without(found, {frame for frame in found.frames if not self.segments.holds(frame)})
+        found, rows = self._journal.open(self.segments.present, self._wall_clock())
         self.stats.recovered_blocks = len(found.frames)
+        self.stats.dropped_at_recovery = rows - len(found.frames)
         self.stats.recovery_s = self._clock() - started_s
+        log.info(
+            "SSD tier: %d blocks recovered in %.2f s, %d dropped; room for %d; %s",
+            len(found.frames), self.stats.recovery_s, self.stats.dropped_at_recovery, self.capacity_blocks,
+            "O_DIRECT" if self.segments.direct else "page cache",
+        )  # fmt: skip
         return found
 
+    @property
+    def disk_bytes(self) -> int:
+        """What the directory takes now, index included. A few system calls: for metrics, not for hot paths."""
+        with os.scandir(self.directory) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+
     async def write(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
-        return await self._each_run(moves, self._threads.write, self._write_run)
+        """Host to tier. Faults: `corrupt` (the host frame holds something else), `io`, `no_space`."""
+        runs = list(self._runs(moves))
+        done = await self._threads.write([partial(self._write_run, [moves[i] for i in run]) for run in runs])
+        return _in_order(len(moves), runs, done)
 
     async def read(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
-        return await self._each_run(moves, self._threads.read, self._read_run)
+        """Tier to host. Faults: `corrupt`, `io`."""
+        runs = list(self._runs(moves))
+        done = await self._threads.read([partial(self._read_run, [moves[i] for i in run]) for run in runs])
+        return _in_order(len(moves), runs, done)
 
     def note(self, notes: Sequence[Note]) -> None:
-        self.journal.note(list(notes))
+        self._journal.note(notes)
 
     async def aclose(self) -> None:
         """Finish what is open, as far as the disk lets us, and leave an index that the next start reads at once."""
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        self._threads.close(CLOSE_S)
-        self.journal.close(CLOSE_S)
-        self.segments.close()
-        self._lock.release()
+        idle = self._threads.close(CLOSE_S, self._clock)
+        idle &= self._journal.close(CLOSE_S)
+        if idle:  # else a stuck thread still has the descriptors: directory and lock stay ours until the process ends
+            self.segments.close()
+            self._lock.release()
+        else:
+            log.warning("the SSD tier could not be closed: the disk does not answer")
 
     # --- runs --------------------------------------------------------------------------------------------------------
 
-    async def _each_run(
-        self,
-        moves: Sequence[Move],
-        submit: Callable[[Work], Coroutine[Any, Any, Any]],
-        carry: Callable[[Sequence[Move]], list[TierFault | None]],
-    ) -> list[TierFault | None]:
-        """`carry` for every run of neighbouring slots, all at once; outcomes in the order of `moves`."""
-        runs = list(self._runs(moves))
-        done = await asyncio.gather(*(submit(partial(carry, [moves[i] for i in run])) for run in runs))
-        outcomes: list[TierFault | None] = [None] * len(moves)
-        for run, results in zip(runs, done, strict=True):
-            for i, result in zip(run, results, strict=True):
-                outcomes[i] = result
-        return outcomes
-
     def _runs(self, moves: Sequence[Move]) -> Iterator[list[int]]:
+        """Indexes of `moves` whose slots lie side by side, as many as go into one I/O."""
         run: list[int] = []
         for i in sorted(range(len(moves)), key=lambda i: moves[i].frame):
             if run:
                 last = moves[run[-1]].frame
-                joined = moves[i].frame == last + 1 and self.segments.runs_on(last) and len(run) < self._run_blocks
-                if not joined:
+                if moves[i].frame != last + 1 or not self.segments.runs_on(last) or len(run) == self._run_blocks:
                     yield run
                     run = []
             run.append(i)
         if run:
             yield run
 
-    def _header_views(self, count: int) -> list[memoryview]:
+    def _header_pages(self, count: int) -> list[memoryview]:
         """`count` page-aligned header buffers of this thread."""
         pages: memoryview | None = getattr(self._headers, "pages", None)
         if pages is None:
@@ -179,18 +181,17 @@ class SsdTier:
         return [pages[i * HEADER_BYTES : (i + 1) * HEADER_BYTES] for i in range(count)]
 
     def _write_run(self, moves: Sequence[Move]) -> list[TierFault | None]:
-        """One run, one I/O. Blocks that are not what they should be split it: bytes that nobody vouches for are not
-        written."""
+        """One run, one I/O. Bytes that nobody vouches for are not written, and split it."""
         outcomes: list[TierFault | None] = []
         good: list[tuple[Move, bytes]] = []
         for move in moves:
             digest = self._host.digest_of(move.host, move.hash)
-            if digest is None:
-                outcomes += self._put(good)
-                good = []
-                outcomes.append(self._fault("corrupt", "label", "the host frame does not hold this block"))
-            else:
+            if digest is not None:
                 good.append((move, digest))
+                continue
+            outcomes += self._put(good)
+            good = []
+            outcomes.append(self._corrupt("label", f"host frame {move.host} does not hold the block to be written"))
         return outcomes + self._put(good)
 
     def _put(self, blocks: Sequence[tuple[Move, bytes]]) -> list[TierFault | None]:
@@ -198,126 +199,118 @@ class SsdTier:
             return []
         first, count = blocks[0][0].frame, len(blocks)
         buffers: list[memoryview] = []
-        for header, (move, digest) in zip(self._header_views(count), blocks, strict=True):
-            self._fill_header(header, move, digest)
-            buffers += (header, self._host.padded(move.host))
+        for page, (move, digest) in zip(self._header_pages(count), blocks, strict=True):
+            write_header(page, self._fingerprint, move, self._host.block_bytes, digest)
+            buffers += (page, self._host.padded(move.host))
         started_s = self._clock()
         try:
             self.segments.ensure(first, count)
             fd, offset = self.segments.place(first)
-            written = self._io.pwritev(fd, buffers, offset)
+            written = move_all(self._pwritev, fd, buffers, offset)
         except OSError as error:
-            return [self._os_fault(error)] * count
-        self._count_io(written, started_s, reading=False)
-        outcomes: list[TierFault | None] = []
-        for i, (move, _) in enumerate(blocks):
-            whole = written >= (i + 1) * self._slot_bytes
-            outcomes.append(None if whole else self._fault("io", "short_write", f"wrote {written} bytes"))
-            if whole:
-                self.journal.put(move.frame, move.hash, move.parent, move.depth)
-        return outcomes
+            return self._failed(error, count)
+        whole = written // self._slot_bytes
+        with self._counting:
+            self.stats.bytes_written += written
+            self.stats.write_s += self._clock() - started_s
+            self.stats.writes += 1
+        self._journal.put([(move.frame, move.hash, move.parent, move.depth) for move, _ in blocks[:whole]])
+        return [*[None] * whole, *self._cut_short(written, count - whole)]
 
     def _read_run(self, moves: Sequence[Move]) -> list[TierFault | None]:
-        headers = self._header_views(len(moves))
+        pages = self._header_pages(len(moves))
         buffers: list[memoryview] = []
-        for header, move in zip(headers, moves, strict=True):
+        for page, move in zip(pages, moves, strict=True):
             self._host.expect_nothing(move.host)
-            buffers += (header, self._host.padded(move.host))
+            buffers += (page, self._host.padded(move.host))
         started_s = self._clock()
         try:
             fd, offset = self.segments.place(moves[0].frame)
-            got = self._preadv(fd, buffers, offset)
+            got = move_all(self._preadv, fd, buffers, offset)
         except OSError as error:
-            return [self._os_fault(error)] * len(moves)
-        self._count_io(got, started_s, reading=True)
-        outcomes: list[TierFault | None] = []
-        for i, (header, move) in enumerate(zip(headers, moves, strict=True)):
-            if got < (i + 1) * self._slot_bytes:
-                outcomes.append(self._fault("io", "short_read", f"read {got} bytes"))
-            else:
-                outcomes.append(self._verify(header, move))
-        return outcomes
+            faults = self._failed(error, len(moves))
+            if len(moves) > 1:  # one bad sector must not take its neighbours along
+                return [outcome for move in moves for outcome in self._read_run([move])]
+            return faults
+        whole = got // self._slot_bytes
+        with self._counting:
+            self.stats.bytes_read += got
+            self.stats.read_s += self._clock() - started_s
+            self.stats.reads += 1
+        outcomes = [self._verify(page, move) for page, move in zip(pages[:whole], moves[:whole], strict=True)]
+        return outcomes + self._cut_short(got, len(moves) - whole)
+
+    def _verify(self, page: memoryview, move: Move) -> TierFault | None:
+        """Label the host frame if the slot is exactly what was asked for; else say what is wrong with it."""
+        slot, found = move.frame, read_header(page)
+        if found is None:
+            return self._corrupt("header", f"slot {slot} has no valid header")
+        if (found.fingerprint, found.codec, found.block_bytes) != (self._fingerprint, RAW, self._host.block_bytes):
+            return self._corrupt("foreign", f"slot {slot} was written by another model")
+        if (found.hash, found.parent, found.depth) != (move.hash, move.parent, move.depth):
+            return self._corrupt("stale", f"slot {slot} holds another block")
+        if checksum(self._host.view(move.host)) != found.digest:
+            return self._corrupt("payload", f"the bytes in slot {slot} are not those that were written")
+        self._host.label(move.host, move.hash, found.digest)
+        return None
+
+    # --- system calls ------------------------------------------------------------------------------------------------
 
     def _preadv(self, fd: int, buffers: Buffers, offset: int) -> int:
         got = self._io.preadv(fd, buffers, offset)
-        if not self.segments.direct:
-            with contextlib.suppress(OSError):  # what was read is in our own arena now, once is enough
-                os.posix_fadvise(fd, offset, got, os.POSIX_FADV_DONTNEED)
+        self._uncache(fd, offset, got)
         return got
 
-    # --- headers -----------------------------------------------------------------------------------------------------
+    def _pwritev(self, fd: int, buffers: Buffers, offset: int) -> int:
+        written = self._io.pwritev(fd, buffers, offset)
+        self._uncache(fd, offset, written)
+        return written
 
-    def _fill_header(self, header: memoryview, move: Move, digest: bytes) -> None:
-        _HEADER.pack_into(
-            header, 0, MAGIC, RAW, self._fingerprint, move.hash, move.parent or b"", move.depth,
-            move.parent is not None, self._host.block_bytes, digest,
-        )  # fmt: skip
-        _SEAL.pack_into(header, _HEADER.size, xxhash.xxh3_64_intdigest(header[: _HEADER.size]))
+    def _uncache(self, fd: int, offset: int, length: int) -> None:
+        """Without O_DIRECT: what we keep in our own arena need not be in the page cache, too."""
+        if not self.segments.direct:
+            with contextlib.suppress(OSError):  # advice
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
-    def _verify(self, header: memoryview, move: Move) -> TierFault | None:
-        """Label the host frame if the slot is exactly what was asked for; else say what is wrong with it."""
-        (seal,) = _SEAL.unpack_from(header, _HEADER.size)
-        magic, codec, fingerprint, value, parent, depth, chained, length, digest = _HEADER.unpack_from(header, 0)
-        if magic != MAGIC or seal != xxhash.xxh3_64_intdigest(header[: _HEADER.size]):
-            return self._fault("corrupt", "header", f"slot {move.frame} has no valid header")
-        if fingerprint != self._fingerprint or codec != RAW or length != self._host.block_bytes:
-            return self._fault("corrupt", "foreign", f"slot {move.frame} was written by another model")
-        if value != move.hash or depth != move.depth or (parent if chained else None) != move.parent:
-            return self._fault("corrupt", "stale", f"slot {move.frame} holds another block")
-        if checksum(self._host.view(move.host)) != digest:
-            return self._fault("corrupt", "payload", f"the bytes of slot {move.frame} are not what was written")
-        self._host.label(move.host, move.hash, digest)
-        return None
+    # --- faults ------------------------------------------------------------------------------------------------------
 
-    # --- counting ----------------------------------------------------------------------------------------------------
-
-    def _count_io(self, count: int, started_s: float, *, reading: bool) -> None:
-        spent_s = self._clock() - started_s
+    def _corrupt(self, kind: str, detail: str) -> TierFault:
         with self._counting:
-            if reading:
-                self.stats.bytes_read += count
-                self.stats.read_s += spent_s
-                self.stats.reads += 1
-            else:
-                self.stats.bytes_written += count
-                self.stats.write_s += spent_s
-                self.stats.writes += 1
+            self.stats.corrupt[kind] += 1
+        return TierFault("corrupt", detail)
 
-    def _fault(self, reason: str, kind: str, detail: str) -> TierFault:
-        with self._counting:
-            self.stats.faults[kind] += 1
-        return TierFault(reason, detail)
-
-    def _os_fault(self, error: OSError) -> TierFault:
+    def _failed(self, error: OSError, count: int) -> list[TierFault | None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return self._fault("no_space" if full else "io", errno.errorcode.get(error.errno or 0, "EIO"), str(error))
+        with self._counting:
+            self.stats.io_errors[errno.errorcode.get(error.errno or 0, "EIO")] += 1
+        return [TierFault("no_space" if full else "io", str(error))] * count
+
+    def _cut_short(self, moved: int, count: int) -> list[TierFault | None]:
+        if not count:
+            return []
+        with self._counting:
+            self.stats.io_errors["SHORT"] += 1
+        return [TierFault("io", f"it ended after {moved} bytes")] * count
+
+
+def _in_order(
+    count: int, runs: Sequence[Sequence[int]], done: Sequence[Sequence[TierFault | None]]
+) -> list[TierFault | None]:
+    """The outcomes of all runs, each at the place of its move."""
+    outcomes: list[TierFault | None] = [None] * count
+    for run, results in zip(runs, done, strict=True):
+        for i, outcome in zip(run, results, strict=True):
+            outcomes[i] = outcome
+    return outcomes
 
 
 def frames_within(capacity_bytes: int, slot_bytes: int) -> int:
     """How many slots, with the index files that they need, never exceed `capacity_bytes`."""
-    frames = max(0, capacity_bytes // slot_bytes)
-    while frames > 0 and frames * slot_bytes + bytes_needed(frames) > capacity_bytes:
-        excess = frames * slot_bytes + bytes_needed(frames) - capacity_bytes
-        frames -= max(1, excess // (slot_bytes + 300))
-    return max(0, frames)
-
-
-def _without(found: Recovered, lost: set[int]) -> Recovered:
-    """`found` without the frames `lost` and all that hangs on them."""
-    below: dict[int, list[int]] = {}
-    for frame, above in zip(found.frames, found.above, strict=True):
-        below.setdefault(above, []).append(frame)
-    gone, doubtful = set(lost), list(lost)
-    while doubtful:
-        for frame in below.get(doubtful.pop(), ()):
-            if frame not in gone:
-                gone.add(frame)
-                doubtful.append(frame)
-    rows = [i for i, frame in enumerate(found.frames) if frame not in gone]
-    return Recovered(
-        frames=[found.frames[i] for i in rows],
-        hashes=[found.hashes[i] for i in rows],
-        above=[found.above[i] for i in rows],
-        depths=[found.depths[i] for i in rows],
-        pins=found.pins,
-    )
+    low, high = 0, max(0, capacity_bytes // slot_bytes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if middle * slot_bytes + bytes_needed(middle) <= capacity_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
