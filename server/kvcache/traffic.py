@@ -279,7 +279,7 @@ class Traffic:
         if fault is None:
             self.planner.breakers[source.name].worked()
             target.landed(target_frame)
-            target.hits[target_frame] = source.hits[source_frame]
+            target.hits[target_frame] = max(target.hits[target_frame], source.hits[source_frame])
             source.unhold(source_frame)
             load.level = hop
             self._risen(load, target_frame, now)

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
+AGAIN_S = 1.0
+"""CPU seconds between alarms once the limit is passed."""
+
 MAX_ITERATIONS = 200_000
 """A scenario takes some thousand turns of the loop; one that takes this many runs in circles."""
 
@@ -93,7 +96,7 @@ def cpu_limit(limit_s: float) -> Iterator[None]:
         raise SimFailure(f"hang: {limit_s:g} s of CPU time, last in {where}")
 
     before = signal.signal(signal.SIGVTALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s, AGAIN_S)  # whoever catches the first and goes on gets another
     try:
         yield
     finally:

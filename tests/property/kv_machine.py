@@ -55,11 +55,11 @@ class KVMachine(RuleBasedStateMachine):
     manager: type[KVManager] = KVManager
 
     @initialize(
-        frames=st.tuples(st.integers(1, 5), st.integers(0, 4), st.integers(0, 5)),
+        frames=st.tuples(st.integers(1, 5), st.sampled_from([0, 1, 4, 8]), st.sampled_from([0, 2, 5, 9])),
         block_tokens=st.integers(1, 2),
         policies=st.tuples(*[st.sampled_from(sorted(POLICIES))] * 3),
         in_flight_max=st.integers(1, 3),
-        step_s=st.sampled_from([None, 1e-4, 1e-2, 10.0]),
+        step_s=st.sampled_from([None, 1e-4, 1e-2, 1e-2, 10.0]),
         write_bytes_per_day=st.sampled_from([0.0, 0.0, 1e5]),
     )
     def start(
@@ -124,6 +124,38 @@ class KVMachine(RuleBasedStateMachine):
         self.step(holder, len(tokens))
         self.holders.remove(holder)
         self.kv.release(holder.lease, self.later())
+
+    @rule(
+        tokens=tokens_of,
+        salt=salts,
+        comes_back=st.sampled_from([0, 1, 1, 2]),
+        landings=st.lists(st.sampled_from([None, None, None, "io", "corrupt", "late"]), min_size=2, max_size=8),
+    )
+    def park(self, tokens: list[int], salt: str, comes_back: int, landings: list[str | None]) -> None:
+        """All leave; a session ends, its blocks sink, another takes their frames on the device; then it may be back."""
+        while self.holders:
+            self.kv.release(self.holders.pop().lease, self.later())
+        self.visit(tokens, salt)
+        self.land_all()
+        self.visit([7, *tokens], "flood")
+        self.land_all()
+        for _ in range(comes_back):
+            self.admit(tokens, salt)
+        for reason in landings:
+            self.plan_transfers()
+            if reason == "late":
+                self.wait(5.0)
+            elif self.moving:
+                self.finish(0, reason)
+
+    def land_all(self) -> None:
+        """Everything that moves lands well."""
+        for _ in range(30):
+            self.plan_transfers()
+            while self.moving:
+                self.finish(-1, None)
+            if not self.kv.busy:
+                return
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data(), count=st.integers(1, 9))

@@ -145,6 +145,28 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not full, "a request over the queue's limit was taken"
             self.clients[request.id] = Client(request)
 
+    @rule(length=st.integers(2, 12), times=st.integers(1, 3), floods=st.integers(1, 3))
+    def come_back(self, length: int, times: int, floods: int) -> None:
+        """All are served; a prompt is served, others take its blocks' frames on the device, then it is sent again."""
+        length = min(length, self.limits.max_model_len - 1)
+        self.serve_all()
+        self.submit([0] * length, 1, 0, False, None, 0)
+        for number in range(floods):
+            self.serve_all()
+            self.submit([9 + number] * (self.limits.max_model_len - 1), 1, 0, False, None, 0)
+        self.serve_all()
+        for _ in range(times):
+            self.submit([0] * length, 1, 0, False, None, 0)
+
+    def serve_all(self) -> None:
+        """Turn until nobody is left."""
+        for _ in range(ALL_DONE_STEPS):
+            if self.scheduler.idle:
+                return
+            self.now += 0.01
+            self.turn()
+        raise AssertionError("requests never end")
+
     @precondition(lambda self: self.scheduler.requests)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:

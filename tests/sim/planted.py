@@ -29,65 +29,23 @@ class Bug:
 
 SIM, KV, STEPS = "simulation", "kv machine", "scheduler machine"
 MANAGER, SCHEDULER = "kvcache.manager:KVManager", "scheduler.scheduler:Scheduler"
+BOOKS, TRAFFIC = "kvcache.books:TierBooks", "kvcache.traffic:Traffic"
 
 BUGS = [
-    # --- frames and leases
-    Bug(
-        "a leased frame may be evicted",
-        f"{MANAGER}._may_go",
-        "(tier is self.device and block.leases)",
-        "False",
-        (
-            SIM,
-            KV,
-            STEPS,
-        ),
-    ),
-    Bug(
-        "a frame that a transfer reads may be evicted",
-        f"{MANAGER}._may_go",
-        "copy.readers or ",
-        "",
-        (
-            SIM,
-            KV,
-        ),
-    ),
-    Bug(
-        "a parent may go before its child",
-        f"{MANAGER}._may_go",
-        "copy.pins or ",
-        "",
-        (SIM,),
-    ),
-    Bug(
-        "a chain is refreshed parent first",
-        f"{MANAGER}._refresh",
-        "in reversed(blocks)",
-        "in blocks",
-        (
-            SIM,
-            KV,
-            STEPS,
-        ),
-    ),
+    # --- frames and holds
+    Bug("a held frame may be evicted", f"{BOOKS}.may_go", "or self.holds[frame] ", "", (SIM, KV, STEPS)),
+    Bug("a parent may go before its child", f"{BOOKS}.may_go", " or self.pins[frame]", "", (SIM, KV)),
+    Bug("a block may go before its bytes came", f"{BOOKS}.may_go", "or not self.ready[frame] ", "", (KV,)),
+    Bug("a chain is refreshed parent first", f"{BOOKS}.refresh", "in reversed(values)", "in values", (SIM, KV, STEPS)),
+    Bug("a failed block stays filed", f"{BOOKS}.unhold", "and not self.ready[frame]", "and False", (SIM, KV)),
+    Bug("a parent keeps its rank when a child comes", f"{BOOKS}.hang", "self._unrank(above)", "pass", (SIM, KV)),
+    Bug("a pinned block may go", f"{BOOKS}.may_go", "value not in self.kept", "True", (KV,)),
     Bug(
         "a block table gets its frames twice",
         f"{MANAGER}.grow",
         "lease.table.extend(frames)",
         "lease.table.extend(frames + frames)",
-        (
-            SIM,
-            KV,
-            STEPS,
-        ),
-    ),
-    Bug(
-        "a truncated block keeps its lease",
-        f"{MANAGER}._truncate",
-        "self._let_go(dropped, now)",
-        "pass",
-        (SIM,),
+        (SIM, KV, STEPS),
     ),
     # --- sealing and identity
     Bug(
@@ -95,95 +53,79 @@ BUGS = [
         f"{SCHEDULER}._seal",
         "request.computed_tokens //",
         "(request.computed_tokens + 1) //",
-        (
-            SIM,
-            STEPS,
-        ),
+        (SIM, STEPS),
     ),
-    Bug(
-        "the hash leaves the salt out",
-        f"{MANAGER}.root",
-        ", cache_salt)",
-        ', "")',
-        (
-            SIM,
-            KV,
-        ),
-    ),
-    Bug(
-        "the hash leaves the parent out",
-        "kvcache.hashing:block_hash",
-        "parent + tokens",
-        "tokens",
-        (
-            SIM,
-            KV,
-        ),
-    ),
+    Bug("the hash leaves the salt out", f"{MANAGER}.root", ", cache_salt)", ', "")', (SIM, KV)),
+    Bug("the hash leaves the parent out", "kvcache.hashing:block_hash", "parent + tokens", "tokens", (SIM, KV)),
     Bug(
         "the table keeps the frame of a block that was given up",
-        f"{MANAGER}._adopt",
-        "lease.table.replace(position, theirs.frame)",
+        f"{MANAGER}.seal",
+        "lease.table.replace(position, twin)",
         "pass",
-        (
-            SIM,
-            KV,
-            STEPS,
-        ),
+        (SIM, KV, STEPS),
     ),
+    Bug("an adopted block is not held", f"{MANAGER}.seal", "device.hold(twin)", "pass", (SIM, KV, STEPS)),
+    # --- loads
+    Bug("a failed load counts as landed", f"{TRAFFIC}._came_up", "if fault is None:", "if True:", (SIM, KV)),
+    Bug("a bad copy is trusted again", f"{TRAFFIC}._came_up", 'fault.reason == "corrupt"', "False", (KV,)),
     Bug(
-        "an adopted block is not held",
-        f"{MANAGER}._adopt",
-        "self._hold(twin)\n        self.device.pool",
-        "self.device.pool",
-        (
-            SIM,
-            KV,
-            STEPS,
-        ),
-    ),
-    # --- transfers
-    Bug(
-        "a failed transfer counts as landed",
-        f"{MANAGER}.complete",
-        "if fault is None:",
-        "if True:",
-        (
-            SIM,
-            KV,
-        ),
-    ),
-    Bug(
-        "a spill is readable before it landed",
-        f"{MANAGER}._spill",
-        "ready=False",
-        "ready=True",
-        (
-            SIM,
-            KV,
-        ),
-    ),
-    Bug(
-        "a block that somebody else sent for again is trusted",
-        f"{MANAGER}._settle",
-        "copy is None or not copy.ready",
-        "copy is None",
-        (SIM,),
-    ),
-    Bug(
-        "a lease waits for the first of its blocks only",
-        f"{MANAGER}._onboard",
-        "lease.onboarding += 1",
-        "lease.onboarding = 1",
-        (SIM,),
-    ),
-    Bug(
-        "a landing wakes nobody",
-        "engine:Engine._landed",
-        "self._wake.set()",
+        "a load delivers a frame that it does not hold",
+        f"{TRAFFIC}._deliver",
+        "device.hold(frame)",
         "pass",
+        (SIM, KV, STEPS),
+    ),
+    Bug("who leaves a load is still served", f"{TRAFFIC}.leave", "load.leases.remove(lease)", "pass", (SIM, KV, STEPS)),
+    Bug(
+        "a load over its deadline is waited for",
+        f"{TRAFFIC}._expire",
+        "load.leases.clear()",
+        "pass",
+        (KV, STEPS),
+    ),
+    Bug(
+        "a load that failed is never given up",
+        f"{TRAFFIC}._end",
+        "        del lease.loads[load.depth]",
+        "        pass",
+        (SIM, KV, STEPS),
+    ),
+    Bug(
+        "blocks that came are not let go of",
+        f"{MANAGER}.release",
+        "device.unhold(lease.tail[position][0])",
+        "pass",
+        (SIM, KV),
+    ),
+    Bug(
+        "the table takes blocks out of order",
+        f"{MANAGER}.join",
+        "lease.tail.pop(position, None)",
+        "lease.tail.pop(max(lease.tail, default=0), None)",
+        (SIM, KV),
+    ),
+    Bug("nobody looks again when a load is late", f"{MANAGER}.compute_until", "self.wake_s = min", "_ = min", (STEPS,)),
+    # --- spills
+    Bug("a spill is readable before it landed", f"{TRAFFIC}._spill_to", "ready=False", "ready=True", (SIM, KV)),
+    Bug("a spill does not hold its source", f"{TRAFFIC}._spill_to", "source.hold(origin)", "pass", (SIM, KV)),
+    Bug("a failed spill counts as landed", f"{TRAFFIC}._went_down", "if fault is None:", "if True:", (SIM, KV)),
+    Bug(
+        "room for a child is made by its parent",
+        f"{TRAFFIC}._plan_down",
+        "below.hold(anchor)",
+        "pass",
+        (KV,),
+    ),
+    Bug("a landing wakes nobody", "engine:Engine._landed", "self._wake.set()", "pass", (SIM,)),
+    # --- restart
+    Bug(
+        "a restart forgets what hangs on what",
+        f"{BOOKS}.recover",
+        "(self.above, above), ",
+        "",
         (SIM,),
     ),
+    Bug("a restart hands out frames in use", f"{BOOKS}.recover", "self.pool.occupy(frames)", "pass", (SIM,)),
     # --- the step
     Bug(
         "an abort frees frames under a running step",
@@ -194,9 +136,9 @@ BUGS = [
     ),
     Bug(
         "a resumed request skips a token",
-        f"{SCHEDULER}._run",
-        "request.computed_tokens = hit * self._block_tokens",
-        "request.computed_tokens = hit * self._block_tokens + bool(request.preemptions)",
+        f"{SCHEDULER}._joined",
+        "len(lease.table) * self._block_tokens",
+        "len(lease.table) * self._block_tokens + bool(request.preemptions)",
         (SIM,),
     ),
     Bug(
