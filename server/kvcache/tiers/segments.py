@@ -162,7 +162,11 @@ class Segments:
             if room <= 0:
                 path.unlink()
                 continue
-            fd = self._open(number)
+            try:
+                fd = self._open(number)
+            except OSError as error:
+                log.warning("%s cannot be opened (%s): its blocks are lost", path, error)
+                continue
             if os.fstat(fd).st_size > room * self._slot_bytes:
                 os.ftruncate(fd, room * self._slot_bytes)
             self._files[number] = (fd, os.fstat(fd).st_size // self._slot_bytes)
