@@ -124,6 +124,9 @@ def build(config: Config) -> Daemon:
         _weights(config, folder), load_config(folder).to_dict(), layout, dtypes=(str(model.dtype), str(kv_dtype))
     )
     tiers, specs = _lower_tiers(config, layout, arena, identity)
+    ssd = tiers.get(SSD)
+    if isinstance(ssd, SsdTier):
+        metrics.bind_ssd(ssd.stats, lambda: ssd.disk_bytes)
     kv = KVManager(
         layout,
         [TierSpec(DEVICE, frames, config.kv.eviction), *specs],

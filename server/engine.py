@@ -18,10 +18,23 @@ from server.errors import InvalidRequest, NotReady, Overloaded, StepFailed
 from server.kvcache import audit
 from server.kvcache.manager import KVManager
 from server.kvcache.mover import Mover
+from server.kvcache.report import kv_report
 from server.metrics import Metrics
 from server.scheduler.request import Request, request_from
 from server.scheduler.scheduler import Scheduler
-from server.types import FinishReason, SamplingParams, StepPlan, StepRunner, TierFault, TokenEvent
+from server.types import (
+    DEVICE,
+    DRAM,
+    SSD,
+    FinishReason,
+    KvReport,
+    SamplingParams,
+    StepPlan,
+    StepRunner,
+    TierFault,
+    TierName,
+    TokenEvent,
+)
 
 log = logging.getLogger("terrace.engine")
 
@@ -45,14 +58,13 @@ class GenerateSpec:
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """Gauges at one moment. `blocks_used` are held by requests, `blocks_cached` could be evicted, the rest is free."""
+    """Gauges at one moment. `loading` of the running requests wait for blocks from a tier below."""
 
     state: State
     running: int
     waiting: int
-    blocks_total: int
-    blocks_used: int
-    blocks_cached: int
+    loading: int
+    kv: KvReport
 
 
 class Stream:
@@ -77,6 +89,12 @@ class Stream:
     def cached_tokens(self) -> int | None:
         """Prompt tokens that came from the cache; known from the first event on."""
         return self.request.cached_tokens
+
+    @property
+    def cached_by_tier(self) -> dict[TierName, int]:
+        """The same by the tier that they were found in; sums to `cached_tokens`."""
+        size = self._engine.kv.layout.block_tokens
+        return {tier: blocks * size for tier, blocks in self.request.served.items()}
 
     def deliver(self, event: TokenEvent) -> None:
         """The engine's side: add an event and wake the consumer, at most once per step."""
@@ -184,15 +202,13 @@ class Engine:
             self._wake.set()
 
     def snapshot(self) -> EngineSnapshot:
-        device = self.kv.device
-        cached = len(device.policy)
+        running = self.scheduler.running
         return EngineSnapshot(
             state=self.state,
-            running=len(self.scheduler.running),
+            running=len(running),
             waiting=len(self.scheduler.waiting),
-            blocks_total=device.pool.capacity,
-            blocks_used=device.pool.capacity - device.pool.free - cached,
-            blocks_cached=cached,
+            loading=sum(request.lease is not None and request.lease.loading for request in running),
+            kv=kv_report(self.kv),
         )
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -301,7 +317,7 @@ class Engine:
                 continue
             if event.token is not None:
                 if stream.last_token_s is None:
-                    self._metrics.first_token(now - stream.request.arrival_s)
+                    self._metrics.first_token(now - stream.request.arrival_s, _deepest(stream.request))
                 else:
                     gaps[stream.last_token_s] = gaps.get(stream.last_token_s, 0) + 1
                 stream.last_token_s = now
@@ -332,8 +348,13 @@ class Engine:
             decode_s=now - first_s,
             prompt_tokens=request.prompt_tokens,
             generated_tokens=request.generated,
-            cached_tokens=request.cached_tokens or 0,
+            served_tokens={tier: blocks * self.kv.layout.block_tokens for tier, blocks in request.served.items()},
         )
+
+
+def _deepest(request: Request) -> str:
+    """The slowest tier that gave this request a block, or `none`."""
+    return next((tier for tier in (SSD, DRAM, DEVICE) if request.served.get(tier)), "none")
 
 
 def _kind(plan: StepPlan) -> str:

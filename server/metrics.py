@@ -3,19 +3,22 @@
 The loop thread calls `step`, `finished` and their like; they touch plain numbers and lists, no lock and no label
 lookup: about 1 us a call, where a prometheus-client child costs 3 to 10. One collector shows them at a scrape.
 Knows names, labels and buckets; refuses to know where a number comes from. Every child exists from the start, so that a
-board shows 0 and not "no data". Only what one device tier can truthfully report is here; other tiers add their own.
+board shows 0 and not "no data". The tiers that exist are known from the first snapshot on; `none` of a label means that
+no tier was involved.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
+
+from server.types import KvReport
 
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 TOKEN_S = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
@@ -26,6 +29,8 @@ BATCH_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 STEP_KINDS = ("prefill", "decode", "mixed")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "too_long", "draining", "rate_limit", "no_memory")
+TIERS = ("device", "dram", "ssd")
+INTEGRITY = ("label", "header", "foreign", "stale", "payload")
 STATES = ("starting", "ready", "draining", "stopped", "failed")
 OTHER = "other"
 """Label value for anything outside a closed set: a scrape must not grow with what clients send."""
@@ -42,11 +47,28 @@ class Snapshot(Protocol):
     @property
     def waiting(self) -> int: ...
     @property
-    def blocks_total(self) -> int: ...
+    def loading(self) -> int: ...
     @property
-    def blocks_used(self) -> int: ...
+    def kv(self) -> KvReport: ...
+
+
+class SsdNumbers(Protocol):
+    """What only the SSD tier itself can count."""
+
     @property
-    def blocks_cached(self) -> int: ...
+    def bytes_read(self) -> int: ...
+    @property
+    def bytes_written(self) -> int: ...
+    @property
+    def read_s(self) -> float: ...
+    @property
+    def write_s(self) -> float: ...
+    @property
+    def io_errors(self) -> Mapping[str, int]: ...
+    @property
+    def corrupt(self) -> Mapping[str, int]: ...
+    @property
+    def recovery_s(self) -> float: ...
 
 
 def lengths_up_to(limit: int) -> tuple[int, ...]:
@@ -98,11 +120,13 @@ class Metrics(Collector):
         self._finished = dict.fromkeys(FINISH_REASONS, 0)
         self._rejected = dict.fromkeys((*REJECTIONS, OTHER), 0)
         self._preemptions = 0
-        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._prompt_tokens = self._generated_tokens = 0
+        self._served_tokens = dict.fromkeys(TIERS, 0)
+        self._ssd: tuple[SsdNumbers, Callable[[], int]] | None = None
         self._busy_s = self._host_s = 0.0
         self._step_s = {kind: _Histogram(STEP_S) for kind in STEP_KINDS}
         self._batch_tokens = _Histogram(BATCH_TOKENS)
-        self._first_token_s = _Histogram(TTFT_S)
+        self._first_token_s = {source: _Histogram(TTFT_S) for source in ("none", *TIERS)}
         self._inter_token_s = _Histogram(TOKEN_S)
         self._output_token_s = _Histogram(TOKEN_S)
         self._e2e_s = _Histogram(REQUEST_S)
@@ -122,9 +146,13 @@ class Metrics(Collector):
         self._busy_s += seconds
         self._host_s += host_seconds
 
-    def first_token(self, seconds: float) -> None:
-        """A request's first token came `seconds` after it was received."""
-        self._first_token_s.observe(seconds)
+    def bind_ssd(self, numbers: SsdNumbers, disk_bytes: Callable[[], int]) -> None:
+        """There is an SSD tier: show what it counts, and what it takes on disk."""
+        self._ssd = (numbers, disk_bytes)
+
+    def first_token(self, seconds: float, source: str = "none") -> None:
+        """A request's first token came `seconds` after it was received; `source` is the slowest tier it drew on."""
+        self._first_token_s[source].observe(seconds)
 
     def inter_token(self, gap_s: float, count: int) -> None:
         """`count` tokens of different requests each came `gap_s` after the one before."""
@@ -140,16 +168,17 @@ class Metrics(Collector):
         decode_s: float,
         prompt_tokens: int,
         generated_tokens: int,
-        cached_tokens: int,
+        served_tokens: Mapping[str, int],
     ) -> None:
-        """One request ended. `cached_tokens` of its `prompt_tokens` were served from cached blocks."""
+        """One request ended. Of its `prompt_tokens`, `served_tokens` came from each tier."""
         self._finished[reason] += 1
         self._e2e_s.observe(e2e_s)
         self._phase_s["queue"].observe(queue_s)
         self._phase_s["prefill"].observe(prefill_s)
         self._phase_s["decode"].observe(decode_s)
         self._prompt_tokens += prompt_tokens
-        self._cached_tokens += cached_tokens
+        for tier, tokens in served_tokens.items():
+            self._served_tokens[tier] += tokens
         self._generated_tokens += generated_tokens
         self._prompt_len.observe(prompt_tokens)
         self._generation_len.observe(generated_tokens)
@@ -214,7 +243,12 @@ class Metrics(Collector):
         )
 
     def _latencies(self) -> Iterator[Metric]:
-        yield self._histogram("time_to_first_token_seconds", "Received to first token.", self._first_token_s)
+        yield self._histograms(
+            "time_to_first_token_seconds",
+            "Received to first token, by the slowest tier that KV came from.",
+            "kv_source",
+            self._first_token_s,
+        )
         yield self._histogram("inter_token_latency_seconds", "Gap between tokens of a request.", self._inter_token_s)
         yield self._histogram(
             "request_time_per_output_token_seconds", "Mean gap between tokens, per request.", self._output_token_s
@@ -224,17 +258,19 @@ class Metrics(Collector):
         yield self._histogram("event_loop_lag_seconds", "How late the event loop's timers fire.", self._lag_s)
 
     def _tokens(self) -> Iterator[Metric]:
-        computed = self._prompt_tokens - self._cached_tokens
+        computed = self._prompt_tokens - sum(self._served_tokens.values())
         yield self._counter("prompt_tokens", "Prompt tokens of finished requests.", self._prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated by finished requests.", self._generated_tokens)
         yield self._counters(
             "prompt_tokens_by_source",
             "Prompt tokens by what provided their KV; sums to terrace_prompt_tokens_total.",
             "source",
-            {"computed": computed, "device": self._cached_tokens},
+            {"computed": computed} | self._served_tokens,
         )
         yield self._counter("kv_lookup_tokens", "Prompt tokens looked up in the prefix cache.", self._prompt_tokens)
-        yield self._counters("kv_hit_tokens", "Prompt tokens found, by tier.", "tier", {"device": self._cached_tokens})
+        yield self._counters(
+            "kv_hit_tokens", "Prompt tokens served, by the tier found in.", "tier", self._served_tokens
+        )
         yield self._histogram("request_prompt_tokens", "Prompt length.", self._prompt_len)
         yield self._histogram("request_generation_tokens", "Generated length.", self._generation_len)
 
@@ -249,24 +285,81 @@ class Metrics(Collector):
 
     def _gauges(self, now: Snapshot) -> Iterator[Metric]:
         yield self._gauge("requests_running", "Requests that hold frames.", None, {"": now.running})
-        yield self._gauge("requests_waiting", "Requests in the queue.", "reason", {"capacity": now.waiting})
-        blocks = {
-            "free": now.blocks_total - now.blocks_used - now.blocks_cached,
-            "cached": now.blocks_cached,
-            "referenced": now.blocks_used,
-        }
-        family = GaugeMetricFamily(
-            "terrace_kv_blocks",
-            "Frames by what they hold: nothing, a cached block that nobody uses, or a block in use.",
-            labels=("model_name", "tier", "state"),
+        yield self._gauge(
+            "requests_waiting",
+            "Requests in the queue, and running ones whose blocks are being loaded.",
+            "reason",
+            {"capacity": now.waiting, "kv_restore": now.loading},
         )
-        for state, count in blocks.items():
-            family.add_metric((self._model_name, "device", state), count)
-        yield family
-        usage = now.blocks_used / now.blocks_total if now.blocks_total else 0.0
+        device = now.kv.tiers[0]
+        usage = (device.referenced_blocks + device.in_flight_blocks) / device.capacity_blocks
         yield self._gauge("kv_cache_usage_ratio", "Share of device frames in use.", None, {"": usage})
+        yield from self._tiers(now.kv)
+        yield from self._hops(now.kv)
+        if self._ssd is not None:
+            yield from self._disk(*self._ssd)
         states = {state: int(state == now.state) for state in STATES}
         yield self._gauge("state", "1 for the daemon's state, 0 for the others.", "state", states)
+
+    def _tiers(self, kv: KvReport) -> Iterator[Metric]:
+        blocks = self._family(GaugeMetricFamily, "kv_blocks", "Frames by what they hold: nothing, a cached block that "
+                              "nobody uses, one in use, or one that is arriving.", "tier", "state")  # fmt: skip
+        evicted = self._family(CounterMetricFamily, "kv_evicted_blocks", "Blocks dropped.", "tier", "reason")
+        declined = self._family(CounterMetricFamily, "kv_restore_declined_blocks", "Blocks that a tier had and that "
+                                "were computed all the same.", "tier", "reason")  # fmt: skip
+        for tier in kv.tiers:
+            states = {"free": tier.free_blocks, "cached": tier.cached_blocks, "referenced": tier.referenced_blocks,
+                      "in_flight": tier.in_flight_blocks}  # fmt: skip
+            for family, values in ((blocks, states), (evicted, tier.evicted), (declined, tier.declined)):
+                for label, count in values.items():
+                    family.add_metric((self._model_name, tier.name, label), count)
+        yield from (blocks, evicted, declined)
+        size = kv.block_bytes
+        used = {tier.name: (tier.capacity_blocks - tier.free_blocks) * size for tier in kv.tiers}
+        yield self._gauge("kv_capacity_bytes", "Size of a tier.", "tier",
+                          {tier.name: tier.capacity_blocks * size for tier in kv.tiers})  # fmt: skip
+        yield self._gauge("kv_used_bytes", "Bytes of a tier that hold blocks.", "tier", used)
+        yield self._gauge("kv_tier_up", "0 while a tier is switched off because it fails or stalls.", "tier",
+                          {tier.name: int(tier.up) for tier in kv.tiers})  # fmt: skip
+        yield self._counters("kv_tier_trips", "How often a tier was switched off.", "tier",
+                             {tier.name: tier.breaker_opened for tier in kv.tiers})  # fmt: skip
+        yield self._counters("kv_admission", "Blocks on their way to the lowest tier.", "decision", kv.admissions)
+        yield self._counter("kv_recovered_blocks", "Blocks that the last start found on SSD.", kv.recovered_blocks)
+        yield self._gauge("kv_pinned_blocks", "Blocks that pins and retention hold.", None, {"": kv.pinned_blocks})
+
+    def _hops(self, kv: KvReport) -> Iterator[Metric]:
+        moved = self._family(CounterMetricFamily, "kv_transfer_bytes", "Bytes moved.", "src", "dst")
+        busy = self._family(
+            CounterMetricFamily, "kv_transfer_busy_seconds", "Time with a move in flight.", "src", "dst"
+        )
+        flying = self._family(GaugeMetricFamily, "kv_transfers_in_flight", "Blocks in flight.", "src", "dst")
+        waiting = self._family(GaugeMetricFamily, "kv_transfer_queue_bytes", "Bytes waiting to move.", "src", "dst")
+        failed = self._family(CounterMetricFamily, "kv_transfer_failures", "Moves that failed.", "src", "dst", "reason")
+        for hop in kv.hops:
+            labels = (self._model_name, hop.source, hop.target)
+            moved.add_metric(labels, hop.moved_blocks * kv.block_bytes)
+            busy.add_metric(labels, hop.busy_s)
+            flying.add_metric(labels, hop.in_flight_blocks)
+            waiting.add_metric(labels, hop.waiting_blocks * kv.block_bytes)
+            for reason, count in hop.failed.items():
+                failed.add_metric((*labels, reason), count)
+        yield from (moved, busy, flying, waiting, failed)
+
+    def _disk(self, ssd: SsdNumbers, disk_bytes: Callable[[], int]) -> Iterator[Metric]:
+        yield self._counter("ssd_read_bytes", "Bytes read from SSD.", ssd.bytes_read)
+        yield self._counter("ssd_written_bytes", "Bytes written to SSD.", ssd.bytes_written)
+        yield self._counters("ssd_io_seconds", "Time in reads and writes, summed over threads.", "op",
+                             {"read": ssd.read_s, "write": ssd.write_s})  # fmt: skip
+        yield self._gauge("ssd_disk_bytes", "What the cache takes on disk, index included.", None, {"": disk_bytes()})
+        yield self._gauge("kv_recovery_seconds", "How long the last start took to take over the cache on SSD.", None,
+                          {"": ssd.recovery_s})  # fmt: skip
+        yield self._counters("kv_integrity_failures", "Blocks refused because they did not verify.", "kind",
+                             dict.fromkeys(INTEGRITY, 0) | dict(ssd.corrupt))  # fmt: skip
+        yield self._counters("ssd_io_errors", "Reads and writes that failed, by errno.", "errno",
+                             {"EIO": 0, "ENOSPC": 0} | dict(ssd.io_errors))  # fmt: skip
+
+    def _family(self, kind: type[Any], name: str, text: str, *labels: str) -> Any:
+        return kind(f"terrace_{name}", text, labels=("model_name", *labels))
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(f"terrace_{name}", text, labels=("model_name",))

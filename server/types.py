@@ -235,6 +235,53 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class TierReport:
+    """One tier at one moment, counters since the start. Blocks: `referenced` are held, `cached` could be evicted."""
+
+    name: TierName
+    up: bool
+    capacity_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    referenced_blocks: int
+    in_flight_blocks: int
+    evicted: Mapping[str, int]
+    """By reason: `capacity`, `corrupt`, `admin`."""
+    declined: Mapping[str, int]
+    """Blocks that were here and were computed all the same: `slower_than_recompute`, `disabled`."""
+    breaker_opened: int
+
+
+@dataclass(frozen=True, slots=True)
+class HopReport:
+    """Blocks moving one way between two neighbouring tiers, counters since the start."""
+
+    source: TierName
+    target: TierName
+    moved_blocks: int
+    in_flight_blocks: int
+    waiting_blocks: int
+    busy_s: float
+    block_s: float
+    """Measured seconds per block while busy."""
+    failed: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class KvReport:
+    """The whole cache at one moment, fastest tier first."""
+
+    block_bytes: int
+    block_tokens: int
+    tiers: Sequence[TierReport]
+    hops: Sequence[HopReport]
+    admissions: Mapping[str, int]
+    """Of blocks to the lowest tier: `admit`, `reject_cold`, `reject_wear`, `no_room`."""
+    recovered_blocks: int
+    pinned_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class TierFault:
     """The world's error in one transfer: what happened, in words for the log. Returned, never raised."""
 

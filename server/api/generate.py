@@ -7,7 +7,7 @@ reads. Every engine stream is closed exactly once, by `Generation.close`, howeve
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from server.api.service import Service
 from server.engine import GenerateSpec, Stream
 from server.errors import NotReady, StepFailed, TerraceError
 from server.text import TextStream
-from server.types import FinishReason, TokenEvent, TokenLogprobs
+from server.types import DEVICE, DRAM, SSD, FinishReason, TokenEvent, TokenLogprobs
 
 MERGE_QUEUE = 64
 """Pieces that wait for a slow client of a many-choice stream; more stay, joined, in the engine's streams."""
@@ -210,12 +210,17 @@ class Generation:
         per_prompt = len(self.plan.specs[0])
         prompt_tokens = sum(len(prompt.ids) for prompt in self.plan.prompts)
         completion_tokens = sum(choice.generated for choice in self.choices)
-        cached = sum(choice.stream.cached_tokens or 0 for choice in self.choices[::per_prompt])
+        cached: Counter[str] = Counter()
+        for choice in self.choices[::per_prompt]:
+            cached.update(choice.stream.cached_by_tier)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {
+                "cached_tokens": cached.total(),
+                "cached_tokens_by_tier": {tier: cached[tier] for tier in (DEVICE, DRAM, SSD)},
+            },
         }
 
 

@@ -319,8 +319,15 @@ class ErrorResponse(_Response):
     error: ErrorDetail
 
 
+class CachedTokensByTier(_Response):
+    device: int
+    dram: int
+    ssd: int
+
+
 class PromptTokensDetails(_Response):
     cached_tokens: int
+    cached_tokens_by_tier: CachedTokensByTier
 
 
 class Usage(_Response):

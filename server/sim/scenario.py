@@ -252,7 +252,7 @@ class Scenario:
             "no request is left": not scheduler.requests and not scheduler.queued_tokens,
             "no lease is left": not kv.leases,
             "no transfer is left": not kv.moving,
-            "every block in use is evictable": self.engine.snapshot().blocks_used == 0,
+            "every block in use is evictable": self.engine.snapshot().kv.tiers[0].referenced_blocks == 0,
             "the scenario ended in time": self._loop.time() < END_S,
         }
         for fact, holds in facts.items():

@@ -35,10 +35,9 @@ BUGS = [
     # --- frames and holds
     Bug("a held frame may be evicted", f"{BOOKS}.may_go", "or self.holds[frame] ", "", (SIM, KV, STEPS)),
     Bug("a parent may go before its child", f"{BOOKS}.may_go", " or self.pins[frame]", "", (SIM, KV)),
-    Bug("a block may go before its bytes came", f"{BOOKS}.may_go", "or not self.ready[frame] ", "", (KV,)),
     Bug("a chain is refreshed parent first", f"{BOOKS}.refresh", "in reversed(values)", "in values", (SIM, KV, STEPS)),
     Bug("a failed block stays filed", f"{BOOKS}.unhold", "and not self.ready[frame]", "and False", (SIM, KV)),
-    Bug("a parent keeps its rank when a child comes", f"{BOOKS}.hang", "self._unrank(above)", "pass", (SIM, KV)),
+    Bug("a parent keeps its rank when a child comes", f"{BOOKS}.hang", "self._unrank(above)", "pass", (SIM,)),
     Bug("a pinned block may go", f"{BOOKS}.may_go", "value not in self.kept", "True", (KV,)),
     Bug(
         "a block table gets its frames twice",
@@ -81,7 +80,7 @@ BUGS = [
         f"{TRAFFIC}._expire",
         "load.leases.clear()",
         "pass",
-        (KV, STEPS),
+        (SIM,),
     ),
     Bug(
         "a load that failed is never given up",
@@ -102,7 +101,7 @@ BUGS = [
         f"{MANAGER}.join",
         "lease.tail.pop(position, None)",
         "lease.tail.pop(max(lease.tail, default=0), None)",
-        (SIM, KV),
+        (SIM,),
     ),
     Bug("nobody looks again when a load is late", f"{MANAGER}.compute_until", "self.wake_s = min", "_ = min", (STEPS,)),
     # --- spills
@@ -118,13 +117,6 @@ BUGS = [
     ),
     Bug("a landing wakes nobody", "engine:Engine._landed", "self._wake.set()", "pass", (SIM,)),
     # --- restart
-    Bug(
-        "a restart forgets what hangs on what",
-        f"{BOOKS}.recover",
-        "(self.above, above), ",
-        "",
-        (SIM,),
-    ),
     Bug("a restart hands out frames in use", f"{BOOKS}.recover", "self.pool.occupy(frames)", "pass", (SIM,)),
     # --- the step
     Bug(

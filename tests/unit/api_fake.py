@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
 from server.metrics import Metrics
-from server.types import FinishReason, TokenEvent, TokenLogprobs
+from server.types import FinishReason, HopReport, KvReport, TierReport, TokenEvent, TokenLogprobs
 
 BOS, EOS = 256, 257
 VOCAB = 258
@@ -72,6 +73,10 @@ class FakeStream:
 
     def __post_init__(self) -> None:
         self._events = self._script()
+
+    @property
+    def cached_by_tier(self) -> dict[str, int]:
+        return {"device": self.cached_tokens or 0}
 
     def __aiter__(self) -> FakeStream:
         return self
@@ -133,9 +138,23 @@ class Gauges:
     state: str
     running: int
     waiting: int = 0
-    blocks_total: int = 8
-    blocks_used: int = 0
-    blocks_cached: int = 0
+    loading: int = 0
+    kv: KvReport = field(default_factory=lambda: a_report(("device", 8, 8, 0, 0)))
+
+
+def a_report(*tiers: tuple[str, int, int, int, int]) -> KvReport:
+    """A cache of these tiers: name, blocks in all, free, cached, referenced."""
+    reports = [
+        TierReport(name, True, total, free, cached, used, 0, {"capacity": 0}, {"disabled": 0}, 0)
+        for name, total, free, cached, used in tiers
+    ]
+    names = [tier[0] for tier in tiers]
+    hops = [
+        HopReport(source, target, 3, 0, 0, 0.5, 0.1, {"io": 0, "corrupt": 0})
+        for above, below in itertools.pairwise(names)
+        for source, target in ((above, below), (below, above))
+    ]
+    return KvReport(1024, 16, reports, hops, {"admit": 0}, 0, 0)
 
 
 class FakeEngine:

@@ -68,7 +68,10 @@ async def test_a_plain_completion() -> None:
         "prompt_tokens": 4,
         "completion_tokens": 7,
         "total_tokens": 11,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {
+            "cached_tokens": 0,
+            "cached_tokens_by_tier": {"device": 0, "dram": 0, "ssd": 0},
+        },
     }
     assert (answer["object"], answer["model"], answer["created"]) == ("text_completion", "fake", 1_700_000_000)
     assert answer["id"].startswith("cmpl-")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import MAX_HTTP_CHILDREN, Metrics, lengths_up_to
+from server.types import KvReport
+from tests.unit.api_fake import a_report
 
 
 @dataclass
@@ -15,9 +17,8 @@ class Gauges:
     state: str = "ready"
     running: int = 3
     waiting: int = 2
-    blocks_total: int = 10
-    blocks_used: int = 4
-    blocks_cached: int = 5
+    loading: int = 1
+    kv: KvReport = field(default_factory=lambda: a_report(("device", 10, 1, 5, 4), ("dram", 20, 20, 0, 0)))
 
 
 def scrape(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -37,6 +38,7 @@ def busy() -> Metrics:
     for seconds, kind in ((0.0001, "decode"), (0.004, "mixed"), (99.0, "prefill")):
         metrics.step(kind, seconds, 17, 0.001)
     metrics.first_token(0.03)
+    metrics.first_token(0.02, "ssd")
     metrics.inter_token(0.02, 8)
     for reason, generated in (("stop", 5), ("length", 1), ("abort", 0)):
         metrics.finished(
@@ -47,7 +49,7 @@ def busy() -> Metrics:
             decode_s=0.8,
             prompt_tokens=50,
             generated_tokens=generated,
-            cached_tokens=16,
+            served_tokens={"device": 16, "ssd": 8},
         )
     metrics.rejected("queue_full")
     metrics.rejected("made up by a bug")
@@ -105,6 +107,7 @@ def test_tokens_by_source_add_up_to_all_prompt_tokens() -> None:
     sources = [value for (name, _), value in samples.items() if name == "terrace_prompt_tokens_by_source_total"]
     assert total == 150 == sum(sources)
     assert samples["terrace_kv_hit_tokens_total", (("tier", "device"),)] == 48
+    assert samples["terrace_kv_hit_tokens_total", (("tier", "ssd"),)] == 24
     assert samples["terrace_generation_tokens_total", ()] == 6
 
 
@@ -116,10 +119,17 @@ def test_time_per_output_token_needs_two_tokens() -> None:
 
 
 def test_gauges_are_pulled_at_the_scrape() -> None:
-    """Blocks are free, cached or referenced and sum to the tier; one state is 1."""
+    """Blocks are free, cached, referenced or arriving and sum to the tier; one state is 1."""
     samples = scrape(busy())
-    blocks = {dict(labels)["state"]: value for (name, labels), value in samples.items() if name == "terrace_kv_blocks"}
-    assert blocks == {"free": 1, "cached": 5, "referenced": 4}
+    blocks = {
+        dict(labels)["state"]: value
+        for (name, labels), value in samples.items()
+        if name == "terrace_kv_blocks" and dict(labels)["tier"] == "device"
+    }
+    assert blocks == {"free": 1, "cached": 5, "referenced": 4, "in_flight": 0}
+    assert samples["terrace_kv_used_bytes", (("tier", "device"),)] == 9 * 1024
+    assert samples["terrace_kv_transfer_bytes_total", (("dst", "dram"), ("src", "device"))] == 3 * 1024
+    assert samples["terrace_requests_waiting", (("reason", "kv_restore"),)] == 1
     assert samples["terrace_kv_cache_usage_ratio", ()] == pytest.approx(0.4)
     assert samples["terrace_requests_running", ()] == 3
     states = {labels: value for (name, labels), value in samples.items() if name == "terrace_state"}

@@ -1,0 +1,52 @@
+"""The cache as an operator sees it: plain numbers, read off the books in O(tiers). Loop thread; changes nothing."""
+
+from __future__ import annotations
+
+from server.kvcache.books import TierBooks
+from server.kvcache.manager import KVManager
+from server.kvcache.planner import Hop
+from server.types import HopReport, KvReport, TierReport
+
+
+def kv_report(kv: KVManager) -> KvReport:
+    """Every tier and every hop, as of now."""
+    hops = []
+    for k, queue in enumerate(kv.traffic.hops):
+        above, below = kv.levels[k].name, kv.levels[k + 1].name
+        hops.append(_hop(below, above, kv.planner.up[k], len(queue.urgent) + len(queue.early)))
+        hops.append(_hop(above, below, kv.planner.down[k], len(queue.spills)))
+    return KvReport(
+        block_bytes=kv.layout.block_bytes,
+        block_tokens=kv.layout.block_tokens,
+        tiers=[_tier(kv, level, books) for level, books in enumerate(kv.levels)],
+        hops=hops,
+        admissions=dict(kv.traffic.spill_outcomes),
+        recovered_blocks=kv.recovered_blocks,
+        pinned_blocks=kv.pinned_blocks,
+    )
+
+
+def _tier(kv: KVManager, level: int, books: TierBooks) -> TierReport:
+    breaker = kv.planner.breakers.get(books.name)
+    arriving = kv.planner.up[level].in_flight if level < len(kv.planner.up) else 0
+    arriving += kv.planner.down[level - 1].in_flight if level else 0
+    cached, free = len(books.policy), books.pool.free + books.pool.unusable()
+    capacity = books.pool.capacity
+    return TierReport(
+        name=books.name,
+        up=breaker is None or breaker.closed,
+        capacity_blocks=capacity,
+        free_blocks=free,
+        cached_blocks=cached,
+        referenced_blocks=max(0, capacity - free - cached - arriving),
+        in_flight_blocks=arriving,
+        evicted=dict(books.evicted),
+        declined={reason: count for (name, reason), count in kv.declined.items() if name == books.name},
+        breaker_opened=breaker.opened if breaker else 0,
+    )
+
+
+def _hop(source: str, target: str, hop: Hop, waiting: int) -> HopReport:
+    return HopReport(
+        source, target, hop.moved_blocks, hop.in_flight, waiting, hop.busy_s, hop.block_s, dict(hop.failed)
+    )
