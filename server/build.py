@@ -209,6 +209,7 @@ def service_of(daemon: Daemon) -> Service:
         wall_clock=time.time,
         limits=daemon.config.server,
         api_key_hashes=hash_keys(daemon.config.server.api_keys),
+        admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
     )
 
 

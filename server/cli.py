@@ -1,4 +1,4 @@
-"""The command line: `terrace serve|config`. Flags are generated from the configuration tree: none can be missing.
+"""The command line: `terrace serve|config|cache`. Flags are generated from the configuration tree: none can be missing.
 
 Knows argparse and exit codes; refuses to know what a daemon is made of (`build.py` does, imported only to serve, so
 that `--help` answers at once). Exit codes: 0 done, 1 the work failed, 2 the configuration or environment cannot work.
@@ -78,6 +78,23 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
         action.set_defaults(run=run)
     example = actions.add_parser("example", help="print a configuration file with every default", allow_abbrev=False)
     example.set_defaults(run=_example)
+
+    cache = commands.add_parser("cache", help="look at, check or empty caches on SSD", allow_abbrev=False)
+    acts = cache.add_subparsers(dest="action", metavar="list|verify|clear", required=True)
+    for name, text in (
+        ("list", "every cache below --ssd-path: blocks, size, last use, whether a daemon has it open"),
+        ("verify", "read and check every block; exit 1 when any does not verify"),
+        ("clear", "delete caches that no daemon uses; with --all or a fingerprint"),
+    ):
+        act = acts.add_parser(name, help=text, description=text, allow_abbrev=False)
+        act.add_argument("--ssd-path", type=Path, required=True, metavar="PATH", help="the daemon's --ssd-path")
+        if name != "list":
+            act.add_argument(
+                "fingerprint", nargs="?", metavar="FINGERPRINT", help="only this one; its beginning will do"
+            )
+        if name == "clear":
+            act.add_argument("--all", action="store_true", help="all of them")
+        act.set_defaults(run=_cache)
 
     return parser
 
@@ -160,6 +177,18 @@ def _check(args: argparse.Namespace) -> int:
 def _example(args: argparse.Namespace) -> int:
     print(example_toml(), end="")
     return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    cachectl = importlib.import_module("server.cachectl")
+    if args.action == "list":
+        return int(cachectl.list_all(args.ssd_path))
+    if args.action == "verify":
+        return int(cachectl.verify(args.ssd_path, args.fingerprint))
+    if (args.fingerprint is None) != args.all:
+        print("terrace: error: say which cache to clear: a FINGERPRINT, or --all", file=sys.stderr)
+        return 2
+    return int(cachectl.clear(args.ssd_path, args.fingerprint))
 
 
 def _version() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,19 +17,24 @@ from typing import Literal, Self
 
 from server.errors import InvalidRequest, NotReady, Overloaded, StepFailed
 from server.kvcache import audit
+from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager
 from server.kvcache.mover import Mover
-from server.kvcache.report import kv_report
+from server.kvcache.report import explain, kv_report
 from server.metrics import Metrics
 from server.scheduler.request import Request, request_from
 from server.scheduler.scheduler import Scheduler
 from server.types import (
     DEVICE,
     DRAM,
+    ORDINARY,
     SSD,
+    BlockHash,
     FinishReason,
     KvReport,
+    Retention,
     SamplingParams,
+    SpanReport,
     StepPlan,
     StepRunner,
     TierFault,
@@ -54,6 +60,7 @@ class GenerateSpec:
     params: SamplingParams
     cache_salt: str = ""
     priority: int = 0
+    retention: Retention = ORDINARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +183,13 @@ class Engine:
         if not self._prefix_caching:
             salt = f"{salt}\0only for request {self._next_id} of {self._nonce}"
         request = request_from(
-            self._next_id, spec.prompt, spec.params, self.kv.root(salt), priority=spec.priority, now=self._clock()
+            self._next_id,
+            spec.prompt,
+            spec.params,
+            self.kv.root(salt),
+            priority=spec.priority,
+            now=self._clock(),
+            retention=spec.retention,
         )
         try:
             self.scheduler.submit(request)
@@ -187,7 +200,7 @@ class Engine:
             self._metrics.rejected("queue_full")
             raise
         if self._prefetch:
-            self.kv.prefetch(self.scheduler.reusable(request), request.arrival_s)
+            self.kv.prefetch(self.scheduler.reusable(request))
         stream = self._streams[request.id] = Stream(self, request)
         self._audited = False
         self._wake.set()
@@ -200,6 +213,49 @@ class Engine:
             self._count_finished(stream.request, reason, now)
             self.scheduler.abort(stream.request_id, now)
             self._wake.set()
+
+    # --- what an operator asks ---------------------------------------------------------------------------------------
+
+    def chain(self, tokens: Sequence[int], cache_salt: str) -> list[BlockHash]:
+        """The hashes of the full blocks of `tokens`, as a request with this salt would have them."""
+        hashes: list[BlockHash] = []
+        extend_hashes(hashes, self.kv.root(cache_salt), array("i", tokens), self.kv.layout.block_tokens)
+        return hashes
+
+    def cache_lookup(self, hashes: Sequence[BlockHash]) -> list[SpanReport]:
+        """What is cached of this chain, where, and what a request would do about it now."""
+        return explain(self.kv, hashes, self._clock())
+
+    def cache_pin(self, hashes: Sequence[BlockHash], ttl_s: float) -> int:
+        """Keep what is known of the chain for `ttl_s`; how many blocks, 0 if pins hold their share already."""
+        now = self._clock()
+        pinned = self.kv.pin(hashes, now + ttl_s, now)
+        self._wake.set()
+        return pinned
+
+    def cache_unpin(self, hashes: Sequence[BlockHash]) -> int:
+        """End the pins on the chain; how many there were."""
+        ended = self.kv.unpin(hashes)
+        self._wake.set()
+        return ended
+
+    def cache_prefetch(self, hashes: Sequence[BlockHash]) -> int:
+        """Start to bring what is on SSD up to DRAM; how many blocks are on their way now."""
+        self.kv.prefetch(hashes)
+        self._wake.set()
+        return sum(value in self.kv.traffic.loads for value in hashes)
+
+    def cache_evict(self, hashes: Sequence[BlockHash]) -> int:
+        """Forget these blocks where nobody holds them; how many are gone."""
+        gone = self.kv.evict(hashes)
+        self._wake.set()
+        return gone
+
+    def cache_clear(self) -> int:
+        """Forget all that nobody holds and no pin keeps; how many copies."""
+        gone = self.kv.clear()
+        self._wake.set()
+        return gone
 
     def snapshot(self) -> EngineSnapshot:
         running = self.scheduler.running
@@ -262,7 +318,7 @@ class Engine:
             return False
         if self._flush_until_s is None:
             self._flush_until_s = self._clock() + self._flush_s
-            self.kv.flush(self._clock())
+            self.kv.flush()
         return not self.kv.busy or self._clock() >= self._flush_until_s
 
     async def _rest(self) -> None:

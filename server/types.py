@@ -119,6 +119,23 @@ class TokenLogprobs:
     top: Sequence[tuple[int, float]] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What a client says about the future of its blocks.
+
+    `transient`: they should not outlive the process, so they are not written to SSD. `session`: more of this
+    conversation will come, so they count as used twice from the start. `keep_s`: they stay in the lowest tier for that
+    long, within the share that pins may hold.
+    """
+
+    transient: bool = False
+    session: bool = False
+    keep_s: float = 0.0
+
+
+ORDINARY = Retention()
+
+
 @dataclass(slots=True)
 class SampleSpec:
     """Sample one token after this row. `history` is every token before it; never mutated while a step runs.
@@ -279,6 +296,20 @@ class KvReport:
     """Of blocks to the lowest tier: `admit`, `reject_cold`, `reject_wear`, `no_room`."""
     recovered_blocks: int
     pinned_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpanReport:
+    """Neighbouring blocks of one chain that lie in the same tier, and what a request would do with them."""
+
+    tier: TierName | None
+    """None: they are nowhere."""
+    blocks: int
+    decision: str
+    """`use` (on the device), `load`, `split` (compute the front while loading the rest), `compute`."""
+    reason: str
+    load_s: float
+    compute_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ LAYERS = [
     {"runner", "engine", "text"},
     {"sim"},
     {"api"},
-    {"build"},
+    {"build", "cachectl"},
     {"bench", "demo"},
     {"cli"},
     {"__main__"},
@@ -33,7 +33,7 @@ LAYERS = [
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 BASE = {"types", "errors", "registry"}
 
-CLOCKED = {"cli", "build", "sim", "bench", "demo"}
+CLOCKED = {"cli", "cachectl", "build", "sim", "bench", "demo"}
 TORCH = {"models", "runner", "build", "bench", "demo", "kernels"}
 TORCH_FILES = {"server/kvcache/arena.py", "server/kvcache/codec.py", "server/kvcache/tiers/device.py"}
 NO_TORCH_FILES = {"server/kernels/attention.py", "server/kernels/__init__.py"}

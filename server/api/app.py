@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
 from server.api import errors, schema
+from server.api.admin import AdminRoutes
 from server.api.auth import BearerAuth
 from server.api.middleware import RequestContext
 from server.api.openai import OpenAIRoutes
@@ -16,7 +17,14 @@ from server.api.ops import OpsRoutes
 from server.api.requests import Encoder
 from server.api.service import Service
 
-_BODIES = (schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest)
+_BODIES = (
+    schema.CompletionRequest,
+    schema.ChatRequest,
+    schema.TokenizeRequest,
+    schema.DetokenizeRequest,
+    schema.CacheRequest,
+    schema.CachePinRequest,
+)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -31,17 +39,17 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    openai, ops = OpenAIRoutes(service, encoder), OpsRoutes(service)
-    app.include_router(openai.router)
-    app.include_router(ops.router)
+    parts = (OpenAIRoutes(service, encoder), AdminRoutes(service, encoder), OpsRoutes(service))
+    for part in parts:
+        app.include_router(part.router)
     errors.install(app)
     # Added last is outermost: even a refusal has a request id and is counted.
-    app.add_middleware(BearerAuth, key_hashes=service.api_key_hashes)
+    app.add_middleware(BearerAuth, key_hashes=service.api_key_hashes, admin_hashes=service.admin_key_hashes)
     app.add_middleware(RequestContext, metrics=service.metrics)
     plain = app.openapi
     # Made when first asked for: it takes 100 ms, which a start need not wait for.
     app.openapi = lambda: app.openapi_schema or _document(app, plain(), guarded=bool(service.api_key_hashes))  # type: ignore[method-assign]
-    routes = [*openai.router.routes, *ops.router.routes]
+    routes = [route for part in parts for route in part.router.routes]
     service.metrics.declare_http(
         (route.path, method)
         for route in routes

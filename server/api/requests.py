@@ -16,8 +16,9 @@ from server.api.service import Service
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, ModelNotFound, Overloaded
 from server.text import RESERVED_TEMPLATE_ARGUMENTS, Tokenizer
-from server.types import SamplingParams
+from server.types import Retention, SamplingParams
 
+DAY_S = 86_400.0
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 GREEDY_BELOW = 1e-3
@@ -256,7 +257,12 @@ def _plan(
     # best_of ranks by the mean log-probability, so it needs every token's own even where the client sees none.
     internal = 0 if logprobs is None and generate > keep else logprobs
     params = replace(_sampling(service, request), logprobs=internal, prompt_logprobs=asked)
-    salt = f"{tenant}\x1f{request.cache_salt or ''}" if tenant else request.cache_salt or ""
+    salt = cache_salt(tenant, request.cache_salt)
+    retention = Retention(
+        transient=request.prompt_cache_retention in ("in_memory", "in-memory"),
+        session=request.prompt_cache_key is not None,
+        keep_s=DAY_S if request.prompt_cache_retention == "24h" else 0.0,
+    )
     specs = []
     for prompt, count in zip(prompts, max_tokens, strict=True):
         if params.min_tokens > count:
@@ -276,6 +282,7 @@ def _plan(
                     ),
                     cache_salt=salt,
                     priority=request.priority or 0,
+                    retention=retention,
                 )
                 for choice in range(generate)
             ]
@@ -293,6 +300,11 @@ def _plan(
         client_stop_ids=frozenset(request.stop_token_ids or ()),
         score_only=request.max_tokens == 0,
     )
+
+
+def cache_salt(tenant: str, wanted: str | None) -> str:
+    """What separates cached prefixes: the API key's own name first, so that no client can choose another's."""
+    return f"{tenant}\x1f{wanted or ''}" if tenant else wanted or ""
 
 
 def _sampling(service: Service, request: GenerationRequest) -> SamplingParams:

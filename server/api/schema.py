@@ -38,6 +38,8 @@ MAX_LOGPROBS = 1024
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 4096
 MAX_NAME_CHARS = 256
+MAX_PIN_S = 30 * 86_400
+"""Longest pin: a month."""
 INT31 = 2**31 - 1
 INT63 = 2**63 - 1
 
@@ -198,6 +200,13 @@ class GenerationRequest(_Request):
     cache_salt: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = Field(
         default=None, description="Requests share cached prefixes only with requests of the same salt and API key."
     )
+    prompt_cache_key: ShortText | None = Field(
+        default=None, description="Names a session that goes on: its blocks are kept as if they had been used twice."
+    )
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
+        default=None,
+        description="in_memory: never written to SSD; 24h: kept for a day in the lowest tier, as far as pins may.",
+    )
     user: ShortText | None = Field(default=None, description="Accepted; has no effect.")
 
     @property
@@ -304,6 +313,74 @@ class DetokenizeRequest(_Request):
 
     model: ShortText | None = None
     tokens: list[TokenId]
+
+
+class CacheRequest(_Request):
+    """Body of the /v1/cache routes: which chain of blocks is meant, given as a request would give it."""
+
+    model: ShortText | None = None
+    prompt: str | list[TokenId] | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    cache_salt: ShortText | None = None
+    api_key: ShortText | None = Field(default=None, description="The tenant whose blocks are meant, by its API key.")
+
+
+class CachePinRequest(CacheRequest):
+    """Body of POST /v1/cache/pin."""
+
+    ttl_s: float = Field(gt=0, le=MAX_PIN_S, description="For how long, in seconds.")
+
+
+class CacheSpan(_Response):
+    tier: str | None
+    tokens: int
+    decision: Literal["use", "load", "split", "compute"]
+    reason: str
+    load_s: float
+    compute_s: float
+
+
+class CacheLookup(_Response):
+    """What a request with this prompt would find now, from its beginning on."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    spans: list[CacheSpan]
+
+
+class CacheCount(_Response):
+    blocks: int
+    tokens: int
+
+
+class CacheHop(_Response):
+    source: str
+    target: str
+    moved_bytes: int
+    bytes_per_s: float
+    in_flight_blocks: int
+    waiting_blocks: int
+    failed: dict[str, int]
+
+
+class CacheTier(_Response):
+    name: str
+    up: bool
+    capacity_bytes: int
+    used_bytes: int
+    evicted_blocks: dict[str, int]
+    declined_blocks: dict[str, int]
+
+
+class CacheStats(_Response):
+    """The whole cache at one moment."""
+
+    block_bytes: int
+    block_tokens: int
+    tiers: list[CacheTier]
+    hops: list[CacheHop]
+    recovered_blocks: int
+    pinned_blocks: int
 
 
 class ErrorDetail(_Response):

@@ -17,7 +17,7 @@ class Service:
     """One served model. Loop thread.
 
     `wall_clock` gives Unix seconds (for `created`). `limits` is the configuration of the HTTP front.
-    `api_key_hashes` are SHA-256 digests; empty: open to all.
+    `api_key_hashes` and `admin_key_hashes` are SHA-256 digests; without API keys the service is open to all.
     """
 
     engine: Engine
@@ -28,6 +28,7 @@ class Service:
     wall_clock: Callable[[], float]
     limits: ServerConfig
     api_key_hashes: Sequence[bytes] = ()
+    admin_key_hashes: Sequence[bytes] = ()
 
     @property
     def max_model_len(self) -> int:

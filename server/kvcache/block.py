@@ -10,7 +10,7 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
-from server.types import BlockHash, FrameId, TierName
+from server.types import ORDINARY, BlockHash, FrameId, Retention, TierName
 
 
 class BlockTable:
@@ -83,7 +83,7 @@ class Lease:
     those that are to come, `tail` the frames of those that came and wait until the table reaches them (loading goes
     from the back while computing goes from the front). A position in neither has to be computed. `served` counts the
     blocks of the table that came from the cache, by the tier they were found in. `late_s`: when to stop waiting for the
-    next one. `transient`: what this request computes should not outlive the process.
+    next one. `retention` says what becomes of what this request computes.
     """
 
     hashes: Sequence[BlockHash] = ()
@@ -93,7 +93,7 @@ class Lease:
     tail: dict[int, tuple[FrameId, TierName]] = field(default_factory=dict)
     served: Counter[TierName] = field(default_factory=Counter)
     late_s: float | None = None
-    transient: bool = False
+    retention: Retention = ORDINARY
     released: bool = False
 
     @property

@@ -186,7 +186,7 @@ class KVManager:
             start = end
         return levels
 
-    def join(self, lease: Lease, now: float) -> int:
+    def join(self, lease: Lease) -> int:
         """Append to the table what it has reached: blocks that came from below or that somebody else computed. The
         table must hold finished blocks only. Returns how many."""
         assert lease.sealed == len(lease.table), "a table with private blocks is joined"
@@ -201,7 +201,7 @@ class KVManager:
                 came = (device.find[value], DEVICE)
                 device.hold(came[0])
                 if position in lease.loads:
-                    self.traffic.leave(lease, position, now)
+                    self.traffic.leave(lease, position)
             frame, origin = came
             if position and device.above[frame] == NOWHERE:
                 device.hang(frame, table[position - 1])
@@ -236,7 +236,7 @@ class KVManager:
             self.wake_s = min(self.wake_s, lease.late_s)
         return front + share
 
-    def grow(self, lease: Lease, tokens: int, now: float) -> bool:
+    def grow(self, lease: Lease, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; False, and nothing changed, when the device cannot hold them."""
         start = len(lease.table)
         wanted = self.layout.blocks_for(tokens) - start
@@ -250,7 +250,7 @@ class KVManager:
         lease.table.extend(frames)
         for position in range(start, min(start + wanted, len(lease.hashes))):
             if position in lease.loads:
-                self.traffic.leave(lease, position, now)
+                self.traffic.leave(lease, position)
             elif position in lease.tail:
                 self.device.unhold(lease.tail.pop(position)[0])
         return True
@@ -262,8 +262,9 @@ class KVManager:
             value, frame = hashes[position], lease.table[position]
             twin = device.find.get(value)
             if twin is None:
-                device.file(frame, value, hashes[position - 1] if position else None, position, ready=True)
-                device.transient[frame] = lease.transient
+                parent = hashes[position - 1] if position else None
+                device.file(frame, value, parent, position, ready=True, hits=int(lease.retention.session))
+                device.transient[frame] = lease.retention.transient
                 self.traffic.spill(value)
             elif device.ready[twin]:  # somebody else was first: hold theirs, give ours up
                 device.hold(twin)
@@ -273,13 +274,13 @@ class KVManager:
                 return  # on its way up: sealing is tried again at the next block
             lease.sealed = position + 1
 
-    def release(self, lease: Lease, now: float) -> None:
+    def release(self, lease: Lease) -> None:
         """Let go of every block: shared ones stay cached until evicted, private ones are freed at once."""
         assert not lease.released, "a lease is released exactly once"
         lease.released = True
         self.leases.remove(lease)
         for position in list(lease.loads):
-            self.traffic.leave(lease, position, now)
+            self.traffic.leave(lease, position)
         device, frames = self.device, lease.table.view().tolist()
         values = [value for frame in frames[: lease.sealed] if (value := device.hashes[frame]) is not None]
         device.give_back(frames[lease.sealed :])
@@ -288,9 +289,9 @@ class KVManager:
         for frame in reversed(frames[: lease.sealed]):
             device.unhold(frame)
         if len(self.levels) > 1:
-            self._used(values, lease.transient, now)
+            self._used(values, lease.retention.transient)
 
-    def _used(self, values: Sequence[BlockHash], transient: bool, now: float) -> None:
+    def _used(self, values: Sequence[BlockHash], transient: bool) -> None:
         """The chain `values` was just used: it is recent in every tier, and what lacks a copy below is spilled
         again."""
         for level, books in enumerate(self.levels[1:]):
@@ -309,7 +310,7 @@ class KVManager:
 
     # --- transfers ---------------------------------------------------------------------------------------------------
 
-    def prefetch(self, hashes: Sequence[BlockHash], now: float) -> None:
+    def prefetch(self, hashes: Sequence[BlockHash]) -> None:
         """A request for this chain was received: what is below DRAM starts to come up, and nothing of it is old."""
         if len(self.levels) < 3:
             return
@@ -346,9 +347,9 @@ class KVManager:
         notes, self.traffic.notes = self.traffic.notes, []
         return notes
 
-    def flush(self, now: float) -> None:
+    def flush(self) -> None:
         """Spill all that has no copy below, oldest first, so that parents go before their children; fetch no more."""
-        self.traffic.end_early(now)
+        self.traffic.end_early()
         for level, below in enumerate(self.levels[1:]):
             for value in self.levels[level].find:
                 if value not in below.find:
@@ -392,11 +393,11 @@ class KVManager:
         self._note_pin(tip, kept[tip])
         return known
 
-    def unpin(self, hashes: Sequence[BlockHash], now: float) -> int:
+    def unpin(self, hashes: Sequence[BlockHash]) -> int:
         """End the pins on this chain; how many there were."""
         tips = [value for value in hashes if value in self.traffic.kept]
         for tip in tips:
-            self._forget_pin(tip, now)
+            self._forget_pin(tip)
         return len(tips)
 
     @property
@@ -406,9 +407,9 @@ class KVManager:
 
     def _expire_pin(self, tip: BlockHash, now: float) -> None:
         if self.traffic.kept.get(tip, now + 1) <= now:
-            self._forget_pin(tip, now)
+            self._forget_pin(tip)
 
-    def _forget_pin(self, tip: BlockHash, now: float) -> None:
+    def _forget_pin(self, tip: BlockHash) -> None:
         del self.traffic.kept[tip], self._pin_sizes[tip]
         self.levels[-1].let_go(tip)
         self._note_pin(tip, 0.0)
@@ -418,7 +419,7 @@ class KVManager:
         if len(self.levels) > 2 and frame is not None:
             self.traffic.notes.append(Note("pin", tip, frame, until_s and until_s + self._wall_offset_s))
 
-    def evict(self, hashes: Sequence[BlockHash], now: float) -> int:
+    def evict(self, hashes: Sequence[BlockHash]) -> int:
         """Drop every copy of these blocks that nobody holds, the last of the chain first; how many blocks are gone."""
         gone = 0
         for value in reversed(hashes):
@@ -426,20 +427,20 @@ class KVManager:
             for books in self.levels:
                 frame = books.find.get(value)
                 if frame is not None and books.may_go(frame):
-                    self._drop(books, value, now)
+                    self._drop(books, value)
             gone += known and not self.knows(value)
         return gone
 
-    def clear(self, now: float) -> int:
+    def clear(self) -> int:
         """Drop every copy that nobody holds; how many."""
         count = 0
         for books in self.levels:
             for value in list(books.policy.victims()):
-                self._drop(books, value, now)
+                self._drop(books, value)
                 count += 1
         return count
 
-    def _drop(self, books: TierBooks, value: BlockHash, now: float) -> None:
+    def _drop(self, books: TierBooks, value: BlockHash) -> None:
         frame = books.find[value]
         if books is self.levels[-1] and len(self.levels) > 2:
             self.traffic.notes.append(Note("drop", value, frame))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 from server.kvcache.books import TierBooks
 from server.kvcache.manager import KVManager
 from server.kvcache.planner import Hop
-from server.types import HopReport, KvReport, TierReport
+from server.types import BlockHash, HopReport, KvReport, SpanReport, TierReport
 
 
 def kv_report(kv: KVManager) -> KvReport:
@@ -24,6 +27,39 @@ def kv_report(kv: KVManager) -> KvReport:
         recovered_blocks=kv.recovered_blocks,
         pinned_blocks=kv.pinned_blocks,
     )
+
+
+def explain(kv: KVManager, hashes: Sequence[BlockHash], now: float) -> list[SpanReport]:
+    """What a request for this chain would do now, span by span, and why. Changes nothing, sends for nothing."""
+    levels: list[int | None] = [kv.traffic.level_of(value) for value in hashes]
+    spans: list[SpanReport] = []
+    lost = ""
+    for level, group in groupby(levels):
+        blocks = len(list(group))
+        spans.append(_span(kv, level, blocks, lost, now))
+        if spans[-1].decision == "compute":
+            lost = lost or "the blocks before it are computed"
+    return spans
+
+
+def _span(kv: KVManager, level: int | None, blocks: int, lost: str, now: float) -> SpanReport:
+    compute_s = kv.planner.compute_s(blocks)
+    if level is None:
+        return SpanReport(None, blocks, "compute", "not cached", 0.0, compute_s)
+    name, queued = kv.levels[level].name, kv.traffic.queued()
+    if lost or level == 0:
+        return SpanReport(name, blocks, "compute" if lost else "use", lost or "on the device", 0.0, compute_s)
+    load_s = kv.planner.load_s(level, blocks, queued)
+    breaker = kv.planner.breakers[name]
+    if not breaker.closed and now < breaker.until_s:
+        return SpanReport(name, blocks, "compute", "the tier is switched off", load_s, compute_s)
+    if not kv.planner.worth(level, blocks, queued):
+        return SpanReport(name, blocks, "compute", "loading would be slower", load_s, compute_s)
+    front = kv.planner.front(level, blocks, queued)
+    if front:
+        reason = f"{front} blocks are computed while the others are loaded"
+        return SpanReport(name, blocks, "split", reason, load_s, compute_s)
+    return SpanReport(name, blocks, "load", "loading is faster", load_s, compute_s)
 
 
 def _tier(kv: KVManager, level: int, books: TierBooks) -> TierReport:

@@ -129,13 +129,13 @@ class Traffic:
         load.leases.append(lease)
         lease.loads[position] = load
 
-    def leave(self, lease: Lease, position: int, now: float) -> None:
+    def leave(self, lease: Lease, position: int) -> None:
         """`lease` does not wait for this block any more."""
         load = lease.loads.pop(position)
         load.leases.remove(lease)
-        self._give_up_if_unwanted(load, now)
+        self._give_up_if_unwanted(load)
 
-    def _give_up_if_unwanted(self, load: Load, now: float) -> None:
+    def _give_up_if_unwanted(self, load: Load) -> None:
         """A load in the queue that nobody waits for ends here; one in flight ends when it lands."""
         if load.stage is Stage.QUEUED and not load.leases and not load.target:
             books = self.levels[load.level]
@@ -155,7 +155,7 @@ class Traffic:
                 self.hops[level - 1].early.append(load)
                 self.early_blocks += 1
 
-    def end_early(self, now: float) -> None:
+    def end_early(self) -> None:
         """Nobody is expected any more: end the prefetches that have not started."""
         for load in list(self.loads.values()):
             if load.target and load.stage is Stage.QUEUED:
@@ -194,7 +194,7 @@ class Traffic:
                 del lease.loads[load.depth]
             load.leases.clear()
             self._failed(load.level, "timeout", now)
-            self._give_up_if_unwanted(load, now)
+            self._give_up_if_unwanted(load)
 
     def _failed(self, level: int, reason: str, now: float) -> None:
         self.planner.up[level - 1].failed[reason] += 1
@@ -219,7 +219,7 @@ class Traffic:
             load = queue.next_load(hop)
             if load is None:
                 return
-            if self._came_otherwise(load, now):
+            if self._came_otherwise(load):
                 continue
             frames = target.take(1)
             if frames is None:
@@ -231,7 +231,7 @@ class Traffic:
             places = (source.name, source.find[load.hash]), (target.name, frames[0])
             planned.append(self._start(load.hash, load.parent, load.depth, places, hop, load, now))
 
-    def _came_otherwise(self, load: Load, now: float) -> bool:
+    def _came_otherwise(self, load: Load) -> bool:
         """The block of this queued load is further up already, as somebody computed it: no need to move it."""
         source = self.levels[load.level]
         goal = 0 if self.levels[0].has(load.hash) else load.level - 1
@@ -242,7 +242,7 @@ class Traffic:
         if self.levels[goal].ready[frame] and load.leases:
             self.levels[goal].hold(frame)
             load.level = goal
-            self._risen(load, frame, now)
+            self._risen(load, frame)
         else:
             self._end(load)
         source.unhold(held)
@@ -282,21 +282,21 @@ class Traffic:
             target.hits[target_frame] = max(target.hits[target_frame], source.hits[source_frame])
             source.unhold(source_frame)
             load.level = hop
-            self._risen(load, target_frame, now)
+            self._risen(load, target_frame)
             return
         self._failed(hop + 1, fault.reason, now)
         if fault.reason == "corrupt":
             self._condemn(source, source_frame, load.hash)
         target.unhold(target_frame)
         source.unhold(source_frame)
-        self._try_below(load, now)
+        self._try_below(load)
 
     def _condemn(self, books: TierBooks, frame: FrameId, value: BlockHash) -> None:
         books.condemn(frame)
         if books is self.levels[-1] and len(self.levels) > 2:
             self.notes.append(Note("drop", value, frame))
 
-    def _try_below(self, load: Load, now: float) -> None:
+    def _try_below(self, load: Load) -> None:
         """A load failed: take the block from a slower tier if that has it too, else give up."""
         below = next((k for k in range(load.level + 1, len(self.levels)) if self.levels[k].has(load.hash)), None)
         if below is None or not load.leases:
@@ -307,10 +307,10 @@ class Traffic:
         load.level, load.stage = below, Stage.QUEUED
         self.hops[below - 1].urgent.append(load)
 
-    def _risen(self, load: Load, frame: FrameId, now: float) -> None:
+    def _risen(self, load: Load, frame: FrameId) -> None:
         """The load's block is at `load.level` now, where the load holds `frame`."""
         if load.level == 0:
-            self._deliver(load, frame, now)
+            self._deliver(load, frame)
         elif load.leases:
             load.stage = Stage.QUEUED
             self.hops[load.level - 1].urgent.append(load)
@@ -318,7 +318,7 @@ class Traffic:
             self._end(load)
             self.levels[load.level].unhold(frame)
 
-    def _deliver(self, load: Load, frame: FrameId, now: float) -> None:
+    def _deliver(self, load: Load, frame: FrameId) -> None:
         device = self.levels[0]
         for lease in load.leases:
             device.hold(frame)

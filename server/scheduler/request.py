@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from server.kvcache.block import Lease
-from server.types import BlockHash, RequestId, SamplingParams, TierName, TokenLogprobs
+from server.types import ORDINARY, BlockHash, RequestId, Retention, SamplingParams, TierName, TokenLogprobs
 
 
 class RequestState(Enum):
@@ -38,6 +38,7 @@ class Request:
     params: SamplingParams
     root: BlockHash
     priority: int = 0
+    retention: Retention = ORDINARY
     arrival_s: float = 0.0
     prompt_tokens: int = field(init=False)
     computed_tokens: int = 0
@@ -77,7 +78,14 @@ class Request:
 
 
 def request_from(
-    id: RequestId, prompt: Sequence[int], params: SamplingParams, root: BlockHash, *, priority: int, now: float
+    id: RequestId,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    root: BlockHash,
+    *,
+    priority: int,
+    now: float,
+    retention: Retention = ORDINARY,
 ) -> Request:
     """A waiting request over a copy of `prompt`."""
-    return Request(id, array("i", prompt), params, root, priority=priority, arrival_s=now)
+    return Request(id, array("i", prompt), params, root, priority=priority, arrival_s=now, retention=retention)

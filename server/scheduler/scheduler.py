@@ -168,7 +168,7 @@ class Scheduler:
             return  # waits for its blocks
         end = request.computed_tokens + count
         if end > len(lease.table) * self._block_tokens:
-            while not self.kv.grow(lease, end, now):
+            while not self.kv.grow(lease, end):
                 victim = self.running[-1]
                 draft.drop(victim.id)
                 self._preempt(victim, now)
@@ -182,7 +182,7 @@ class Scheduler:
         if request.computed_tokens < granted:
             return granted
         self._seal(request)
-        if lease.sealed == len(lease.table) and self.kv.join(lease, now):
+        if lease.sealed == len(lease.table) and self.kv.join(lease):
             self._joined(request, lease)
         if not lease.loading:
             return len(request.tokens)
@@ -284,9 +284,10 @@ class Scheduler:
         wanted = self._missing_blocks(request) + reserve
         if self.kv.available_blocks - promised < wanted:
             request.needed_blocks = wanted + room - (self.kv.available_blocks - promised)
-            self.kv.release(request.lease, now)
+            self.kv.release(request.lease)
             request.lease = None
             return False
+        request.lease.retention = request.retention
         self._dequeue(request)
         if request.admitted_s is None:
             request.admitted_s = now
@@ -392,12 +393,15 @@ class Scheduler:
         else:
             self.running.remove(request)
         if request.lease is not None:
+            if request.retention.keep_s:
+                kept = request.hashes[: request.lease.sealed]
+                self.kv.pin(kept, now + request.retention.keep_s, now)
             self._retire(request, now)
         request.state = RequestState.FINISHED
 
     def _retire(self, request: Request, now: float) -> None:
         assert request.lease is not None
-        self.kv.release(request.lease, now)
+        self.kv.release(request.lease)
         request.lease = None
         self._unclaim(request, request.claimed)
         self._retired.append(request.id)

@@ -44,16 +44,16 @@ def replay(kv: KVManager, history: History) -> None:
     staying: list[Lease] = []
     for now, (sequence, length, stays) in enumerate(history):
         while staying and kv.available_blocks < kv.layout.blocks_for(length):
-            kv.release(staying.pop(0), now)
+            kv.release(staying.pop(0))
             audit.check(kv)
         staying.append(come(kv, sequence[:length], now=now))
         audit.check(kv)
         if not stays:
-            kv.release(staying.pop(), now)
+            kv.release(staying.pop())
         land(kv, now=now)
         audit.check(kv)
     for lease in staying:
-        kv.release(lease, len(history))
+        kv.release(lease)
     audit.check(kv)
 
 

@@ -36,15 +36,15 @@ def come(kv: KVManager, tokens: Sequence[int], *, salt: str = "", now: float = 0
     lease = kv.admit(hashes[: (len(tokens) - 1) // kv.layout.block_tokens], now)
     if lease.loading:
         land(kv, now=now)
-        kv.join(lease, now)
-    assert kv.grow(lease, len(tokens), now), "no room"
+        kv.join(lease)
+    assert kv.grow(lease, len(tokens)), "no room"
     kv.seal(lease, hashes, len(tokens) // kv.layout.block_tokens)
     return lease
 
 
 def visit(kv: KVManager, tokens: Sequence[int], *, salt: str = "", now: float = 0.0) -> None:
     """Come and go: afterwards the full blocks of `tokens` are cached."""
-    kv.release(come(kv, tokens, salt=salt, now=now), now)
+    kv.release(come(kv, tokens, salt=salt, now=now))
 
 
 def land(kv: KVManager, fault: TierFault | None = None, now: float = 0.0, *, into: str | None = None) -> int:

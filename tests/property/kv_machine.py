@@ -114,7 +114,7 @@ class KVMachine(RuleBasedStateMachine):
     @rule(tokens=tokens_of, salt=salts)
     def prefetch(self, tokens: list[int], salt: str) -> None:
         """A request is received and waits."""
-        self.kv.prefetch(self.chain(tokens, salt).hashes, self.later())
+        self.kv.prefetch(self.chain(tokens, salt).hashes)
 
     @rule(tokens=tokens_of, salt=salts)
     def visit(self, tokens: list[int], salt: str) -> None:
@@ -123,7 +123,7 @@ class KVMachine(RuleBasedStateMachine):
         holder = self.holders[-1]
         self.step(holder, len(tokens))
         self.holders.remove(holder)
-        self.kv.release(holder.lease, self.later())
+        self.kv.release(holder.lease)
 
     @rule(
         tokens=tokens_of,
@@ -134,7 +134,7 @@ class KVMachine(RuleBasedStateMachine):
     def park(self, tokens: list[int], salt: str, comes_back: int, landings: list[str | None]) -> None:
         """All leave; a session ends, its blocks sink, another takes their frames on the device; then it may be back."""
         while self.holders:
-            self.kv.release(self.holders.pop().lease, self.later())
+            self.kv.release(self.holders.pop().lease)
         self.visit(tokens, salt)
         self.land_all()
         self.visit([7, *tokens], "flood")
@@ -170,7 +170,7 @@ class KVMachine(RuleBasedStateMachine):
             limit = granted
         elif lease.loading:
             self.kv.seal(lease, holder.hashes, holder.computed // self.size)
-            if lease.sealed == len(lease.table) and self.kv.join(lease, self.later()):
+            if lease.sealed == len(lease.table) and self.kv.join(lease):
                 holder.computed = len(lease.table) * self.size
                 assert holder.computed < len(holder.tokens), "no token is left to sample from"
                 self.read(holder, holder.computed)
@@ -179,7 +179,7 @@ class KVMachine(RuleBasedStateMachine):
         end = min(holder.computed + count, limit)
         wanted = self.kv.layout.blocks_for(end) - len(lease.table)
         room = self.kv.available_blocks
-        if not self.kv.grow(lease, end, self.later()):
+        if not self.kv.grow(lease, end):
             assert wanted > room, f"{wanted} frames refused, {room} available"
             return
         assert wanted <= room or wanted <= 0, f"{wanted} frames granted, {room} available"
@@ -199,7 +199,7 @@ class KVMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(self.holders))
         self.holders.remove(holder)
-        self.kv.release(holder.lease, self.later())
+        self.kv.release(holder.lease)
 
     @rule(seconds=st.sampled_from([0.002, 0.3, 5.0, 100.0]))
     def wait(self, seconds: float) -> None:
@@ -218,11 +218,11 @@ class KVMachine(RuleBasedStateMachine):
     def admin(self, tokens: list[int], salt: str, act: str) -> None:
         hashes = self.chain(tokens, salt).hashes
         if act == "unpin":
-            self.kv.unpin(hashes, self.later())
+            self.kv.unpin(hashes)
         elif act == "evict":
-            self.kv.evict(hashes, self.later())
+            self.kv.evict(hashes)
         else:
-            self.kv.clear(self.later())
+            self.kv.clear()
 
     # --- what a mover does -------------------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class KVMachine(RuleBasedStateMachine):
         if not hasattr(self, "kv"):
             return
         for holder in self.holders:
-            self.kv.release(holder.lease, self.later())
+            self.kv.release(holder.lease)
         self.holders.clear()
         while self.kv.moving or self.moving:
             self.plan_transfers()

@@ -80,7 +80,7 @@ BUGS = [
         f"{TRAFFIC}._expire",
         "load.leases.clear()",
         "pass",
-        (SIM,),
+        (KV,),
     ),
     Bug(
         "a load that failed is never given up",

@@ -12,7 +12,7 @@ from server.kvcache.block import BlockTable
 from server.kvcache.hashing import block_hash, chain_root, extend_hashes
 from server.kvcache.pool import FramePool
 from server.kvcache.tiers.base import Recovered
-from server.types import DEVICE, DRAM, SSD, TierFault
+from server.types import DEVICE, DRAM, SSD, Retention, TierFault
 from tests.property.core import cached_blocks, come, hashes_of, land, make_kv, visit
 
 PROMPT = [1, 2, 3, 4, 5, 6]  # three blocks of two
@@ -80,9 +80,9 @@ def test_sharing_counts_leases():
     first, second = come(kv, PROMPT), come(kv, PROMPT)
     assert first.table[0] == second.table[0]
     assert kv.available_blocks == 1
-    kv.release(first, 1.0)
+    kv.release(first)
     assert kv.available_blocks == 1
-    kv.release(second, 2.0)
+    kv.release(second)
     assert kv.available_blocks == 4
 
 
@@ -90,9 +90,9 @@ def test_a_lease_is_released_once():
     """Releasing twice is a bug of the caller and is told so."""
     kv = make_kv(4)
     lease = come(kv, PROMPT)
-    kv.release(lease, 0.0)
+    kv.release(lease)
     with pytest.raises(AssertionError, match="exactly once"):
-        kv.release(lease, 1.0)
+        kv.release(lease)
 
 
 def test_content_that_somebody_else_sealed_first_is_adopted():
@@ -100,8 +100,8 @@ def test_content_that_somebody_else_sealed_first_is_adopted():
     kv = make_kv(8)
     hashes = hashes_of(kv, PROMPT)
     one, two = kv.admit([], 0.0), kv.admit([], 0.0)
-    assert kv.grow(one, 2, 0.0)
-    assert kv.grow(two, 2, 0.0)
+    assert kv.grow(one, 2)
+    assert kv.grow(two, 2)
     planned = two.table.view()
     kv.seal(one, hashes, 1)
     kv.seal(two, hashes, 1)
@@ -119,10 +119,10 @@ def test_growing_without_room_changes_nothing():
     kv = make_kv(4)
     visit(kv, [9, 9])
     lease = come(kv, [1, 2, 3, 4])
-    assert not kv.grow(lease, 12, 0.0)
+    assert not kv.grow(lease, 12)
     assert len(lease.table) == 2
     assert cached_blocks(kv, [9, 9]) == 1
-    assert kv.grow(lease, 8, 0.0)
+    assert kv.grow(lease, 8)
     assert cached_blocks(kv, [9, 9]) == 0
 
 
@@ -184,7 +184,7 @@ def test_sealed_blocks_spill_and_come_up_again():
     assert lease.loading
     assert kv.compute_until(lease, 1.0) == 0, "waiting beats computing as far as anybody knows"
     land(kv, now=1.0)
-    assert kv.join(lease, 1.0) == 3
+    assert kv.join(lease) == 3
     assert lease.served == {DEVICE: 0, DRAM: 3}
     assert not lease.loading
     audit.check(kv)
@@ -195,7 +195,7 @@ def test_dropping_a_block_that_was_spilled_moves_nothing():
     kv = make_kv(4, 8)
     visit(kv, PROMPT)
     land(kv)
-    assert kv.grow(kv.admit([], 0.0), 8, 0.0)
+    assert kv.grow(kv.admit([], 0.0), 8)
     assert not kv.moving
     assert cached_blocks(kv, PROMPT) == 3
 
@@ -211,11 +211,11 @@ def test_what_failed_to_come_is_computed():
     lease = kv.admit(hashes, 1.0)
     for transfer in kv.plan_transfers(1.0):
         kv.complete(transfer.id, TierFault("io") if transfer.hash == hashes[1] else None, 1.0)
-    assert kv.join(lease, 1.0) == 1
+    assert kv.join(lease) == 1
     assert kv.compute_until(lease, 1.0) == 2
-    assert kv.grow(lease, 4, 1.0)
+    assert kv.grow(lease, 4)
     kv.seal(lease, hashes, 2)
-    assert kv.join(lease, 1.0) == 1
+    assert kv.join(lease) == 1
     assert lease.served == {DEVICE: 0, DRAM: 2}
     assert cached_blocks(kv, PROMPT) == 3
     audit.check(kv)
@@ -229,7 +229,7 @@ def test_a_corrupt_copy_is_forgotten():
     visit(kv, [7] * 8)
     lease = kv.admit(hashes_of(kv, [1, 2]), 1.0)
     land(kv, TierFault("corrupt"))
-    assert kv.join(lease, 1.0) == 0
+    assert kv.join(lease) == 0
     assert not lease.loads
     assert cached_blocks(kv, [1, 2]) == 0
     assert kv.tiers[DRAM].evicted["corrupt"] == 1
@@ -246,7 +246,7 @@ def test_a_corrupt_copy_in_dram_is_replaced_from_ssd():
     (first,) = [t for t in kv.plan_transfers(1.0) if t.target[0] == DEVICE]
     kv.complete(first.id, TierFault("corrupt"), 1.0)
     land(kv, now=1.0)
-    assert kv.join(lease, 1.0) == 1
+    assert kv.join(lease) == 1
     audit.check(kv)
 
 
@@ -259,7 +259,7 @@ def test_two_requests_share_one_load():
     land(kv)
     one, two = (kv.admit(hashes_of(kv, [1, 2]), 1.0) for _ in range(2))
     assert land(kv, now=1.0) == 1
-    assert kv.join(one, 1.0) == kv.join(two, 1.0) == 1
+    assert kv.join(one) == kv.join(two) == 1
     audit.check(kv)
 
 
@@ -278,7 +278,7 @@ def test_nobody_waits_for_a_load_for_ever():
     kv.plan_transfers(60.0)
     assert not lease.loads
     assert not kv.planner.breakers[DRAM].closed
-    kv.release(lease, 60.0)
+    kv.release(lease)
     again = kv.admit(hashes_of(kv, PROMPT), 60.0)
     assert not again.loading
     assert kv.declined[(DRAM, "disabled")] == 3
@@ -330,7 +330,7 @@ def test_blocks_sink_to_the_lowest_tier_and_rise_from_it():
         land(kv)
     lease = kv.admit(hashes_of(kv, PROMPT), 1.0)
     land(kv, now=1.0)
-    assert kv.join(lease, 1.0) == 3
+    assert kv.join(lease) == 3
     assert lease.served == {DEVICE: 0, SSD: 3}
     audit.check(kv)
 
@@ -345,7 +345,7 @@ def test_a_received_request_fetches_to_dram():
         land(kv)
     hashes = hashes_of(kv, PROMPT)
     assert not kv.tiers[DRAM].has(hashes[0])
-    kv.prefetch(hashes, 1.0)
+    kv.prefetch(hashes)
     land(kv, now=1.0)
     assert all(kv.tiers[DRAM].has(value) for value in hashes)
     assert not kv.device.has(hashes[0])
@@ -365,7 +365,7 @@ def test_a_restart_finds_what_the_ssd_holds():
     assert kv.pinned_blocks == 3
     lease = kv.admit(hashes, 1.0)
     land(kv, now=1.0)
-    assert kv.join(lease, 1.0) == 3
+    assert kv.join(lease) == 3
     kv.plan_transfers(100.0)
     assert kv.pinned_blocks == 0
     audit.check(kv)
@@ -394,7 +394,7 @@ def test_pins_are_bounded():
         land(kv)
     assert kv.pin(hashes_of(kv, list(range(6))), 1e9, 0.0) == 3
     assert kv.pin(hashes_of(kv, list(range(10, 16))), 1e9, 0.0) == 0
-    assert kv.unpin(hashes_of(kv, list(range(6))), 0.0) == 1
+    assert kv.unpin(hashes_of(kv, list(range(6)))) == 1
     assert kv.pin(hashes_of(kv, list(range(10, 16))), 1e9, 0.0) == 3
 
 
@@ -404,7 +404,7 @@ def test_evicting_by_hand_leaves_nothing():
     visit(kv, PROMPT)
     land(kv)
     kv.take_notes()
-    assert kv.evict(hashes_of(kv, PROMPT), 0.0) == 3
+    assert kv.evict(hashes_of(kv, PROMPT)) == 3
     assert cached_blocks(kv, PROMPT) == 0
     assert [note.kind for note in kv.take_notes()] == ["drop"] * 3
     audit.check(kv)
@@ -445,10 +445,10 @@ def test_what_should_not_outlive_the_process_does_not():
     """Blocks of a transient request stay above the SSD until another request uses them."""
     kv = make_kv(8, 8, 8)
     lease = kv.admit([], 0.0)
-    lease.transient = True
-    assert kv.grow(lease, 6, 0.0)
+    lease.retention = Retention(transient=True)
+    assert kv.grow(lease, 6)
     kv.seal(lease, hashes_of(kv, PROMPT), 3)
-    kv.release(lease, 0.0)
+    kv.release(lease)
     land(kv)
     assert len(kv.tiers[DRAM].find) == 3
     assert not kv.tiers[SSD].find
@@ -466,7 +466,7 @@ def test_available_frames_can_be_taken():
     assert kv.available_blocks == 4
     (child,) = kv.plan_transfers(0.0)
     assert kv.available_blocks == 2
-    assert kv.grow(kv.admit([], 0.0), 4, 0.0)
+    assert kv.grow(kv.admit([], 0.0), 4)
     kv.complete(child.id, None, 1.0)
     assert kv.available_blocks == 2
     audit.check(kv)
@@ -481,7 +481,7 @@ def test_an_abandoned_onboard_still_lands():
     land(kv)
     lease = kv.admit(hashes_of(kv, PROMPT), 1.0)
     transfers = kv.plan_transfers(1.0)
-    kv.release(lease, 2.0)
+    kv.release(lease)
     assert kv.available_blocks == 1, "frames in flight belong to their transfers"
     for transfer in transfers:
         kv.complete(transfer.id, None, 3.0)

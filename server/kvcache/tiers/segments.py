@@ -107,12 +107,24 @@ def list_directories(root: Path) -> list[DirectoryInfo]:
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         if _FINGERPRINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            with contextlib.suppress(FileNotFoundError):  # its owner is at work
-                files = [entry.stat(follow_symlinks=False) for entry in os.scandir(path)]
-                size = sum(stat.st_blocks * 512 for stat in files)
-                used_s = max((stat.st_mtime for stat in files), default=0.0)
-                found.append(DirectoryInfo(path, size, used_s, _owned(path)))
+            stats = _stat_files(path)
+            used_s = max((stat.st_mtime for stat in stats), default=0.0)
+            found.append(DirectoryInfo(path, sum(stat.st_blocks * 512 for stat in stats), used_s, _owned(path)))
     return sorted(found, key=lambda info: info.used_s)
+
+
+def disk_bytes(directory: Path) -> int:
+    """What the files of one directory take."""
+    return sum(stat.st_blocks * 512 for stat in _stat_files(directory))
+
+
+def _stat_files(directory: Path) -> list[os.stat_result]:
+    stats = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in list(directory.iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # its owner is at work
+                stats.append(path.lstat())
+    return stats
 
 
 def _owned(directory: Path) -> bool:

@@ -27,7 +27,7 @@ from server.kvcache.tiers.files import Buffers, OsIo, move_all
 from server.kvcache.tiers.index import Identity
 from server.kvcache.tiers.journal import Journal, JournalStats, bytes_needed
 from server.kvcache.tiers.pool import IoPool
-from server.kvcache.tiers.segments import DirectoryLock, Limits, Segments
+from server.kvcache.tiers.segments import DirectoryLock, Limits, Segments, disk_bytes
 from server.kvcache.tiers.slots import HEADER_BYTES, RAW, read_header, write_header
 from server.types import SSD, Note, TierFault
 
@@ -126,8 +126,7 @@ class SsdTier:
     @property
     def disk_bytes(self) -> int:
         """What the directory takes now, index included. A few system calls: for metrics, not for hot paths."""
-        with os.scandir(self.directory) as entries:
-            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+        return disk_bytes(self.directory)
 
     async def write(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
         """Host to tier. Faults: `corrupt` (the host frame holds something else), `io`, `no_space`."""

@@ -1,0 +1,200 @@
+"""The SSD tier against the disk: bandwidth beside fio, and how long a start with many blocks takes.
+
+Bandwidth goes through `SsdTier` itself, checksums and headers included, QUEUE_DEPTH calls of one block at a time, and
+beside it fio with the same file system, direct I/O, size per I/O and queue depth. The two take turns, because a shared
+machine drifts; the ratio is that of the medians. Both overwrite and read what a round before has written.
+
+Recovery opens a tier whose index lists 10^4 to 10^6 blocks in chains, in segment files without bytes: a start reads
+no slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from server.bench.report import Report
+from server.kvcache.host import HostArena
+from server.kvcache.tiers.base import Move
+from server.kvcache.tiers.index import MARK, PIECE_RECORDS, PUT, RECORD, Identity, batch
+from server.kvcache.tiers.segments import slots_per_segment
+from server.kvcache.tiers.slots import HEADER_BYTES
+from server.kvcache.tiers.ssd import SsdTier
+
+QUEUE_DEPTH = 8
+BLOCK_BYTES = (2 * 2**20, 384 * 2**10)
+"""An 8B model with grouped queries and 16 tokens to the block, and a model of 1B."""
+ROUNDS = 3
+GOAL_RATIO = 0.9
+GOAL_RECOVERY_S = 2.0
+CHAIN_BLOCKS = 128
+FINGERPRINT = bytes(32)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pass over all blocks."""
+
+    gb_s: float
+    cpu_s_per_gb: float
+
+
+def run(*, quick: bool) -> Report:
+    """Both parts; see the module's docstring."""
+    report = Report("tiers", quick=quick)
+    fio = shutil.which("fio")
+    if fio is None:
+        print("fio is not installed: no comparison")
+    report.header("block KiB", "what", "GB/s", "CPU s/GB", "fio GB/s", "fio CPU s/GB", "ratio")
+    for block_bytes in BLOCK_BYTES:
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # not /tmp, which may be memory
+            asyncio.run(_bandwidth(report, Path(folder), block_bytes, 2**27 if quick else 2**30, fio))
+    report.header("blocks", "seconds", "RSS B/row", "index B/row")
+    for rows in (10**4, 10**5) if quick else (10**4, 10**5, 10**6):
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            asyncio.run(_recovery(report, Path(folder), rows))
+    return report
+
+
+# --- bandwidth -------------------------------------------------------------------------------------------------------
+
+
+async def _bandwidth(report: Report, folder: Path, block_bytes: int, total_bytes: int, fio: str | None) -> None:
+    host = HostArena(QUEUE_DEPTH, block_bytes)
+    tier = _tier(folder, host, total_bytes + 2**26)
+    await tier.open()
+    hashes = []
+    for frame in range(QUEUE_DEPTH):
+        host.view(frame)[:] = os.urandom(block_bytes)
+        hashes.append(bytes([frame]) * 32)
+    moves = [Move(hashes[f % QUEUE_DEPTH], None, 0, f % QUEUE_DEPTH, f) for f in range(total_bytes // block_bytes)]
+    slot_bytes = HEADER_BYTES + host.stride
+    ours: dict[str, list[Sample]] = {"write": [], "read": []}
+    theirs: dict[str, list[Sample]] = {"write": [], "read": []}
+    for turn in range(ROUNDS + 1):  # the first round fills the files
+        for what, call in (("write", tier.write), ("read", tier.read)):
+            for frame in range(QUEUE_DEPTH):
+                host.label(frame, hashes[frame])
+            sample = await _through_tier(call, moves, slot_bytes)
+            other = await asyncio.to_thread(_through_fio, fio, folder, what, slot_bytes, len(moves)) if fio else None
+            report.keep(part="bandwidth", block_bytes=block_bytes, what=what, turn=turn, tier=vars(sample),
+                        fio=other and vars(other), direct=tier.segments.direct)  # fmt: skip
+            if turn:
+                ours[what].append(sample)
+                theirs[what] += [other] if other else []
+    await tier.aclose()
+    for what in ("write", "read"):
+        _compare(report, block_bytes, what, ours[what], theirs[what])
+
+
+def _compare(report: Report, block_bytes: int, what: str, ours: Sequence[Sample], theirs: Sequence[Sample]) -> None:
+    speed, cpu = (statistics.median(values) for values in zip(*((s.gb_s, s.cpu_s_per_gb) for s in ours), strict=True))
+    cells: list[object] = [block_bytes // 1024, what, f"{speed:.2f}", f"{cpu:.3f}"]
+    if theirs:
+        other = statistics.median(sample.gb_s for sample in theirs)
+        ratio = speed / other
+        cells += [f"{other:.2f}", f"{statistics.median(s.cpu_s_per_gb for s in theirs):.3f}", f"{ratio:.2f}"]
+        goal = f"{what} of {block_bytes // 1024} KiB blocks at {ratio:.0%} of fio, goal {GOAL_RATIO:.0%}"
+        report.goal(goal, met=ratio >= GOAL_RATIO)
+    report.row(*cells, *["-"] * (7 - len(cells)))
+
+
+async def _through_tier(call: Callable, moves: Sequence[Move], slot_bytes: int) -> Sample:
+    """All moves, each host frame one after the other: as many calls at once as there are host frames."""
+
+    async def lane(first: int) -> None:
+        for move in moves[first::QUEUE_DEPTH]:
+            (fault,) = await call([move])
+            assert fault is None, f"the disk failed during a benchmark: {fault}"
+
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    started_s = time.perf_counter()
+    await asyncio.gather(*map(lane, range(QUEUE_DEPTH)))
+    spent_s = time.perf_counter() - started_s
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    gigabytes = len(moves) * slot_bytes / 1e9
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Sample(gigabytes / spent_s, cpu_s / gigabytes)
+
+
+def _through_fio(fio: str, folder: Path, what: str, slot_bytes: int, count: int) -> Sample:
+    command = [
+        fio, "--name=disk", f"--filename={folder / 'fio'}", f"--rw={what}", f"--bs={slot_bytes}",
+        f"--size={slot_bytes * count}", "--direct=1", "--ioengine=libaio", f"--iodepth={QUEUE_DEPTH}",
+        "--fallocate=posix", "--output-format=json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    job = json.loads(done.stdout)["jobs"][0]
+    gigabytes = slot_bytes * count / 1e9
+    spent_s = job[what]["runtime"] / 1e3
+    return Sample(gigabytes / spent_s, (job["usr_cpu"] + job["sys_cpu"]) / 100 * spent_s / gigabytes)
+
+
+# --- recovery --------------------------------------------------------------------------------------------------------
+
+
+async def _recovery(report: Report, folder: Path, rows: int) -> None:
+    host = HostArena(1, 4096)
+    slot_bytes = HEADER_BYTES + host.stride
+    _make_index(folder / FINGERPRINT.hex(), rows, slot_bytes)
+    gc.collect()
+    before = _rss_bytes()
+    tier = _tier(folder, host, rows * (slot_bytes + 400) + 2**22)
+    started_s = time.perf_counter()
+    found = await tier.open()
+    spent_s = time.perf_counter() - started_s
+    assert len(found.frames) == rows, f"{len(found.frames)} of {rows} blocks were recovered"
+    per_row = (_rss_bytes() - before) / rows
+    await tier.aclose()
+    report.row(rows, f"{spent_s:.3f}", f"{per_row:.0f}", RECORD.itemsize)
+    report.keep(part="recovery", blocks=rows, seconds=spent_s, rss_bytes_per_row=per_row)
+    if rows == 10**6:
+        report.goal(f"{rows} blocks recovered in {spent_s:.2f} s, goal {GOAL_RECOVERY_S:.0f} s",
+                    met=spent_s < GOAL_RECOVERY_S)  # fmt: skip
+
+
+def _make_index(directory: Path, rows: int, slot_bytes: int) -> None:
+    """A checkpoint of chains in shuffled order of use, and sparse segment files that have a place for each block."""
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    table = np.zeros(rows, RECORD)
+    place = np.arange(rows)
+    table["op"], table["frame"], table["depth"] = PUT, place, place % CHAIN_BLOCKS
+    table["chained"] = table["depth"] > 0
+    table["hash"] = np.frombuffer(rng.bytes(32 * rows), np.uint64).reshape(rows, 4)
+    table["parent"][1:] = table["hash"][:-1]
+    table["sequence"] = rng.permutation(rows) + 1
+    mark = np.zeros(1, RECORD)
+    mark["op"], mark["sequence"] = MARK, rows
+    pieces = [mark, *(table[start : start + PIECE_RECORDS] for start in range(0, rows, PIECE_RECORDS))]
+    header = Identity(FINGERPRINT, 4096).header()
+    (directory / "checkpoint").write_bytes(header + b"".join(batch(piece.tobytes()) for piece in pieces))
+    per_segment = slots_per_segment(slot_bytes)
+    for number in range(-(-rows // per_segment)):
+        with (directory / f"segment-{number:05d}.kv").open("wb") as file:
+            file.truncate(per_segment * slot_bytes)
+
+
+def _tier(folder: Path, host: HostArena, capacity_bytes: int) -> SsdTier:
+    return SsdTier(
+        folder, FINGERPRINT, host, capacity_bytes=capacity_bytes, min_free_bytes=0, clock=time.monotonic,
+        wall_clock=time.time, readers=QUEUE_DEPTH, writers=QUEUE_DEPTH,
+    )  # fmt: skip
+
+
+def _rss_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
