@@ -30,8 +30,18 @@ from server.kvcache.tiers.files import Buffers, OsIo
 from server.kvcache.tiers.ssd import SsdTier
 from server.types import Note, TierFault
 from tests.system.ssd_store import (
-    BLOCK_BYTES, FIELDS_BYTES, FINGERPRINT, SEGMENT_SLOTS, SLOT_BYTES, Block, content, fill, holds, make_store,
-    slot_image, small_segments,
+    BLOCK_BYTES,
+    FIELDS_BYTES,
+    FINGERPRINT,
+    SEGMENT_SLOTS,
+    SLOT_BYTES,
+    Block,
+    content,
+    fill,
+    holds,
+    make_store,
+    slot_image,
+    small_segments,
 )  # fmt: skip
 
 CHAINS, DEPTH = 12, 12
@@ -85,7 +95,7 @@ class FaultyIo(OsIo):
         if kind == "lost":
             return len(data)
         if kind == "flipped" and len(data) % SLOT_BYTES == 0:
-            self._patch(fd, _flipped(data, self._bit(len(data))), offset)
+            self._patch(fd, _flipped(data, self.bit(len(data))), offset)
             return len(data)
         return super().pwritev(fd, buffers, offset)
 
@@ -108,7 +118,7 @@ class FaultyIo(OsIo):
             offset = self._draw(0, max(0, os.fstat(fd).st_size - size) // SLOT_BYTES) * SLOT_BYTES
         got = super().preadv(fd, buffers, offset)
         if kind == "flipped" and offset % SLOT_BYTES == size % SLOT_BYTES == 0 and got == size:
-            bit = self._bit(size)
+            bit = self.bit(size)
             position, rest = bit // 8, bit // 8
             for buffer in buffers:
                 if rest < len(buffer):
@@ -155,7 +165,7 @@ class FaultyIo(OsIo):
         with self._lock:
             return self._rng.randint(low, max(low, high))
 
-    def _bit(self, size: int) -> int:
+    def bit(self, size: int) -> int:
         """A bit that matters, of a run of slots."""
         slot = self._draw(0, size // SLOT_BYTES - 1) * SLOT_BYTES
         where = self._draw(0, FIELDS_BYTES - 1) if self._draw(0, 1) else 4096 + self._draw(0, BLOCK_BYTES - 1)
@@ -198,26 +208,26 @@ class Storm:
         self._root = folder / "0"
         self._number = 0
         self._old: dict[tuple[str, int], bytes] = {}
-        self._io = FaultyIo(self.rng)
+        self.io = FaultyIo(self.rng)
         self._host = HostArena(HOST_FRAMES, BLOCK_BYTES)
         self._books: dict[int, Block] = {}
         """Frame -> the block that the tier said it wrote, or recovered, there."""
 
     @property
     def count(self) -> int:
-        return self.injected.total() + self._io.injected.total()
+        return self.injected.total() + self.io.injected.total()
 
     async def session(self) -> None:
         """Open, work under faults, close or crash, then damage what is left."""
-        self._io.every = self.rng.choice((0, 20))
-        tier = make_store(self._root, self._host, io=self._io)
+        self.io.every = self.rng.choice((0, 20))
+        tier = make_store(self._root, self._host, io=self.io)
         self._take_over(tier, await tier.open())
-        self._io.every = self.rng.choice((3, 5, 20))
-        errors, faults = self._io.errors, Counter(self.outcomes)
+        self.io.every = self.rng.choice((3, 5, 20))
+        errors, faults = self.io.errors, Counter(self.outcomes)
         for _ in range(self.rng.randint(5, 60)):
             await self.rng.choice((self._write, self._read, self._read, self._note, self._damage))(tier)
-        self._io.every = self.rng.choice((0, 3))
-        self._compare_counts(tier, self._io.errors - errors, self.outcomes - faults)
+        self.io.every = self.rng.choice((0, 3))
+        self._compare_counts(tier, self.io.errors - errors, self.outcomes - faults)
         if self.rng.random() < 0.4:
             await self._crash(tier)
         else:
@@ -272,18 +282,18 @@ class Storm:
         frames = [frame for frame in self._some_frames(tier) if frame in self._books]
         good = {frame: self._on_disk(tier, frame) for frame in frames}
         moves = [self._books[frame].move(host, frame) for host, frame in enumerate(frames)]
-        self._io.flipped.clear()
-        self._io.disturbed.clear()
+        self.io.flipped.clear()
+        self.io.disturbed.clear()
         outcomes = await self._calls(tier.read, moves)
         for move, outcome in zip(moves, outcomes, strict=True):
             block = self._books[move.frame]
             self.outcomes[f"read {outcome.reason if outcome else 'ok'}"] += 1
             place = (f"segment-{move.frame // SEGMENT_SLOTS:05d}.kv", move.frame % SEGMENT_SLOTS)
-            disturbed = place in self._io.disturbed or (outcome is not None and outcome.detail == "cancelled")
+            disturbed = place in self.io.disturbed or (outcome is not None and outcome.detail == "cancelled")
             if outcome is None:
                 self._expect(holds(self._host, move.host, block), f"WRONG BYTES as success from frame {move.frame}")
                 self._expect(good[move.frame] or disturbed, f"damage in frame {move.frame} was not reported")
-                self._expect(place not in self._io.flipped, f"flipped bits in frame {move.frame} were not reported")
+                self._expect(place not in self.io.flipped, f"flipped bits in frame {move.frame} were not reported")
             else:
                 self._expect(self._host.digest_of(move.host, block.hash) is None, "a failed read left a label")
                 self._expect(disturbed or not good[move.frame], f"good frame {move.frame} was refused: {outcome}")
@@ -335,7 +345,8 @@ class Storm:
         with contextlib.suppress(OSError), path.open("rb") as file:
             data = os.pread(file.fileno(), SLOT_BYTES, offset)
             fields, block = slot_image(self._books[frame])
-            return data[:FIELDS_BYTES] == fields and data[4096 : 4096 + BLOCK_BYTES] == block and len(data) == SLOT_BYTES
+            whole = len(data) == SLOT_BYTES
+            return whole and data[:FIELDS_BYTES] == fields and data[4096 : 4096 + BLOCK_BYTES] == block
         return False
 
     def _slot(self, directory: Path, frame: int) -> tuple[Path, int]:
@@ -356,7 +367,7 @@ class Storm:
                 return
             key = (path.name, offset)
             if kind == "flip":
-                data = _flipped(data, self._io._bit(SLOT_BYTES))
+                data = _flipped(data, self.io.bit(SLOT_BYTES))
             elif kind == "foreign":
                 fields, _ = slot_image(self._books[frame], bytes(32))
                 data = fields + data[FIELDS_BYTES:]
@@ -381,16 +392,17 @@ class Storm:
                 continue
             kind = self.rng.choice(ON_FILES)
             cut = self.rng.randrange(len(data))
+            damaged = {
+                "flip": _flipped(data, cut * 8),
+                "cut": data[:cut],
+                "zero_tail": data[:cut] + bytes(len(data) - cut),
+                "garbage": data[:cut] + self.rng.randbytes(300),
+                "foreign_version": data.replace(b"index 1", b"index 2", 1),
+            }
             if kind == "gone":
                 path.unlink()
             else:
-                path.write_bytes({
-                    "flip": lambda: _flipped(data, cut * 8),
-                    "cut": lambda: data[:cut],
-                    "zero_tail": lambda: data[:cut] + bytes(len(data) - cut),
-                    "garbage": lambda: data[:cut] + self.rng.randbytes(300),
-                    "foreign_version": lambda: data.replace(b"index 1", b"index 2", 1),
-                }[kind]())  # fmt: skip
+                path.write_bytes(damaged[kind])
             self.injected[f"index:{kind}"] += 1
 
     async def _crash(self, tier: SsdTier) -> None:
@@ -441,10 +453,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         started_s = time.monotonic()
         storm = asyncio.run(run(Path(folder), args.count, args.seed))
-    injected = storm.injected + storm._io.injected
+    injected = storm.injected + storm.io.injected
     for kinds in (injected, storm.outcomes):
         print("\n".join(f"{number:>9}  {kind}" for kind, number in sorted(kinds.items())))
-    print(f"{storm.count} faults in {time.monotonic() - started_s:.0f} s, seed {args.seed}: {len(storm.problems)} problems")
+    spent_s = time.monotonic() - started_s
+    print(f"{storm.count} faults in {spent_s:.0f} s, seed {args.seed}: {len(storm.problems)} problems")
     for problem in storm.problems:
         print(problem)
     return 1 if storm.problems else 0
