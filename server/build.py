@@ -38,6 +38,7 @@ from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Mover
 from server.kvcache.tiers.base import Tier
 from server.kvcache.tiers.device import DeviceTier
+from server.kvcache.tiers.files import OsIo
 from server.kvcache.tiers.ssd import SsdTier
 from server.metrics import Metrics
 from server.models.base import Model
@@ -99,8 +100,11 @@ class Daemon:
             await tier.aclose()
 
 
-def build(config: Config) -> Daemon:
-    """Load the model and wire the daemon up; nothing runs yet. Raises ConfigError with one line to act on."""
+def build(config: Config, disk: OsIo | None = None) -> Daemon:
+    """Load the model and wire the daemon up; nothing runs yet. Raises ConfigError with one line to act on.
+
+    `disk` stands in for the operating system below the SSD tier, for tests and measurements.
+    """
     import torch
 
     if config.model.device != "cpu":
@@ -123,7 +127,7 @@ def build(config: Config) -> Daemon:
     identity = fingerprint(
         _weights(config, folder), load_config(folder).to_dict(), layout, dtypes=(str(model.dtype), str(kv_dtype))
     )
-    tiers, specs = _lower_tiers(config, layout, arena, identity)
+    tiers, specs = _lower_tiers(config, layout, arena, identity, disk)
     ssd = tiers.get(SSD)
     if isinstance(ssd, SsdTier):
         metrics.bind_ssd(ssd.stats, lambda: ssd.disk_bytes)
@@ -297,7 +301,7 @@ def _weights(config: Config, folder: Path) -> bytes:
 
 
 def _lower_tiers(
-    config: Config, layout: BlockLayout, arena: Any, identity: bytes
+    config: Config, layout: BlockLayout, arena: Any, identity: bytes, disk: OsIo | None
 ) -> tuple[dict[TierName, Tier], list[TierSpec]]:
     """What moves blocks between the device and the tiers below, and those tiers as the KV manager sees them."""
     knobs = config.kv
@@ -315,13 +319,13 @@ def _lower_tiers(
     tiers: dict[TierName, Tier] = {DEVICE: DeviceTier(arena, host)}
     specs = [TierSpec(DRAM, frames, knobs.dram_eviction, in_flight)]
     if knobs.ssd_path is not None:
-        ssd = _ssd(config, host, identity, knobs.ssd_path)
+        ssd = _ssd(config, host, identity, knobs.ssd_path, disk)
         tiers[SSD] = ssd
         specs.append(TierSpec(SSD, ssd.capacity_blocks, knobs.ssd_eviction, in_flight))
     return tiers, specs
 
 
-def _ssd(config: Config, host: HostArena, identity: bytes, path: Path) -> SsdTier:
+def _ssd(config: Config, host: HostArena, identity: bytes, path: Path, disk: OsIo | None) -> SsdTier:
     knobs = config.kv
     try:
         ssd = SsdTier(
@@ -332,6 +336,7 @@ def _ssd(config: Config, host: HostArena, identity: bytes, path: Path) -> SsdTie
             min_free_bytes=int(knobs.ssd_min_free_gib * 2**30),
             clock=time.monotonic,
             wall_clock=time.time,
+            io=disk,
         )
     except OSError as error:
         raise ConfigError(f"cannot use {path} for the SSD tier: {error.strerror}", param="kv.ssd_path") from error

@@ -13,6 +13,7 @@ BENCHES = {
     "scheduler": "server.bench.scheduler:run",
     "model": "server.bench.model:run",
     "clients": "server.bench.clients:run",
+    "grid": "server.bench.grid:run",
     "tiers": "server.bench.tiers:run",
 }
 

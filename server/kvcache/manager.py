@@ -28,6 +28,7 @@ from server.types import DEVICE, BlockHash, BlockLayout, Note, TierFault, TierNa
 
 FIRST_GUESS = (0.001, 0.001)
 """Seconds per block and latency of a hop that nobody measured yet."""
+LATE_ALREADY = -1.0
 ALL = 1 << 40
 """More blocks than any request has."""
 
@@ -113,11 +114,11 @@ class KVManager:
         missing = next((value for value in hashes if not self.device.has(value)), None)
         return missing is not None and self.traffic.level_of(missing) is not None
 
-    def admit(self, hashes: Sequence[BlockHash], now: float) -> Lease:
+    def admit(self, hashes: Sequence[BlockHash], now: float, *, floor_s: float = 0.0) -> Lease:
         """Lease the longest known prefix of `hashes` that is on the device or worth loading, and send for the latter.
 
-        Then `join` puts into the table what came, and `compute_until` says how far to compute meanwhile. Call `release`
-        exactly once.
+        Then `join` puts into the table what came, and `compute_until` says how far to compute meanwhile. `floor_s`: how
+        long the step takes that is run before anything that was sent for can be used. Call `release` exactly once.
         """
         lease, device = Lease(), self.device
         self.leases.add(lease)
@@ -134,13 +135,13 @@ class KVManager:
         lease.hashes = hashes[: len(frames)]
         lease.served[DEVICE] = len(frames)
         if len(frames) < len(hashes) and len(self.levels) > 1:
-            self._send_for(lease, hashes, now)
+            self._send_for(lease, hashes, now, floor_s)
         return lease
 
-    def _send_for(self, lease: Lease, hashes: Sequence[BlockHash], now: float) -> None:
+    def _send_for(self, lease: Lease, hashes: Sequence[BlockHash], now: float, floor_s: float) -> None:
         """Match on below the device, and want what is worth it, the last block first."""
         start = len(lease.table)
-        levels = self._worth_loading(self._levels_of(hashes, start), now)
+        levels = self._worth_loading(self._levels_of(hashes, start), now, floor_s)
         lease.hashes = hashes[: start + len(levels)]
         queued = self.traffic.queued()
         wanted = Counter(levels)
@@ -165,7 +166,7 @@ class KVManager:
             levels.append(level)
         return levels
 
-    def _worth_loading(self, levels: list[int], now: float) -> list[int]:
+    def _worth_loading(self, levels: list[int], now: float, floor_s: float) -> list[int]:
         """`levels` up to the first run of blocks whose tier is off or too slow for them."""
         queued = self.traffic.queued()
         start = 0
@@ -178,7 +179,7 @@ class KVManager:
                 reason = None
                 if not self.planner.breakers[name].allows(now):
                     reason = "disabled"
-                elif not self.planner.worth(level, end - start, queued):
+                elif not self.planner.worth(level, end - start, queued, floor_s):
                     reason = "slower_than_recompute"
                 if reason is not None:
                     self.declined[(name, reason)] += len(levels) - start
@@ -212,7 +213,7 @@ class KVManager:
             lease.late_s = None
         return lease.sealed - before
 
-    def compute_until(self, lease: Lease, now: float) -> int:
+    def compute_until(self, lease: Lease, now: float, *, floor_s: float = 0.0) -> int:
         """Up to which block the request may compute now. Equal to the table's length: it should wait for its loads;
         then `wake_s` is no later than the moment at which it should not any more."""
         front, end = len(lease.table), len(lease.hashes)
@@ -230,11 +231,18 @@ class KVManager:
         if lease.late_s is None:
             lease.late_s = now + self.planner.patience_s(self.planner.load_s(load.level, blocks, queued))
         if now >= lease.late_s:
+            self._late(lease, load.level, now)
             return stop
-        share = self.planner.front(load.level, blocks, queued)
+        share = self.planner.front(load.level, blocks, queued, floor_s)
         if not share:
             self.wake_s = min(self.wake_s, lease.late_s)
         return front + share
+
+    def _late(self, lease: Lease, level: int, now: float) -> None:
+        """A promise was not kept: count it against the tier, once per wait. Any landing clears the tier's name."""
+        if lease.late_s != LATE_ALREADY:
+            lease.late_s = LATE_ALREADY
+            self.planner.breakers[self.levels[level].name].failed(now)
 
     def grow(self, lease: Lease, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; False, and nothing changed, when the device cannot hold them."""
@@ -320,7 +328,7 @@ class KVManager:
         ssd = self.levels[2].name
         if max(levels, default=0) > 1 and self.planner.breakers[ssd].closed:
             count = levels.count(2)
-            if self.planner.worth(2, count, self.traffic.queued()):
+            if self.planner.worth(2, count, self.traffic.queued(), 0.0):
                 self.traffic.prefetch(hashes, start)
 
     def plan_transfers(self, now: float) -> list[Transfer]:

@@ -1,10 +1,12 @@
 """Load or compute? Measured rates of every hop and of the device, and what follows from them. Pure, loop thread only.
 
-Loading n blocks over a hop takes `latency + (queued + n) * block_s`, computing them `base + n * block_tokens *
-token_s`. Where the first is far below the second the request waits; where it is far above nothing is loaded; between
-the two both are done at once, computing from the front while loading from the back, until they meet (Cake, ICML 2025,
-section 3.15 of no rule but this: solve for the k blocks at the front whose computing takes as long as loading the
-rest).
+A step costs `base + tokens * token_s`, loading n blocks over a hop `latency + (queued + n) * block_s`. A request whose
+next n blocks lie in a tier below has three ways, and takes the shortest:
+
+    compute   n * c            c = block_tokens * token_s; the step that ends its prompt pays the base in any case
+    wait      L(n)             but at least the step that the others run meanwhile
+    split     base + k * c     a step more, over k blocks from the front, while the others are loaded from the back;
+                               k such that both end together: base + k * c = L(n - k)    (after Cake, ICML 2025)
 
 Nothing here is trusted for long. All rates are decayed means of what was just measured; a load that is later than
 promised is no longer waited for; and a tier that fails or stalls is switched off by its breaker and tried again later.
@@ -28,7 +30,7 @@ DEADLINE_FACTOR = 8.0
 """After this many times its estimate, plus DEADLINE_GRACE_S, a load is given up: its tier has failed once."""
 DEADLINE_GRACE_S = 0.25
 WORTH_RATIO = 0.9
-"""A hit of which more than this share would be computed anyway before it is loaded is not loaded at all."""
+"""A hit is loaded only if that takes at most this share of the time that computing it takes."""
 BREAKER_FAILURES = 3
 """Failures in a row that switch a tier off."""
 BREAKER_FIRST_S = 1.0
@@ -155,27 +157,34 @@ class Planner:
 
     def compute_s(self, blocks: int) -> float:
         """Seconds to compute `blocks` blocks of a prompt on a device that does nothing else."""
-        base_s, token_s = self.step.line()
-        return base_s + blocks * self._block_tokens * token_s
+        return self.step.line()[0] + self._computing_s(blocks)
 
-    def front(self, level: int, blocks: int, queued: list[int]) -> int:
-        """How many of `blocks` blocks that could be loaded from tier `level` to compute from the front meanwhile, so
-        that both end together; 0: waiting is best. Before the first step was measured: wait."""
-        return int(self._front(level, blocks, queued))
+    def front(self, level: int, blocks: int, queued: list[int], floor_s: float) -> int:
+        """How many of `blocks` blocks that could be loaded from tier `level` to compute now, from the front; 0: wait
+        for them all, `blocks`: do without. `floor_s`: how long the step takes that others run meanwhile."""
+        return self._choose(level, blocks, queued, floor_s)[1]
 
-    def worth(self, level: int, blocks: int, queued: list[int]) -> bool:
+    def worth(self, level: int, blocks: int, queued: list[int], floor_s: float) -> bool:
         """Would loading spare enough computing to be worth the trouble?"""
-        return self._front(level, blocks, queued) <= WORTH_RATIO * blocks
+        cost_s, _ = self._choose(level, blocks, queued, floor_s)
+        return not self.step.known or cost_s <= WORTH_RATIO * self._computing_s(blocks)
 
-    def _front(self, level: int, blocks: int, queued: list[int]) -> float:
-        if not self.step.known:
-            return 0.0
+    def _choose(self, level: int, blocks: int, queued: list[int], floor_s: float) -> tuple[float, int]:
+        """Seconds of the shortest way, and the blocks to compute first. Before the first step was measured: wait."""
         base_s, token_s = self.step.line()
         hops = self.up[:level]
         ahead, slowest = max(zip(queued, hops, strict=False), key=lambda pair: (pair[0] + blocks) * pair[1].block_s)
         load_s = (ahead + blocks) * slowest.block_s + sum(hop.latency_s for hop in hops)
-        share = (load_s - base_s) / (self._block_tokens * token_s + slowest.block_s)
-        return max(0.0, min(blocks, share))
+        wait_s, compute_s = max(load_s, floor_s), self._computing_s(blocks)
+        best = (wait_s, 0) if not self.step.known or wait_s < compute_s else (compute_s, blocks)
+        block_s = self._block_tokens * token_s
+        share = int((load_s - base_s) / (block_s + slowest.block_s)) if self.step.known else 0
+        split_s = max(base_s + share * block_s, load_s - share * slowest.block_s, floor_s)
+        return (split_s, share) if 0 < share < blocks and split_s < best[0] else best
+
+    def _computing_s(self, blocks: int) -> float:
+        """Seconds that `blocks` blocks add to a step that is run anyway."""
+        return blocks * self._block_tokens * self.step.line()[1]
 
     def patience_s(self, estimate_s: float) -> float:
         """How long to wait idly for what was promised in `estimate_s`."""

@@ -53,10 +53,10 @@ def _span(kv: KVManager, level: int | None, blocks: int, lost: str, now: float) 
     breaker = kv.planner.breakers[name]
     if not breaker.closed and now < breaker.until_s:
         return SpanReport(name, blocks, "compute", "the tier is switched off", load_s, compute_s)
-    if not kv.planner.worth(level, blocks, queued):
+    if not kv.planner.worth(level, blocks, queued, 0.0):
         return SpanReport(name, blocks, "compute", "loading would be slower", load_s, compute_s)
-    front = kv.planner.front(level, blocks, queued)
-    if front:
+    front = kv.planner.front(level, blocks, queued, 0.0)
+    if 0 < front < blocks:
         reason = f"{front} blocks are computed while the others are loaded"
         return SpanReport(name, blocks, "split", reason, load_s, compute_s)
     return SpanReport(name, blocks, "load", "loading is faster", load_s, compute_s)

@@ -186,7 +186,12 @@ class Scheduler:
             self._joined(request, lease)
         if not lease.loading:
             return len(request.tokens)
-        return min(self.kv.compute_until(lease, now) * self._block_tokens, len(request.tokens))
+        floor_s = self._step_s(len(self.running) - 1)
+        return min(self.kv.compute_until(lease, now, floor_s=floor_s) * self._block_tokens, len(request.tokens))
+
+    def _step_s(self, others: int) -> float:
+        """How long the others hold the device up, at least, while a request waits."""
+        return self.kv.planner.compute_s(0) if others else 0.0
 
     def _joined(self, request: Request, lease: Lease) -> None:
         """The table grew by blocks that need no computing."""
@@ -279,7 +284,7 @@ class Scheduler:
         room = self.kv.available_blocks - promised
         if busy >= self.limits.max_running or (busy and room < request.needed_blocks):
             return False
-        request.lease = self.kv.admit(self.reusable(request), now)
+        request.lease = self.kv.admit(self.reusable(request), now, floor_s=self._step_s(busy))
         reserve = int(ADMIT_RESERVE_RATIO * self.kv.device.pool.capacity) if busy else 0
         wanted = self._missing_blocks(request) + reserve
         if self.kv.available_blocks - promised < wanted:

@@ -30,7 +30,7 @@ def idle_afterwards(served: Served) -> Iterator[None]:
     """After every test the engine is idle and no block is held."""
     yield
     Wait().until(lambda: served.snapshot().running == served.snapshot().waiting == 0, "the engine is idle")
-    assert served.snapshot().blocks_used == 0
+    assert served.snapshot().kv.tiers[0].referenced_blocks == 0
 
 
 def test_the_model_is_listed(client: openai.OpenAI) -> None:
@@ -214,7 +214,7 @@ def test_a_client_that_leaves_frees_its_blocks_at_once(served: Served, stream: b
         if stream:
             with http.stream("POST", "/v1/completions", json=body) as answer:
                 assert next(answer.iter_lines()).startswith("data: ")
-                assert served.snapshot().blocks_used > 0
+                assert served.snapshot().kv.tiers[0].referenced_blocks > 0
         else:
             connection = served.url.removeprefix("http://").split(":")
             with socket.create_connection((connection[0], int(connection[1]))) as raw:
@@ -223,7 +223,7 @@ def test_a_client_that_leaves_frees_its_blocks_at_once(served: Served, stream: b
                 raw.sendall("\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data)
                 Wait().until(lambda: served.snapshot().running > 0, "the request runs")
     Wait().until(lambda: served.snapshot().running == served.snapshot().waiting == 0, "the request is aborted")
-    assert served.snapshot().blocks_used == 0
+    assert served.snapshot().kv.tiers[0].referenced_blocks == 0
     assert count() > before
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 WRITE_YIELDS_S = 0.02
 """How long a write waits for reads that are queued; then it goes all the same, so that it never starves."""
@@ -20,103 +20,95 @@ T = TypeVar("T")
 Work = Callable[[], T]
 
 
+class _Patient(asyncio.Future):
+    """A future that refuses to be cancelled: a cancelled task that awaits it learns of that when it is done."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        return False
+
+
 class _Call(Generic[T]):
     """The works of one call: `done` is set on the loop, once, when the last of them is over."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, works: Sequence[Work[T]]) -> None:
         self.loop = asyncio.get_running_loop()
-        self.done: asyncio.Future[None] = self.loop.create_future()
-        self.results: list[T | None] = [None] * count
+        self.done = _Patient(loop=self.loop)
+        self.works = works
+        self.results: list[T | None] = [None] * len(works)
         self.error: BaseException | None = None
-        self.left = count
+        self.left = len(works)
+
+
+_Jobs = queue.SimpleQueue[tuple[_Call, int] | None]
+"""A call and the index of one of its works; None ends a thread."""
 
 
 class IoPool:
     """`readers` and `writers` threads. `read` and `write` on the loop thread."""
 
     def __init__(self, readers: int, writers: int) -> None:
-        lock = threading.Lock()
-        self._lock = lock
-        self._readable, self._writable, self._no_reads = (threading.Condition(lock) for _ in range(3))
-        self._reads: deque[tuple[_Call, int, Work]] = deque()
-        self._writes: deque[tuple[_Call, int, Work]] = deque()
+        self._reads: _Jobs = queue.SimpleQueue()
+        self._writes: _Jobs = queue.SimpleQueue()
+        self._no_reads = threading.Event()
+        self._counting = threading.Lock()
         self._closing = False
-        self._threads = [
-            threading.Thread(target=target, name=f"terrace-ssd-{name}-{i}", daemon=True)
-            for name, target, count in (("read", self._read, readers), ("write", self._write, writers))
-            for i in range(count)
-        ]
-        for thread in self._threads:
+        self._readers = [threading.Thread(target=self._read, name=f"terrace-read-{i}") for i in range(readers)]
+        self._writers = [threading.Thread(target=self._write, name=f"terrace-write-{i}") for i in range(writers)]
+        for thread in (*self._readers, *self._writers):
+            thread.daemon = True
             thread.start()
 
     async def read(self, works: Sequence[Work[T]]) -> list[T]:
         """Run all of `works` on reading threads. Cancelled or not, it returns when the last of them is over."""
-        return await self._submit(self._reads, self._readable, works)
+        self._no_reads.clear()
+        return await self._submit(self._reads, works)
 
     async def write(self, works: Sequence[Work[T]]) -> list[T]:
         """The same on writing threads."""
-        return await self._submit(self._writes, self._writable, works)
+        return await self._submit(self._writes, works)
 
     def close(self, timeout_s: float, clock: Callable[[], float]) -> bool:
         """End the threads when their queues are empty. False when some are still stuck after `timeout_s` in all."""
         deadline_s = clock() + timeout_s
-        with self._lock:
-            self._closing = True
-            self._readable.notify_all()
-            self._writable.notify_all()
-        for thread in self._threads:
+        self._closing = True
+        for jobs, threads in ((self._reads, self._readers), (self._writes, self._writers)):
+            for _ in threads:
+                jobs.put(None)
+        threads = [*self._readers, *self._writers]
+        for thread in threads:
             thread.join(max(0.0, deadline_s - clock()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not any(thread.is_alive() for thread in threads)
 
-    async def _submit(
-        self, jobs: deque[tuple[_Call, int, Work]], ready: threading.Condition, works: Sequence[Work[T]]
-    ) -> list[T]:
+    async def _submit(self, jobs: _Jobs, works: Sequence[Work[T]]) -> list[T]:
+        assert not self._closing, "no call is made to a tier that is closed"
         if not works:
             return []
-        call: _Call[T] = _Call(len(works))
-        with self._lock:
-            assert not self._closing, "no call is made to a tier that is closed"
-            jobs.extend((call, i, work) for i, work in enumerate(works))
-            ready.notify(len(works))
-        cancelled: asyncio.CancelledError | None = None
-        while not call.done.done():
-            try:
-                await asyncio.wait((call.done,))  # which a cancellation of this task does not cancel
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
+        call = _Call(works)
+        for i in range(len(works)):
+            jobs.put((call, i))
+        await call.done
         if call.error is not None:
             raise call.error
         return call.results  # type: ignore[return-value]
 
     def _read(self) -> None:
-        while True:
-            with self._lock:
-                self._readable.wait_for(lambda: self._reads or self._closing)
-                if not self._reads:
-                    return
-                job = self._reads.popleft()
-                if not self._reads:
-                    self._no_reads.notify_all()
+        while (job := self._reads.get()) is not None:
+            if self._reads.empty():
+                self._no_reads.set()
             self._run(*job)
 
     def _write(self) -> None:
-        while True:
-            with self._lock:
-                self._writable.wait_for(lambda: self._writes or self._closing)
-                if not self._writes:
-                    return
-                job = self._writes.popleft()
-                self._no_reads.wait_for(lambda: not self._reads, WRITE_YIELDS_S)
+        while (job := self._writes.get()) is not None:
+            if not self._reads.empty():
+                self._no_reads.wait(WRITE_YIELDS_S)
             self._run(*job)
 
-    def _run(self, call: _Call[T], index: int, work: Work[T]) -> None:
+    def _run(self, call: _Call[T], index: int) -> None:
         try:
-            call.results[index] = work()
+            call.results[index] = call.works[index]()
         except BaseException as error:  # noqa: BLE001 - a bug: it goes to whoever awaits the call
             call.error = error
-        with self._lock:
+        with self._counting:
             call.left -= 1
             last = call.left == 0
         if last:

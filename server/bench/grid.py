@@ -1,0 +1,209 @@
+"""Never slower: time to first token with tiers on against tiers off, wherever the prefix is, whatever the disk does.
+
+Two daemons in this process, a small random model, the same requests in turns: one has only the device tier, the other
+DRAM and SSD below it. Before each request its prefix is put where the cell wants it: nowhere, on the device, in DRAM
+only, on SSD only. The disk is as fast as it is, slowed to 200 or 20 MB/s, or does not answer at all. Short and long
+prefixes, with the daemon idle and with other requests decoding. What counts is the median of the ratios of neighbours.
+
+A stalled disk is met cold in every cell: the first request pays for finding out, and the median shows that no later one
+does; its worst ratio stands beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from server.bench.model import Workload, make_model
+from server.bench.report import Report
+from server.build import Daemon, build
+from server.config import Config, KvConfig, ModelConfig
+from server.engine import GenerateSpec
+from server.kvcache.tiers.files import Buffers, OsIo
+from server.types import SSD, BlockHash, SamplingParams
+
+MODEL = Workload(layers=6, hidden=384, vocab=8_000, prompt=0, output=0, concurrency=(1,), repeats=0)
+"""25M parameters, 6 KiB of KV per token: computing on two cores and loading at 20 MB/s take about as long."""
+GOAL_RATIO = 1.05
+SUFFIX_TOKENS = 16
+BACKGROUND = 4
+"""Requests that decode all the while in a loaded cell."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    lengths: tuple[int, ...]
+    repeats: int
+
+
+FULL = Shape((128, 1024), 9)
+QUICK = Shape((64,), 3)
+
+
+class SlowIo(OsIo):
+    """The real disk behind a rate limit: reads and writes of all threads share `bytes_per_s`; 0: nothing moves."""
+
+    def __init__(self) -> None:
+        self.bytes_per_s = float("inf")
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+        self._moving = threading.Event()
+        self._moving.set()
+
+    def set_rate(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        (self._moving.set if bytes_per_s else self._moving.clear)()
+
+    def preadv(self, fd: int, buffers: Buffers, offset: int) -> int:
+        self._wait(buffers)
+        return super().preadv(fd, buffers, offset)
+
+    def pwritev(self, fd: int, buffers: Buffers, offset: int) -> int:
+        self._wait(buffers)
+        return super().pwritev(fd, buffers, offset)
+
+    def _wait(self, buffers: Buffers) -> None:
+        self._moving.wait()
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(now, self._free_at) + sum(len(b) for b in buffers) / (self.bytes_per_s or 1e12)
+            delay_s = self._free_at - now
+        if delay_s > 0:
+            time.sleep(delay_s)
+
+
+RATES = {"full": float("inf"), "200MB/s": 200e6, "20MB/s": 20e6, "stalled": 0.0}
+HITS = ("none", "device", "dram", "ssd")
+
+
+def run(*, quick: bool) -> Report:
+    """All cells; see the module's docstring."""
+    report = Report("grid", quick=quick)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as disk:
+        make_model(MODEL, Path(folder))
+        asyncio.run(_run(report, QUICK if quick else FULL, folder, Path(disk)))
+    return report
+
+
+async def _run(report: Report, shape: Shape, folder: str, disk: Path) -> None:
+    io = SlowIo()
+    model = ModelConfig(model=folder, dtype="float32")
+    off = build(Config(model=model, kv=KvConfig(device_gib=0.25)))
+    tiers = KvConfig(device_gib=0.25, dram_gib=0.25, ssd_gib=1.0, ssd_path=disk, ssd_min_free_gib=0.0)
+    on = build(Config(model=model, kv=tiers), disk=io)
+    grid = _Grid(report, on, off, io, shape)
+    for daemon in (on, off):
+        await daemon.open()
+    serving = [asyncio.create_task(daemon.engine.run()) for daemon in (on, off)]
+    await asyncio.sleep(0)
+    await grid.all_cells()
+    io.set_rate(float("inf"))
+    for daemon in (on, off):
+        await daemon.engine.drain(5)
+    await asyncio.gather(*serving)
+    for daemon in (on, off):
+        await daemon.aclose()
+
+
+class _Grid:
+    def __init__(self, report: Report, on: Daemon, off: Daemon, io: SlowIo, shape: Shape) -> None:
+        self._report = report
+        self._on, self._off, self._io, self._shape = on, off, io, shape
+        self._random = torch.Generator().manual_seed(0)
+        self._worst = 0.0
+
+    async def all_cells(self) -> None:
+        self._report.header("prefix in", "disk", "tokens", "load", "off ms", "on ms", "on/off", "worst", "loaded tok")
+        for loaded in (False, True):
+            for length in self._shape.lengths:
+                for rate in RATES:
+                    for hit in HITS:
+                        await self._cell(hit, rate, length, loaded)
+        statement = f"TTFT with tiers <= {GOAL_RATIO} x without in every cell (worst {self._worst:.3f})"
+        self._report.goal(statement, met=self._worst <= GOAL_RATIO)
+
+    async def _cell(self, hit: str, rate: str, length: int, loaded: bool) -> None:
+        ratios, ons, offs, served = [], [], [], 0
+        self._on.engine.kv.planner.breakers[SSD].worked()
+        for repeat in range(self._shape.repeats):
+            prefix = self._tokens(length)
+            self._io.set_rate(float("inf"))
+            for daemon in (self._on, self._off):
+                await self._prepare(daemon, prefix, hit if daemon is self._on or hit == "device" else "none")
+            self._io.set_rate(RATES[rate])
+            prompt = prefix + self._tokens(SUFFIX_TOKENS)
+            order = (self._on, self._off) if repeat % 2 else (self._off, self._on)
+            took = {id(daemon): await self._measure(daemon, prompt, loaded) for daemon in order}
+            (on_s, count), (off_s, _) = took[id(self._on)], took[id(self._off)]
+            served += count
+            ratios.append(on_s / off_s)
+            ons.append(on_s)
+            offs.append(off_s)
+        self._io.set_rate(float("inf"))
+        ratio = median(ratios)
+        self._worst = max(self._worst, ratio)
+        self._report.keep(hit=hit, disk=rate, tokens=length, loaded=loaded, on_s=ons, off_s=offs, served=served)
+        self._report.row(
+            hit, rate, length, "loaded" if loaded else "idle", f"{median(offs) * 1e3:.1f}",
+            f"{median(ons) * 1e3:.1f}", f"{ratio:.3f}", f"{max(ratios):.2f}", served // self._shape.repeats,
+        )  # fmt: skip
+
+    async def _prepare(self, daemon: Daemon, prefix: Sequence[int], hit: str) -> None:
+        """Compute the prefix once and leave its blocks in the wanted tier only."""
+        if hit == "none":
+            return
+        await self._first_token_s(daemon, [*prefix, 0])
+        engine = daemon.engine
+        hashes = engine.chain(prefix, "")
+        if hit == "device":
+            return
+        target = ("device", "dram", "ssd").index(hit)
+        for _ in range(1000):
+            if all(engine.kv.levels[target].has(value) for value in hashes):
+                break
+            await asyncio.sleep(0.005)
+        for level in range(target):
+            self._drop(engine.kv.levels[level], hashes)
+
+    @staticmethod
+    def _drop(books: Any, hashes: Sequence[BlockHash]) -> None:
+        for value in reversed(hashes):
+            frame = books.find.get(value)
+            if frame is not None and books.may_go(frame):
+                books.drop(frame, "admin")
+
+    async def _first_token_s(self, daemon: Daemon, prompt: Sequence[int]) -> tuple[float, int]:
+        """Seconds to the first token, and how many tokens came from a tier."""
+        started = time.perf_counter()
+        stream = daemon.engine.submit(GenerateSpec(prompt, SamplingParams(1, temperature=0.0)))
+        try:
+            async for _ in stream:
+                return time.perf_counter() - started, stream.cached_tokens or 0
+        finally:
+            stream.close()
+        raise AssertionError("a stream without a token")
+
+    async def _measure(self, daemon: Daemon, prompt: Sequence[int], loaded: bool) -> tuple[float, int]:
+        """The same while, where wanted, other requests decode in this daemon (and nothing runs in the other one)."""
+        others = []
+        for _ in range(BACKGROUND if loaded else 0):
+            others.append(daemon.engine.submit(GenerateSpec(self._tokens(32), SamplingParams(512, temperature=0.0))))
+        for stream in others:
+            await anext(aiter(stream))
+        try:
+            return await self._first_token_s(daemon, prompt)
+        finally:
+            for stream in others:
+                stream.close()
+
+    def _tokens(self, count: int) -> list[int]:
+        return torch.randint(1, MODEL.vocab, (count,), generator=self._random).tolist()
