@@ -37,7 +37,7 @@ from server.kvcache.tiers.ssd import SsdTier
 QUEUE_DEPTH = 8
 BLOCK_BYTES = (2 * 2**20, 384 * 2**10)
 """An 8B model with grouped queries and 16 tokens to the block, and a model of 1B."""
-ROUNDS = 3
+ROUNDS = 5
 GOAL_RATIO = 0.9
 GOAL_RECOVERY_S = 2.0
 CHAIN_BLOCKS = 128
@@ -191,7 +191,7 @@ def _make_index(directory: Path, rows: int, slot_bytes: int) -> None:
 def _tier(folder: Path, host: HostArena, capacity_bytes: int) -> SsdTier:
     return SsdTier(
         folder, FINGERPRINT, host, capacity_bytes=capacity_bytes, min_free_bytes=0, clock=time.monotonic,
-        wall_clock=time.time, readers=QUEUE_DEPTH, writers=QUEUE_DEPTH,
+        wall_clock=time.time,
     )  # fmt: skip
 
 
