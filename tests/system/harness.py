@@ -51,3 +51,22 @@ async def complete_all(
     """All tokens of all requests, submitted at once."""
     each = params if not isinstance(params, SamplingParams) else [params] * len(prompts)
     return await asyncio.gather(*(complete(daemon, p, s) for p, s in zip(prompts, each, strict=True)))
+
+
+def prefer_loading(daemon: Daemon) -> Daemon:
+    """Computing looks dear and loading slow, so that all that is cached is loaded and waited for: which path a test
+    takes does not depend on how fast or busy the machine is."""
+    planner = daemon.engine.kv.planner
+    planner.step.observe(1000, 1e9)
+    for hop in planner.up:
+        hop.latency_s = 10.0
+    return daemon
+
+
+async def settled(daemon: Daemon) -> None:
+    """Until every spill that has room has landed: what is in the device tier is below it, too."""
+    for _ in range(10_000):
+        if not daemon.engine.kv.busy:
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError(f"blocks still move: {daemon.engine.snapshot().kv.hops}")
