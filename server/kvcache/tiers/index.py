@@ -200,26 +200,27 @@ def _link(rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     one.
     """
     count = len(rows)
-    keys = _mix(rows["hash"])
-    order = np.argsort(keys, kind="stable")
+    hashes, depths = np.ascontiguousarray(rows["hash"]), rows["depth"].astype(np.int64)
+    keys = _mix(hashes)
+    order = np.argsort(keys)
     good = np.ones(count, bool)
-    twins = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-    if len(twins):  # one block in two frames: the later wins
+    if (keys[order][1:] == keys[order][:-1]).any():  # one block in two frames: the later wins
         order = np.lexsort((rows["sequence"], keys))
         good[order[np.flatnonzero(keys[order][1:] == keys[order][:-1])]] = False
         order = order[good[order]]
     chained = np.flatnonzero(rows["chained"])
-    wanted = _mix(rows["parent"][chained])
+    parents = rows["parent"][chained]
+    wanted = _mix(parents)
     sorting = np.argsort(wanted)  # ascending needles walk the keys once instead of missing the cache each time
     place = np.empty(len(wanted), np.int64)
     place[sorting] = np.searchsorted(keys[order], wanted[sorting])
     place = np.minimum(place, max(0, len(order) - 1))
     parent = order[place]
-    linked = (rows["hash"][parent] == rows["parent"][chained]).all(axis=1)
-    linked &= rows["depth"][parent] + 1 == rows["depth"][chained]
+    linked = (hashes.take(parent, axis=0) == parents).all(axis=1)
+    linked &= depths[parent] + 1 == depths[chained]
     above = np.full(count, -1, np.int64)
     above[chained[linked]] = parent[linked]
-    good &= np.where(rows["chained"] != 0, above >= 0, rows["depth"] == 0)
+    good &= np.where(rows["chained"] != 0, above >= 0, depths == 0)
     return above, _whole(good, above)
 
 
@@ -252,7 +253,7 @@ def _with_followers(recency: npt.NDArray[np.int64], above: npt.NDArray[np.int64]
 def _mix(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """64 bits that depend on all 256 of each hash."""
     odd = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64)
-    return (hashes * odd).sum(axis=1, dtype=np.uint64)
+    return hashes @ odd
 
 
 def _split(column: npt.NDArray[np.uint64]) -> list[BlockHash]:
