@@ -28,6 +28,9 @@ from server.types import DEVICE, BlockHash, BlockLayout, Note, TierFault, TierNa
 
 FIRST_GUESS = (0.001, 0.001)
 """Seconds per block and latency of a hop that nobody measured yet."""
+SPILL_PACE_S = 0.02
+"""Spills are planned this often: blocks that were sealed meanwhile go together, which costs the loop a tenth of what
+each alone does, and nobody waits for them."""
 LATE_ALREADY = -1.0
 ALL = 1 << 40
 """More blocks than any request has."""
@@ -57,6 +60,7 @@ class KVManager:
         write_bytes_per_day: float = 0.0,
         pin_ratio: float = 0.25,
         wall_offset_s: float = 0.0,
+        spill_pace_s: float = SPILL_PACE_S,
     ) -> None:
         """`tiers` from fastest to slowest, the first is the device. `guesses[k]` are seconds per block and latency from
         tier k+1 to tier k until they were measured. `wall_offset_s`: Unix time minus `now`, for what outlives us."""
@@ -73,6 +77,7 @@ class KVManager:
             self.planner,
             WriteBudget(write_bytes_per_day),
             layout.block_bytes,
+            spill_pace_s,
         )
         self.leases: set[Lease] = set()
         self.wake_s = float("inf")
@@ -229,19 +234,21 @@ class KVManager:
             stop += 1
         blocks, queued = stop - front, self.traffic.queued(lease)
         if lease.late_s is None:
+            lease.waits_since_s = now
             lease.late_s = now + self.planner.patience_s(self.planner.load_s(load.level, blocks, queued))
         if now >= lease.late_s:
-            self._late(lease, load.level, now)
+            self._late(lease, load.level, blocks, now)
             return stop
         share = self.planner.front(load.level, blocks, queued, floor_s)
         if not share:
             self.wake_s = min(self.wake_s, lease.late_s)
         return front + share
 
-    def _late(self, lease: Lease, level: int, now: float) -> None:
+    def _late(self, lease: Lease, level: int, blocks: int, now: float) -> None:
         """A promise was not kept: count it against the tier, once per wait. Any landing clears the tier's name."""
         if lease.late_s != LATE_ALREADY:
             lease.late_s = LATE_ALREADY
+            self.planner.up[level - 1].late(now - lease.waits_since_s, blocks)
             self.planner.breakers[self.levels[level].name].failed(now)
 
     def grow(self, lease: Lease, tokens: int) -> bool:
@@ -335,7 +342,9 @@ class KVManager:
         """Transfers to start now: loads first, a request waits for them; then spills, nobody does."""
         while self._expiries and self._expiries[0][0] <= now:
             self._expire_pin(heapq.heappop(self._expiries)[1], now)
-        return self.traffic.plan(now)
+        planned = self.traffic.plan(now)
+        self.wake_s = min(self.wake_s, self.traffic.spill_s)
+        return planned
 
     def recover(self, found: Recovered) -> None:
         """Take over what the lowest tier still holds. Once, before anything else."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from server.kvcache.tiers.base import Move, Tier
-from server.types import DRAM, FrameId, Note, TierFault, TierName, Transfer
+from server.types import DEVICE, DRAM, FrameId, Note, TierFault, TierName, Transfer
 
 Done = Callable[[int, TierFault | None], None]
 Broke = Callable[[BaseException], None]
@@ -75,13 +75,16 @@ def _move(transfer: Transfer) -> Move:
 
 
 def _runs(transfers: Sequence[Transfer], limit: int) -> Iterator[tuple[TierName, list[Transfer]]]:
-    """Transfers of one tier and direction whose frames there are neighbours, at most `limit` at a time."""
+    """Transfers of one tier and direction, at most `limit` at a time; loads from below DRAM only where their frames are
+    neighbours, as each run lands as one and somebody waits for it."""
     run: list[Transfer] = []
     for transfer in sorted(transfers, key=lambda t: (t.source[0], t.target[0], _tier_end(t)[1])):
         if run:
             last = run[-1]
             same = (last.source[0], last.target[0]) == (transfer.source[0], transfer.target[0])
-            if not same or len(run) == limit or _tier_end(last)[1] + 1 != _tier_end(transfer)[1]:
+            apart = _tier_end(last)[1] + 1 != _tier_end(transfer)[1]
+            waited_for = transfer.target[0] == DRAM and transfer.source[0] != DEVICE
+            if not same or len(run) == limit or (apart and waited_for):
                 yield _tier_end(last)[0], run
                 run = []
         run.append(transfer)

@@ -29,8 +29,9 @@ LATE_GRACE_S = 0.002
 DEADLINE_FACTOR = 8.0
 """After this many times its estimate, plus DEADLINE_GRACE_S, a load is given up: its tier has failed once."""
 DEADLINE_GRACE_S = 0.25
-WORTH_RATIO = 0.9
-"""A hit is loaded only if that takes at most this share of the time that computing it takes."""
+WORTH_RATIO = 0.75
+"""A hit is loaded only if that takes at most this share of the time that computing it takes: estimates err, and near
+break-even there is nothing to win."""
 BREAKER_FAILURES = 3
 """Failures in a row that switch a tier off."""
 BREAKER_FIRST_S = 1.0
@@ -66,6 +67,10 @@ class Hop:
             self.block_s += DECAY * (gap_s - self.block_s)
             if alone:
                 self.latency_s += DECAY * (now - started_s - self.latency_s)
+
+    def late(self, waited_s: float, blocks: int) -> None:
+        """In `waited_s` not even `blocks` blocks arrived: it is at least that slow, as far as anybody knows."""
+        self.block_s = max(self.block_s, waited_s / blocks)
 
 
 @dataclass(slots=True)

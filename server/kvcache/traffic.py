@@ -65,6 +65,7 @@ class Traffic:
         planner: Planner,
         budget: WriteBudget,
         block_bytes: int,
+        spill_pace_s: float,
     ) -> None:
         """`limits[k]`: blocks in flight at once, per direction, between levels k and k+1. `budget` is for writes to the
         lowest of three levels."""
@@ -80,6 +81,9 @@ class Traffic:
             dict.fromkeys(("admit", "reject_cold", "reject_wear", "no_room"), 0)
         )
         self.early_blocks = 0
+        self._spill_pace_s = spill_pace_s
+        self._spilled_s = float("-inf")
+        self._spill_due = False
         self._budget = budget
         self._block_bytes = block_bytes
         self._deadlines: list[tuple[float, int, Load]] = []
@@ -94,6 +98,11 @@ class Traffic:
     def spilling(self) -> bool:
         """There are blocks to spill still."""
         return any(hop.spills for hop in self.hops)
+
+    @property
+    def spill_s(self) -> float:
+        """When to plan spills next: soon if there are new ones, or new room for old ones, but not all the time."""
+        return self._spilled_s + self._spill_pace_s if self._spill_due else float("inf")
 
     def queued(self, lease: Lease | None = None) -> list[int]:
         """Blocks ahead on every hop of somebody new, or of `lease`, whose own loads do not count."""
@@ -209,8 +218,11 @@ class Traffic:
         planned: list[Transfer] = []
         for hop in range(len(self.hops)):
             self._plan_up(hop, planned, now)
-        for hop in range(len(self.hops)):
-            self._plan_down(hop, planned, now)
+        if now >= self.spill_s:
+            self._spill_due = False
+            self._spilled_s = now
+            for hop in range(len(self.hops)):
+                self._plan_down(hop, planned, now)
         return planned
 
     def _plan_up(self, hop: int, planned: list[Transfer], now: float) -> None:
@@ -266,6 +278,7 @@ class Traffic:
     def complete(self, transfer_id: int, fault: TierFault | None, now: float) -> None:
         """The mover's report: no byte of this transfer moves any more. A faulty target is never used."""
         flight = self.in_flight.pop(transfer_id)
+        self._spill_due = self.spilling
         if flight.load is not None:
             self._came_up(flight, flight.load, fault, now)
         else:
@@ -333,6 +346,7 @@ class Traffic:
         if level < len(self.hops):
             queue = self.hops[level].spills
             queue[value] = None
+            self._spill_due = True
             if len(queue) > SPILLS_QUEUED_MAX:
                 queue.popitem(last=False)
 

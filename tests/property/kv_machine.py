@@ -74,7 +74,9 @@ class KVMachine(RuleBasedStateMachine):
         names = (DEVICE, DRAM, SSD)[: 1 + bool(frames[1]) + bool(frames[1] and frames[2])]
         tiers = [TierSpec(*spec, in_flight_max) for spec in zip(names, frames, policies, strict=False)]
         layout = BlockLayout(1, 1, 1, 8, block_tokens)
-        self.kv = self.manager(layout, tiers, b"model", write_bytes_per_day=write_bytes_per_day, pin_ratio=0.5)
+        self.kv = self.manager(
+            layout, tiers, b"model", write_bytes_per_day=write_bytes_per_day, pin_ratio=0.5, spill_pace_s=0.0
+        )
         if step_s is not None:
             self.kv.planner.step.observe(1, step_s)
         self.size = block_tokens

@@ -12,7 +12,7 @@ def make_kv(
     """`lower`: frames of DRAM and SSD, as far as there are such tiers (0: there is none)."""
     sizes = zip((DEVICE, DRAM, SSD), (frames, *lower), strict=False)
     tiers = [TierSpec(name, size, eviction, in_flight_max) for name, size in sizes if size]
-    return KVManager(BlockLayout(1, 1, 1, 8, block_tokens), tiers, b"model", **settings)
+    return KVManager(BlockLayout(1, 1, 1, 8, block_tokens), tiers, b"model", **({"spill_pace_s": 0.0} | settings))
 
 
 def sampled(position: int, prompt_tokens: int) -> int:

@@ -422,7 +422,8 @@ def test_a_full_disk_is_lived_with():
     visit(kv, [5, 6])
     land(kv, now=1.0)
     assert kv.tiers[SSD].has(hashes_of(kv, [5, 6])[0]), "the one frame there is changed hands"
-    kv.plan_transfers(62.0)
+    visit(kv, [7, 8])
+    land(kv, now=62.0)
     assert kv.tiers[SSD].pool.unusable() == 0
     audit.check(kv)
 
