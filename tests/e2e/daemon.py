@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,3 +190,57 @@ class Wait:
             assert self._left > 0, f"never happened: {what}"
             self._event.wait(0.02)
         return self
+
+
+class ServeProcess:
+    """`terrace serve` as a process of its own. It starts when entered; what still runs at the end is killed."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        """`log` gets what it says on stderr."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = log
+        self._command = [sys.executable, "-m", "server", "serve", *arguments, "--port", str(port)]
+
+    def __enter__(self) -> Self:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("TERRACE_")}
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=log, env=environ)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    def ready(self) -> Self:
+        """Returns at the first 200 of /readyz; until then it answers with 503 or not at all."""
+
+        def answers() -> bool:
+            assert self.process.poll() is None, f"the daemon ended before it was ready: {self.said()}"
+            try:
+                return httpx.get(f"{self.url}/readyz", trust_env=False).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        Wait().until(answers, "the daemon is ready")
+        return self
+
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def stop(self, number: int) -> int:
+        """Send a signal and wait for the end; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def metric(self, name: str) -> float:
+        """The sum of one metric over its labels."""
+        with self.client() as http:
+            lines = http.get("/metrics").text.splitlines()
+        values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        assert values, f"no metric is called {name}"
+        return sum(values)
