@@ -146,7 +146,7 @@ class KVManager:
     def _send_for(self, lease: Lease, hashes: Sequence[BlockHash], now: float, floor_s: float) -> None:
         """Match on below the device, and want what is worth it, the last block first."""
         start = len(lease.table)
-        levels = self._worth_loading(self._levels_of(hashes, start), now, floor_s)
+        levels, skipped = self._worth_loading(self._levels_of(hashes, start), now, floor_s)
         lease.hashes = hashes[: start + len(levels)]
         queued = self.traffic.queued()
         wanted = Counter(levels)
@@ -154,6 +154,8 @@ class KVManager:
         deadline_s = now + self.planner.deadline_s(longest_s)
         for position in range(start + len(levels) - 1, start - 1, -1):
             value = hashes[position]
+            if position - start in skipped:
+                continue
             if self.device.has(value):
                 frame = self.device.find[value]
                 self.device.hold(frame)
@@ -171,8 +173,9 @@ class KVManager:
             levels.append(level)
         return levels
 
-    def _worth_loading(self, levels: list[int], now: float, floor_s: float) -> list[int]:
-        """`levels` up to the first run of blocks whose tier is off or too slow for them."""
+    def _worth_loading(self, levels: list[int], now: float, floor_s: float) -> tuple[list[int], range]:
+        """`levels` up to the first run of blocks whose tier is off or too slow for them; and, if the latter is worth
+        finding out about, that run too with those of its blocks that are not loaded."""
         queued = self.traffic.queued()
         start = 0
         while start < len(levels):
@@ -187,10 +190,11 @@ class KVManager:
                 elif not self.planner.worth(level, end - start, queued, floor_s):
                     reason = "slower_than_recompute"
                 if reason is not None:
-                    self.declined[(name, reason)] += len(levels) - start
-                    return levels[:start]
+                    probed = 0 if reason == "disabled" else self.planner.probe(level, end - start, now)
+                    self.declined[(name, reason)] += len(levels) - start - probed
+                    return (levels[:end], range(start, end - probed)) if probed else (levels[:start], range(0))
             start = end
-        return levels
+        return levels, range(0)
 
     def join(self, lease: Lease) -> int:
         """Append to the table what it has reached: blocks that came from below or that somebody else computed. The

@@ -32,6 +32,10 @@ DEADLINE_GRACE_S = 0.25
 WORTH_RATIO = 0.75
 """A hit is loaded only if that takes at most this share of the time that computing it takes: estimates err, and near
 break-even there is nothing to win."""
+PROBE_EVERY_S = 1.0
+"""A tier that seems too slow is measured again this often: the last blocks of a hit are loaded, and nobody waits."""
+PROBE_SHARE = 8
+"""One in so many blocks of that hit."""
 BREAKER_FAILURES = 3
 """Failures in a row that switch a tier off."""
 BREAKER_FIRST_S = 1.0
@@ -47,6 +51,7 @@ class Hop:
     latency_s: float
     in_flight: int = 0
     mark_s: float = 0.0
+    probe_s: float = 0.0
     moved_blocks: int = 0
     failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("io", "corrupt", "no_space", "timeout"), 0))
     busy_s: float = 0.0
@@ -173,6 +178,15 @@ class Planner:
         """Would loading spare enough computing to be worth the trouble?"""
         cost_s, _ = self._choose(level, blocks, queued, floor_s)
         return not self.step.known or cost_s <= WORTH_RATIO * self._computing_s(blocks)
+
+    def probe(self, level: int, blocks: int, now: float) -> int:
+        """Of a hit that is not worth loading, how many blocks to load all the same: without that nobody would ever learn
+        that the tier is fast again. 0 most of the time."""
+        hop = self.up[level - 1]
+        if now < hop.probe_s:
+            return 0
+        hop.probe_s = now + PROBE_EVERY_S
+        return -(-blocks // PROBE_SHARE)
 
     def _choose(self, level: int, blocks: int, queued: list[int], floor_s: float) -> tuple[float, int]:
         """Seconds of the shortest way, and the blocks to compute first. Before the first step was measured: wait."""

@@ -304,7 +304,7 @@ def test_computing_from_the_front_meets_loading_from_the_back():
 
 
 def test_a_slow_tier_is_left_alone():
-    """Loading that would take far longer than computing is not even begun, and is counted."""
+    """Loading that would take far longer than computing is not begun, but for a block once a second, to find out."""
     kv = make_kv(4, 8, guesses=[(1.0, 0.0)])
     visit(kv, PROMPT)
     for transfer in kv.plan_transfers(0.0):
@@ -312,8 +312,12 @@ def test_a_slow_tier_is_left_alone():
     visit(kv, [7] * 8)
     kv.planner.up[0].block_s = 1.0
     kv.planner.step.observe(2, 0.001)
-    assert not kv.admit(hashes_of(kv, PROMPT), 1.0).loading
-    assert kv.declined[(DRAM, "slower_than_recompute")] == 3
+    probing = kv.admit(hashes_of(kv, PROMPT), 1.0)
+    assert list(probing.loads) == [2]
+    assert kv.compute_until(probing, 1.0) == 2, "nobody waits for it"
+    kv.release(probing)
+    assert not kv.admit(hashes_of(kv, PROMPT), 1.5).loading
+    assert kv.declined[(DRAM, "slower_than_recompute")] == 2 + 3
 
 
 # --- three tiers -----------------------------------------------------------------------------------------------------
