@@ -14,6 +14,7 @@ BENCHES = {
     "model": "server.bench.model:run",
     "clients": "server.bench.clients:run",
     "grid": "server.bench.grid:run",
+    "soak": "server.bench.soak:run",
     "turns": "server.bench.turns:run",
     "tiers": "server.bench.tiers:run",
 }

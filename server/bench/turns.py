@@ -91,7 +91,7 @@ def _play(report: Report, talk: Talk, model: str, mode: str, flags: list[str]) -
     texts = [f"Conversation {number}." for number in range(talk.conversations)]
     first_s: list[list[float]] = []
     cached = 0
-    with _daemon(model, flags) as url:
+    with serving(model, flags) as (url, _):
         for turn in range(talk.turns + 1):
             first_s.append([])
             for number in range(talk.conversations):
@@ -99,7 +99,7 @@ def _play(report: Report, talk: Talk, model: str, mode: str, flags: list[str]) -
         if mode == "dram+ssd":
             time.sleep(1.0)  # what is written in the background is written; a kill at any moment is the tests' business
     if mode == "dram+ssd":
-        with _daemon(model, flags) as url:
+        with serving(model, flags) as (url, _):
             first_s.append([])
             for number in range(talk.conversations):
                 cached += _turn(url, talk, texts, number, talk.turns + 1, first_s)
@@ -143,8 +143,8 @@ def _words(talk: Talk, number: int, turn: int) -> str:
 
 
 @contextmanager
-def _daemon(model: str, flags: list[str]) -> Iterator[str]:
-    """A daemon on a free port; at the end it is killed, as the kernel or the operator's cat would."""
+def serving(model: str, flags: list[str]) -> Iterator[tuple[str, int]]:
+    """A daemon on a free port, its address and process id; at the end it is killed, as the kernel would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -161,7 +161,7 @@ def _daemon(model: str, flags: list[str]) -> Iterator[str]:
                     break
             except httpx.TransportError:
                 time.sleep(0.1)
-        yield url
+        yield url, process.pid
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
