@@ -38,6 +38,11 @@ class _Call(Generic[T]):
         self.error: BaseException | None = None
         self.left = len(works)
 
+    def finish(self) -> None:
+        """Loop thread; the second time it does nothing."""
+        if not self.done.done():
+            self.done.set_result(None)
+
 
 _Jobs = queue.SimpleQueue[tuple[_Call, int] | None]
 """A call and the index of one of its works; None ends a thread."""
@@ -52,6 +57,7 @@ class IoPool:
         self._no_reads = threading.Event()
         self._counting = threading.Lock()
         self._closing = False
+        self._open: set[_Call] = set()
         self._readers = [threading.Thread(target=self._read, name=f"terrace-read-{i}") for i in range(readers)]
         self._writers = [threading.Thread(target=self._write, name=f"terrace-write-{i}") for i in range(writers)]
         for thread in (*self._readers, *self._writers):
@@ -59,7 +65,10 @@ class IoPool:
             thread.start()
 
     async def read(self, works: Sequence[Work[T]]) -> list[T]:
-        """Run all of `works` on reading threads. Cancelled or not, it returns when the last of them is over."""
+        """Run all of `works` on reading threads. Cancelled or not, it returns when the last of them is over.
+
+        Raises TimeoutError when the pool was closed and gave up on them.
+        """
         self._no_reads.clear()
         return await self._submit(self._reads, works)
 
@@ -68,7 +77,11 @@ class IoPool:
         return await self._submit(self._writes, works)
 
     def close(self, timeout_s: float, clock: Callable[[], float]) -> bool:
-        """End the threads when their queues are empty. False when some are still stuck after `timeout_s` in all."""
+        """End the threads when their queues are empty; any thread but the loop's.
+
+        False when some are still stuck after `timeout_s` in all. Their calls return all the same, so that a disk that
+        never answers cannot hold up whoever awaits them: bytes may still move, until the process ends.
+        """
         deadline_s = clock() + timeout_s
         self._closing = True
         for jobs, threads in ((self._reads, self._readers), (self._writes, self._writers)):
@@ -77,16 +90,25 @@ class IoPool:
         threads = [*self._readers, *self._writers]
         for thread in threads:
             thread.join(max(0.0, deadline_s - clock()))
-        return not any(thread.is_alive() for thread in threads)
+        if not any(thread.is_alive() for thread in threads):
+            return True
+        for call in list(self._open):
+            call.error = TimeoutError("the disk does not answer")
+            call.loop.call_soon_threadsafe(call.finish)
+        return False
 
     async def _submit(self, jobs: _Jobs, works: Sequence[Work[T]]) -> list[T]:
         assert not self._closing, "no call is made to a tier that is closed"
         if not works:
             return []
         call = _Call(works)
+        self._open.add(call)
         for i in range(len(works)):
             jobs.put((call, i))
-        await call.done
+        try:
+            await call.done
+        finally:
+            self._open.discard(call)
         if call.error is not None:
             raise call.error
         return call.results  # type: ignore[return-value]
@@ -113,4 +135,4 @@ class IoPool:
             last = call.left == 0
         if last:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                call.loop.call_soon_threadsafe(call.done.set_result, None)
+                call.loop.call_soon_threadsafe(call.finish)

@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,13 @@ from server.kvcache.tiers.base import Move, Recovered
 from server.kvcache.tiers.files import Buffers, OsIo, move_all
 from server.kvcache.tiers.index import Identity
 from server.kvcache.tiers.journal import Journal, JournalStats, bytes_needed
-from server.kvcache.tiers.pool import IoPool
+from server.kvcache.tiers.pool import IoPool, Work
 from server.kvcache.tiers.segments import DirectoryLock, Limits, Segments, disk_bytes
 from server.kvcache.tiers.slots import HEADER_BYTES, RAW, read_header, write_header
 from server.types import SSD, Note, TierFault
+
+Carry = Callable[[Sequence[Move]], list[TierFault | None]]
+Submit = Callable[[Sequence[Work]], Awaitable[list[list[TierFault | None]]]]
 
 log = logging.getLogger("terrace.ssd")
 
@@ -130,15 +133,24 @@ class SsdTier:
 
     async def write(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
         """Host to tier. Faults: `corrupt` (the host frame holds something else), `io`, `no_space`."""
-        runs = list(self._runs(moves))
-        done = await self._threads.write([partial(self._write_run, [moves[i] for i in run]) for run in runs])
-        return _in_order(len(moves), runs, done)
+        return await self._each_run(moves, self._write_run, self._threads.write)
 
     async def read(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
         """Tier to host. Faults: `corrupt`, `io`."""
+        return await self._each_run(moves, self._read_run, self._threads.read)
+
+    async def _each_run(self, moves: Sequence[Move], carry: Carry, submit: Submit) -> list[TierFault | None]:
+        """`carry` for every run of neighbouring slots, all at once; the outcomes in the order of `moves`."""
         runs = list(self._runs(moves))
-        done = await self._threads.read([partial(self._read_run, [moves[i] for i in run]) for run in runs])
-        return _in_order(len(moves), runs, done)
+        outcomes: list[TierFault | None] = [None] * len(moves)
+        try:
+            done = await submit([partial(carry, [moves[i] for i in run]) for run in runs])
+        except TimeoutError as error:  # closed while the disk did not answer
+            return [TierFault("timeout", str(error))] * len(moves)
+        for run, results in zip(runs, done, strict=True):
+            for i, outcome in zip(run, results, strict=True):
+                outcomes[i] = outcome
+        return outcomes
 
     def note(self, notes: Sequence[Note]) -> None:
         self._journal.note(notes)
@@ -290,17 +302,6 @@ class SsdTier:
         with self._counting:
             self.stats.io_errors["SHORT"] += 1
         return [TierFault("io", f"it ended after {moved} bytes")] * count
-
-
-def _in_order(
-    count: int, runs: Sequence[Sequence[int]], done: Sequence[Sequence[TierFault | None]]
-) -> list[TierFault | None]:
-    """The outcomes of all runs, each at the place of its move."""
-    outcomes: list[TierFault | None] = [None] * count
-    for run, results in zip(runs, done, strict=True):
-        for i, outcome in zip(run, results, strict=True):
-            outcomes[i] = outcome
-    return outcomes
 
 
 def frames_within(capacity_bytes: int, slot_bytes: int) -> int:
