@@ -1,6 +1,6 @@
 """The SSD tier against the disk: bandwidth beside fio, and how long a start with many blocks takes.
 
-Bandwidth goes through `SsdTier` itself, checksums and headers included, QUEUE_DEPTH calls of one block at a time, and
+Bandwidth goes through `SsdTier` itself, checksums and headers included, QUEUE_DEPTH calls at a time, and
 beside it fio with the same file system, direct I/O, size per I/O and queue depth. The two take turns, because a shared
 machine drifts; the ratio is that of the medians. Both overwrite and read what a round before has written.
 
@@ -35,8 +35,9 @@ from server.kvcache.tiers.slots import HEADER_BYTES
 from server.kvcache.tiers.ssd import SsdTier
 
 QUEUE_DEPTH = 8
-BLOCK_BYTES = (2 * 2**20, 384 * 2**10)
-"""An 8B model with grouped queries and 16 tokens to the block, and a model of 1B."""
+CASES = ((2 * 2**20, 1), (384 * 2**10, 1), (384 * 2**10, 4))
+"""Bytes of a block and neighbours per call, which are one I/O: an 8B model with grouped queries and 16 tokens to the
+block; one of 1B, whose chains are laid out so that one I/O carries several blocks, and the same without that."""
 ROUNDS = 5
 GOAL_RATIO = 0.9
 GOAL_RECOVERY_S = 2.0
@@ -58,10 +59,10 @@ def run(*, quick: bool) -> Report:
     fio = shutil.which("fio")
     if fio is None:
         print("fio is not installed: no comparison")
-    report.header("block KiB", "what", "GB/s", "CPU s/GB", "fio GB/s", "fio CPU s/GB", "ratio")
-    for block_bytes in BLOCK_BYTES:
+    report.header("block KiB", "in one I/O", "what", "GB/s", "CPU s/GB", "fio GB/s", "fio CPU s/GB", "ratio")
+    for block_bytes, run_blocks in CASES:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # not /tmp, which may be memory
-            asyncio.run(_bandwidth(report, Path(folder), block_bytes, 2**27 if quick else 2**30, fio))
+            asyncio.run(_bandwidth(report, Path(folder), block_bytes, run_blocks, 2**27 if quick else 2**30, fio))
     report.header("blocks", "seconds", "RSS B/row", "index B/row")
     for rows in (10**4, 10**5) if quick else (10**4, 10**5, 10**6):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
@@ -72,73 +73,82 @@ def run(*, quick: bool) -> Report:
 # --- bandwidth -------------------------------------------------------------------------------------------------------
 
 
-async def _bandwidth(report: Report, folder: Path, block_bytes: int, total_bytes: int, fio: str | None) -> None:
-    host = HostArena(QUEUE_DEPTH, block_bytes)
+async def _bandwidth(
+    report: Report, folder: Path, block_bytes: int, run_blocks: int, total_bytes: int, fio: str | None
+) -> None:
+    places = QUEUE_DEPTH * run_blocks
+    host = HostArena(places, block_bytes)
     tier = _tier(folder, host, total_bytes + 2**26)
     await tier.open()
     hashes = []
-    for frame in range(QUEUE_DEPTH):
+    for frame in range(places):
         host.view(frame)[:] = os.urandom(block_bytes)
         hashes.append(bytes([frame]) * 32)
-    moves = [Move(hashes[f % QUEUE_DEPTH], None, 0, f % QUEUE_DEPTH, f) for f in range(total_bytes // block_bytes)]
-    slot_bytes = HEADER_BYTES + host.stride
+    moves = [
+        Move(hashes[f % places], None, 0, f % places, f) for f in range(total_bytes // block_bytes // places * places)
+    ]
+    calls = [moves[i : i + run_blocks] for i in range(0, len(moves), run_blocks)]
+    call_bytes = run_blocks * (HEADER_BYTES + host.stride)
     ours: dict[str, list[Sample]] = {"write": [], "read": []}
     theirs: dict[str, list[Sample]] = {"write": [], "read": []}
     for turn in range(ROUNDS + 1):  # the first round fills the files
         for what, call in (("write", tier.write), ("read", tier.read)):
-            for frame in range(QUEUE_DEPTH):
+            for frame in range(places):
                 host.label(frame, hashes[frame])
-            sample = await _through_tier(call, moves, slot_bytes)
-            other = await asyncio.to_thread(_through_fio, fio, folder, what, slot_bytes, len(moves)) if fio else None
-            report.keep(part="bandwidth", block_bytes=block_bytes, what=what, turn=turn, tier=vars(sample),
-                        fio=other and vars(other), direct=tier.segments.direct)  # fmt: skip
+            sample = await _through_tier(call, calls, call_bytes)
+            other = await asyncio.to_thread(_through_fio, fio, folder, what, call_bytes, len(calls)) if fio else None
+            report.keep(part="bandwidth", block_bytes=block_bytes, run_blocks=run_blocks, what=what, turn=turn,
+                        tier=vars(sample), fio=other and vars(other), direct=tier.segments.direct)  # fmt: skip
             if turn:
                 ours[what].append(sample)
                 theirs[what] += [other] if other else []
     await tier.aclose()
     for what in ("write", "read"):
-        _compare(report, block_bytes, what, ours[what], theirs[what])
+        _compare(report, block_bytes, run_blocks, what, ours[what], theirs[what])
 
 
-def _compare(report: Report, block_bytes: int, what: str, ours: Sequence[Sample], theirs: Sequence[Sample]) -> None:
+def _compare(
+    report: Report, block_bytes: int, run_blocks: int, what: str, ours: Sequence[Sample], theirs: Sequence[Sample]
+) -> None:
     speed, cpu = (statistics.median(values) for values in zip(*((s.gb_s, s.cpu_s_per_gb) for s in ours), strict=True))
-    cells: list[object] = [block_bytes // 1024, what, f"{speed:.2f}", f"{cpu:.3f}"]
+    cells: list[object] = [block_bytes // 1024, run_blocks, what, f"{speed:.2f}", f"{cpu:.3f}"]
     if theirs:
         other = statistics.median(sample.gb_s for sample in theirs)
         ratio = speed / other
         cells += [f"{other:.2f}", f"{statistics.median(s.cpu_s_per_gb for s in theirs):.3f}", f"{ratio:.2f}"]
-        goal = f"{what} of {block_bytes // 1024} KiB blocks at {ratio:.0%} of fio, goal {GOAL_RATIO:.0%}"
+        case = f"{what} of {block_bytes // 1024} KiB blocks, {run_blocks} to the I/O"
+        goal = f"{case}, at {ratio:.0%} of fio, goal {GOAL_RATIO:.0%}"
         report.goal(goal, met=ratio >= GOAL_RATIO)
-    report.row(*cells, *["-"] * (7 - len(cells)))
+    report.row(*cells, *["-"] * (8 - len(cells)))
 
 
-async def _through_tier(call: Callable, moves: Sequence[Move], slot_bytes: int) -> Sample:
-    """All moves, each host frame one after the other: as many calls at once as there are host frames."""
+async def _through_tier(call: Callable, calls: Sequence[Sequence[Move]], call_bytes: int) -> Sample:
+    """All calls, QUEUE_DEPTH at once; those of one lane share their host frames."""
 
     async def lane(first: int) -> None:
-        for move in moves[first::QUEUE_DEPTH]:
-            (fault,) = await call([move])
-            assert fault is None, f"the disk failed during a benchmark: {fault}"
+        for moves in calls[first::QUEUE_DEPTH]:
+            faults = await call(moves)
+            assert not any(faults), f"the disk failed during a benchmark: {faults}"
 
     before = resource.getrusage(resource.RUSAGE_SELF)
     started_s = time.perf_counter()
     await asyncio.gather(*map(lane, range(QUEUE_DEPTH)))
     spent_s = time.perf_counter() - started_s
     after = resource.getrusage(resource.RUSAGE_SELF)
-    gigabytes = len(moves) * slot_bytes / 1e9
+    gigabytes = len(calls) * call_bytes / 1e9
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Sample(gigabytes / spent_s, cpu_s / gigabytes)
 
 
-def _through_fio(fio: str, folder: Path, what: str, slot_bytes: int, count: int) -> Sample:
+def _through_fio(fio: str, folder: Path, what: str, call_bytes: int, count: int) -> Sample:
     command = [
-        fio, "--name=disk", f"--filename={folder / 'fio'}", f"--rw={what}", f"--bs={slot_bytes}",
-        f"--size={slot_bytes * count}", "--direct=1", "--ioengine=libaio", f"--iodepth={QUEUE_DEPTH}",
+        fio, "--name=disk", f"--filename={folder / 'fio'}", f"--rw={what}", f"--bs={call_bytes}",
+        f"--size={call_bytes * count}", "--direct=1", "--ioengine=libaio", f"--iodepth={QUEUE_DEPTH}",
         "--fallocate=posix", "--output-format=json",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     job = json.loads(done.stdout)["jobs"][0]
-    gigabytes = slot_bytes * count / 1e9
+    gigabytes = call_bytes * count / 1e9
     spent_s = job[what]["runtime"] / 1e3
     return Sample(gigabytes / spent_s, (job["usr_cpu"] + job["sys_cpu"]) / 100 * spent_s / gigabytes)
 

@@ -293,8 +293,11 @@ def test_a_journal_that_cannot_be_written_is_whole_again_later(tmp_path: Path, m
 
 
 def wait_until(fact: Callable[[], bool]) -> None:
-    while not fact():
+    for _ in range(10_000):
+        if fact():
+            return
         time.sleep(0.001)
+    raise AssertionError("it never came true")
 
 
 def test_collisions_of_the_join_key_lose_blocks_but_invent_none(monkeypatch: pytest.MonkeyPatch):
