@@ -58,7 +58,7 @@ MIN_BLOCKS = 8
 """A device tier with fewer blocks than this serves nobody."""
 FIRST_GUESSES = ((4e9, 0.0005), (1e9, 0.002))
 """Bytes per second and latency of the two hops below the device, until they are measured."""
-RUN_BYTES = 4 * 2**20
+RUN_BYTES = 2**20
 """Neighbouring blocks that go in one call to a tier."""
 IN_FLIGHT_BYTES = 64 * 2**20
 MIN_IN_FLIGHT, MAX_IN_FLIGHT = 8, 256

@@ -239,7 +239,8 @@ class KVManager:
         blocks, queued = stop - front, self.traffic.queued(lease)
         if lease.late_s is None:
             lease.waits_since_s = now
-            lease.late_s = now + self.planner.patience_s(self.planner.load_s(load.level, blocks, queued))
+            estimate_s = self.planner.load_s(load.level, blocks, queued)
+            lease.late_s = now + self.planner.patience_s(estimate_s, blocks)
         if now >= lease.late_s:
             self._late(lease, load.level, blocks, now)
             return stop

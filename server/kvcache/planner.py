@@ -14,18 +14,24 @@ promised is no longer waited for; and a tier that fails or stalls is switched of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from server.types import TierName
 
-DECAY = 0.1
-"""Weight of one block's new measurement: about ten blocks to follow a disk that became slow."""
+BLOCK_DECAY = 0.97
+"""Per landing: the pace is that of the last thirty or so, as blocks that are read in one go land together."""
+LATENCY_WEIGHT = 0.3
+"""Of one new burst: three or four to follow a disk that became slow."""
+GUESS_BLOCKS = 8.0
+"""How many landings the first guess is worth."""
 STEP_DECAY = 0.02
 """Weight of one step in the regression of step time on tokens."""
 LATE_FACTOR = 1.5
 """A load may take this many times its estimate before the request that waits for it computes instead."""
 LATE_GRACE_S = 0.002
 """Added to that: timers and threads are not more punctual."""
+LATE_SHARE = 0.03
+"""But never less than this share of the time that computing takes: what a stalled tier may cost the first who asks."""
 DEADLINE_FACTOR = 8.0
 """After this many times its estimate, plus DEADLINE_GRACE_S, a load is given up: its tier has failed once."""
 DEADLINE_GRACE_S = 0.25
@@ -43,39 +49,56 @@ BREAKER_LONGEST_S = 60.0
 """For how long: doubling from the first to the longest while trials fail."""
 
 
-@dataclass(slots=True)
 class Hop:
-    """Blocks moving one way between two neighbouring tiers. `block_s`: seconds per block while it is busy."""
+    """Blocks moving one way between two neighbouring tiers, as seen by their landings.
 
-    block_s: float
-    latency_s: float
-    in_flight: int = 0
-    mark_s: float = 0.0
-    probe_s: float = 0.0
-    moved_blocks: int = 0
-    failed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("io", "corrupt", "no_space", "timeout"), 0))
-    busy_s: float = 0.0
+    `latency_s` is the mean time from the start of a burst to its first landing, `block_s` the mean gap between landings
+    while something is in flight; both decay, and both start from a guess.
+    """
+
+    __slots__ = ("_blocks", "_mark_s", "_time_s", "busy_s", "failed", "fresh", "in_flight", "latency_s", "moved_blocks",
+                 "probe_s")  # fmt: skip
+
+    def __init__(self, block_s: float, latency_s: float) -> None:
+        self.latency_s = latency_s
+        self.in_flight = 0
+        self.moved_blocks = 0
+        self.busy_s = 0.0
+        self.probe_s = 0.0
+        self.failed = dict.fromkeys(("io", "corrupt", "no_space", "timeout"), 0)
+        self.fresh = True
+        """Nothing has landed since this hop was last idle."""
+        self._blocks = GUESS_BLOCKS
+        self._time_s = GUESS_BLOCKS * block_s
+        self._mark_s = 0.0
+
+    @property
+    def block_s(self) -> float:
+        return self._time_s / self._blocks
 
     def started(self, now: float) -> None:
         if self.in_flight == 0:
-            self.mark_s = now
+            self._mark_s = now
+            self.fresh = True
         self.in_flight += 1
 
-    def landed(self, started_s: float, now: float, *, good: bool) -> None:
-        """Throughput is the pace of landings while something is in flight; latency what a lone block takes."""
-        alone = self.in_flight == 1 and self.mark_s == started_s
+    def landed(self, now: float, *, good: bool) -> None:
         self.in_flight -= 1
-        gap_s, self.mark_s = now - self.mark_s, now
+        gap_s, self._mark_s = now - self._mark_s, now
         self.busy_s += gap_s
-        if good:
-            self.moved_blocks += 1
-            self.block_s += DECAY * (gap_s - self.block_s)
-            if alone:
-                self.latency_s += DECAY * (now - started_s - self.latency_s)
+        if not good:
+            return
+        self.moved_blocks += 1
+        if self.fresh:
+            self.latency_s += LATENCY_WEIGHT * (gap_s - self.latency_s)
+            self.fresh = False
+        else:
+            self._blocks = self._blocks * BLOCK_DECAY + 1
+            self._time_s = self._time_s * BLOCK_DECAY + gap_s
 
     def late(self, waited_s: float, blocks: int) -> None:
         """In `waited_s` not even `blocks` blocks arrived: it is at least that slow, as far as anybody knows."""
-        self.block_s = max(self.block_s, waited_s / blocks)
+        self._time_s = max(self._time_s, self._blocks * waited_s / blocks)
 
 
 @dataclass(slots=True)
@@ -180,8 +203,8 @@ class Planner:
         return not self.step.known or cost_s <= WORTH_RATIO * self._computing_s(blocks)
 
     def probe(self, level: int, blocks: int, now: float) -> int:
-        """Of a hit that is not worth loading, how many blocks to load all the same: without that nobody would ever learn
-        that the tier is fast again. 0 most of the time."""
+        """Of a hit that is not worth loading, how many blocks to load all the same: without that nobody would ever
+        learn that the tier is fast again. 0 most of the time."""
         hop = self.up[level - 1]
         if now < hop.probe_s:
             return 0
@@ -205,9 +228,10 @@ class Planner:
         """Seconds that `blocks` blocks add to a step that is run anyway."""
         return blocks * self._block_tokens * self.step.line()[1]
 
-    def patience_s(self, estimate_s: float) -> float:
-        """How long to wait idly for what was promised in `estimate_s`."""
-        return LATE_FACTOR * estimate_s + LATE_GRACE_S
+    def patience_s(self, estimate_s: float, blocks: int) -> float:
+        """How long to wait without any progress for `blocks` blocks that were promised in `estimate_s`: giving up too
+        early costs computing all of them, so a share of that is always granted."""
+        return max(LATE_FACTOR * estimate_s + LATE_GRACE_S, LATE_SHARE * self._computing_s(blocks))
 
     def deadline_s(self, estimate_s: float) -> float:
         """When to give a load up."""

@@ -288,7 +288,7 @@ class Traffic:
         hop = flight.hop
         source, target = self.levels[hop + 1], self.levels[hop]
         source_frame, target_frame = flight.transfer.source[1], flight.transfer.target[1]
-        self.planner.up[hop].landed(flight.transfer.planned_s, now, good=fault is None)
+        self.planner.up[hop].landed(now, good=fault is None)
         if fault is None:
             self.planner.breakers[source.name].worked()
             target.landed(target_frame)
@@ -336,6 +336,7 @@ class Traffic:
         for lease in load.leases:
             device.hold(frame)
             lease.tail[load.depth] = (frame, load.origin)
+            lease.late_s = None  # progress: patience begins anew
         self._end(load)
         device.unhold(frame)
 
@@ -434,7 +435,7 @@ class Traffic:
         hop, value = flight.hop, flight.transfer.hash
         source, below = self.levels[hop], self.levels[hop + 1]
         origin, frame = flight.transfer.source[1], flight.transfer.target[1]
-        self.planner.down[hop].landed(flight.transfer.planned_s, now, good=fault is None)
+        self.planner.down[hop].landed(now, good=fault is None)
         if fault is None:
             self.planner.breakers[below.name].worked()
             below.landed(frame)

@@ -293,7 +293,7 @@ def test_computing_from_the_front_meets_loading_from_the_back():
     land(kv)
     visit(kv, list(range(100, 164)))
     land(kv)
-    kv.planner.up[0].block_s = 0.01
+    kv.planner.up[0].late(0.01, 1)
     kv.planner.step.observe(2, 0.01)
     hashes = hashes_of(kv, prompt)
     lease = kv.admit(hashes[:-1], 1.0)
@@ -310,7 +310,7 @@ def test_a_slow_tier_is_left_alone():
     for transfer in kv.plan_transfers(0.0):
         kv.complete(transfer.id, None, 0.0)
     visit(kv, [7] * 8)
-    kv.planner.up[0].block_s = 1.0
+    kv.planner.up[0].late(1.0, 1)
     kv.planner.step.observe(2, 0.001)
     probing = kv.admit(hashes_of(kv, PROMPT), 1.0)
     assert list(probing.loads) == [2]
