@@ -82,8 +82,9 @@ class Lease:
     The prefix `hashes` was matched; where it is longer than the table its blocks are on their way: `loads` by position
     those that are to come, `tail` the frames of those that came and wait until the table reaches them (loading goes
     from the back while computing goes from the front). A position in neither has to be computed. `served` counts the
-    blocks of the table that came from the cache, by the tier they were found in. `waits_since_s` and `late_s`: since
-    when and until when to wait for the next one. `retention` says what becomes of what this request computes.
+    blocks of the table that came from the cache, by the tier they were found in. `waits_since_s`, `late_s`:
+    since when and until when to wait for the next one to leave `waits_level`. `retention` says what becomes of what
+    this request computes.
     """
 
     hashes: Sequence[BlockHash] = ()
@@ -93,6 +94,7 @@ class Lease:
     tail: dict[int, tuple[FrameId, TierName]] = field(default_factory=dict)
     served: Counter[TierName] = field(default_factory=Counter)
     waits_since_s: float = 0.0
+    waits_level: int = 0
     late_s: float | None = None
     retention: Retention = ORDINARY
     released: bool = False

@@ -237,8 +237,8 @@ class KVManager:
         while stop < end and (other := lease.loads.get(stop)) is not None and other.level == load.level:
             stop += 1
         blocks, queued = stop - front, self.traffic.queued(lease)
-        if lease.late_s is None:
-            lease.waits_since_s = now
+        if lease.late_s is None or lease.waits_level != load.level:  # a hop further up is progress too
+            lease.waits_since_s, lease.waits_level = now, load.level
             estimate_s = self.planner.load_s(load.level, blocks, queued)
             lease.late_s = now + self.planner.patience_s(estimate_s, blocks)
         if now >= lease.late_s:

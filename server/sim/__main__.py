@@ -9,6 +9,7 @@ from collections import Counter
 
 from server.sim.clock import SimFailure
 from server.sim.scenario import run_seed
+from server.sim.soak import run_soak
 
 
 def _range(text: str) -> range:
@@ -21,8 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m server.sim", description=__doc__)
     parser.add_argument("--seed", type=int, help="run this one")
     parser.add_argument("--seeds", type=_range, default=range(1000), metavar="A..B", help="run these (default 0..999)")
+    parser.add_argument("--soak-hours", type=float, metavar="H", help="instead: one daemon for so many virtual hours")
     parser.add_argument("-v", "--verbose", action="store_true", help="one line per seed")
     options = parser.parse_args(argv)
+    if options.soak_hours is not None:
+        return _soak(options.soak_hours)
     seeds = range(options.seed, options.seed + 1) if options.seed is not None else options.seeds
     total: Counter[str] = Counter()
     failed = 0
@@ -41,6 +45,24 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(seeds) - failed} of {len(seeds)} seeds passed in {elapsed_s:.1f} s ({len(seeds) / elapsed_s:.1f}/s)")
     print(" ".join(f"{name}={count}" for name, count in sorted(total.items())))
     return 1 if failed else 0
+
+
+def _soak(hours: float) -> int:
+    started_s = time.monotonic()
+    try:
+        soak = run_soak(hours)
+    except SimFailure as failure:
+        print(f"FAILED {failure}")
+        return 1
+    print(f"{hours:g} virtual hours in {time.monotonic() - started_s:.0f} s\n{soak.outcome}")
+    names = list(soak.hours[0].sizes)
+    print("largest in the first and in the second half:")
+    half = len(soak.hours) // 2
+    for name in names:
+        parts = (soak.hours[:half], soak.hours[half:])
+        first, second = (max((hour.sizes[name] for hour in part), default=0) for part in parts)
+        print(f"  {name:16} {first:6} {second:6}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class _JumpingSelector:
             raise SimFailure("deadlock: nothing is ready and no timer is set\n" + describe_tasks(self._loop))
         self._loop.now_s += max(0.0, timeout)
         self._loop.iterations += 1
-        if self._loop.iterations > MAX_ITERATIONS:
+        if self._loop.iterations > self._loop.max_iterations:
             raise SimFailure("livelock: the event loop turns without end\n" + describe_tasks(self._loop))
         return []
 
@@ -45,8 +45,9 @@ class _JumpingSelector:
 class VirtualLoop(asyncio.BaseEventLoop):
     """An event loop without I/O and without real time. One thread; nothing outside it may call in."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_iterations: int = MAX_ITERATIONS) -> None:
         super().__init__()
+        self.max_iterations = max_iterations
         self.now_s = 0.0
         self.iterations = 0
         self._selector = _JumpingSelector(self)

@@ -112,11 +112,12 @@ class Outcome:
 class Scenario:
     """A daemon and its clients on one virtual loop. `findings` is empty after a good run."""
 
-    def __init__(self, seed: int, loop: VirtualLoop) -> None:
+    def __init__(self, seed: int, loop: VirtualLoop, setup: Setup | None = None) -> None:
+        """`setup` is drawn from the seed unless given."""
         self.rng = Random(seed)
         self.outcome = Outcome(seed)
         self.findings: list[str] = []
-        self.setup = setup = draw_setup(self.rng)
+        self.setup = setup = setup or draw_setup(self.rng)
         self.reference = Reference(setup.vocab)
         self._loop = loop
         self._contents: dict[bytes, list[int]] = {}
