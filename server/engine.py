@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -159,6 +160,7 @@ class Engine:
         self._flush_s = flush_s
         self._nonce = nonce
         self._flush_until_s: float | None = None
+        self._faults: Counter[str] = Counter()
         self._streams: dict[int, Stream] = {}
         self._wake = asyncio.Event()
         self._over = asyncio.Event()
@@ -179,8 +181,9 @@ class Engine:
             self._metrics.rejected("draining")
             raise NotReady(f"the server is {self.state}")
         self._next_id += 1
-        salt = spec.cache_salt
-        if not self._prefix_caching:
+        salt, retention = spec.cache_salt, spec.retention
+        if not self._prefix_caching:  # nobody will ever find these blocks, but a preempted request its own
+            retention = Retention(transient=True)
             salt = f"{salt}\0only for request {self._next_id} of {self._nonce}"
         request = request_from(
             self._next_id,
@@ -189,7 +192,7 @@ class Engine:
             self.kv.root(salt),
             priority=spec.priority,
             now=self._clock(),
-            retention=spec.retention,
+            retention=retention,
         )
         try:
             self.scheduler.submit(request)
@@ -323,6 +326,8 @@ class Engine:
 
     async def _rest(self) -> None:
         """Nothing to run: sleep until something arrives or is late; audit the books once if that takes a while."""
+        if self._drained():
+            return
         now, wake_s = self._clock(), self.kv.wake_s
         audits = not self._audited and self.scheduler.idle and self.kv.frames_total <= IDLE_AUDIT_FRAMES
         if audits:
@@ -354,7 +359,10 @@ class Engine:
 
     def _landed(self, transfer_id: int, fault: TierFault | None) -> None:
         if fault is not None:
-            log.warning("transfer %d failed: %s %s", transfer_id, fault.reason, fault.detail)
+            self._faults[fault.reason] += 1
+            count = self._faults[fault.reason]
+            if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th ...: a sick disk must not fill the log as well
+                log.warning("a transfer failed (%s, number %d): %s", fault.reason, count, fault.detail)
         self.kv.complete(transfer_id, fault, self._clock())
         self._wake.set()
 

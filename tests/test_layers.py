@@ -26,7 +26,8 @@ LAYERS = [
     {"sim"},
     {"api"},
     {"build", "cachectl"},
-    {"bench", "demo"},
+    {"demo"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

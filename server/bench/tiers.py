@@ -1,17 +1,13 @@
-"""The SSD tier against the disk: bandwidth beside fio, and how long a start with many blocks takes.
+"""The SSD tier against the disk: bandwidth beside fio.
 
 Bandwidth goes through `SsdTier` itself, checksums and headers included, QUEUE_DEPTH calls at a time, and
 beside it fio with the same file system, direct I/O, size per I/O and queue depth. The two take turns, because a shared
 machine drifts; the ratio is that of the medians. Both overwrite and read what a round before has written.
-
-Recovery opens a tier whose index lists 10^4 to 10^6 blocks in chains, in segment files without bytes: a start reads
-no slot.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import resource
@@ -28,7 +24,7 @@ import numpy as np
 
 from server.bench.report import Report
 from server.kvcache.host import HostArena
-from server.kvcache.tiers.base import Move
+from server.kvcache.tiers.base import Move, Recovered
 from server.kvcache.tiers.index import MARK, PIECE_RECORDS, PUT, RECORD, Identity, batch
 from server.kvcache.tiers.segments import slots_per_segment
 from server.kvcache.tiers.slots import HEADER_BYTES
@@ -54,7 +50,7 @@ class Sample:
 
 
 def run(*, quick: bool) -> Report:
-    """Both parts; see the module's docstring."""
+    """All cases; see the module's docstring."""
     report = Report("tiers", quick=quick)
     fio = shutil.which("fio")
     if fio is None:
@@ -63,10 +59,6 @@ def run(*, quick: bool) -> Report:
     for block_bytes, run_blocks in CASES:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # not /tmp, which may be memory
             asyncio.run(_bandwidth(report, Path(folder), block_bytes, run_blocks, 2**27 if quick else 2**30, fio))
-    report.header("blocks", "seconds", "RSS B/row", "index B/row")
-    for rows in (10**4, 10**5) if quick else (10**4, 10**5, 10**6):
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            asyncio.run(_recovery(report, Path(folder), rows))
     return report
 
 
@@ -153,27 +145,24 @@ def _through_fio(fio: str, folder: Path, what: str, call_bytes: int, count: int)
     return Sample(gigabytes / spent_s, (job["usr_cpu"] + job["sys_cpu"]) / 100 * spent_s / gigabytes)
 
 
-# --- recovery --------------------------------------------------------------------------------------------------------
+# --- an index of many blocks, for `scale.py` -------------------------------------------------------------------------
 
 
-async def _recovery(report: Report, folder: Path, rows: int) -> None:
+def open_many(folder: Path, rows: int) -> tuple[Recovered, float]:
+    """Make an index of `rows` blocks in `folder` and open a tier over it: what it found, and in how many seconds."""
     host = HostArena(1, 4096)
     slot_bytes = HEADER_BYTES + host.stride
     _make_index(folder / FINGERPRINT.hex(), rows, slot_bytes)
-    gc.collect()
-    before = _rss_bytes()
-    tier = _tier(folder, host, rows * (slot_bytes + 400) + 2**22)
+    return asyncio.run(_open(_tier(folder, host, rows * (slot_bytes + 400) + 2**22), rows))
+
+
+async def _open(tier: SsdTier, rows: int) -> tuple[Recovered, float]:
     started_s = time.perf_counter()
     found = await tier.open()
     spent_s = time.perf_counter() - started_s
     assert len(found.frames) == rows, f"{len(found.frames)} of {rows} blocks were recovered"
-    per_row = (_rss_bytes() - before) / rows
     await tier.aclose()
-    report.row(rows, f"{spent_s:.3f}", f"{per_row:.0f}", RECORD.itemsize)
-    report.keep(part="recovery", blocks=rows, seconds=spent_s, rss_bytes_per_row=per_row)
-    if rows == 10**6:
-        report.goal(f"{rows} blocks recovered in {spent_s:.2f} s, goal {GOAL_RECOVERY_S:.0f} s",
-                    met=spent_s < GOAL_RECOVERY_S)  # fmt: skip
+    return found, spent_s
 
 
 def _make_index(directory: Path, rows: int, slot_bytes: int) -> None:
@@ -205,6 +194,7 @@ def _tier(folder: Path, host: HostArena, capacity_bytes: int) -> SsdTier:
     )  # fmt: skip
 
 
-def _rss_bytes() -> int:
+def resident_bytes() -> int:
+    """Memory of this process."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()

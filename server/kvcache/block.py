@@ -83,7 +83,8 @@ class Lease:
     those that are to come, `tail` the frames of those that came and wait until the table reaches them (loading goes
     from the back while computing goes from the front). A position in neither has to be computed. `served` counts the
     blocks of the table that came from the cache, by the tier they were found in. `waits_since_s`, `late_s`:
-    since when and until when to wait for the next one to leave `waits_level`. `retention` says what becomes of what
+    since when and until when to wait for the next one to leave `waits_level`. `probing`: what is loaded is
+    loaded only to learn how fast that is, and nobody waits. `retention` says what becomes of what
     this request computes.
     """
 
@@ -96,6 +97,7 @@ class Lease:
     waits_since_s: float = 0.0
     waits_level: int = 0
     late_s: float | None = None
+    probing: bool = False
     retention: Retention = ORDINARY
     released: bool = False
 

@@ -148,6 +148,7 @@ class KVManager:
         start = len(lease.table)
         levels, skipped = self._worth_loading(self._levels_of(hashes, start), now, floor_s)
         lease.hashes = hashes[: start + len(levels)]
+        lease.probing = bool(skipped)
         queued = self.traffic.queued()
         wanted = Counter(levels)
         longest_s = max((self.planner.load_s(k, n, queued) for k, n in wanted.items() if k), default=0.0)
@@ -226,6 +227,8 @@ class KVManager:
         """Up to which block the request may compute now. Equal to the table's length: it should wait for its loads;
         then `wake_s` is no later than the moment at which it should not any more."""
         front, end = len(lease.table), len(lease.hashes)
+        if lease.probing:
+            return ALL
         if lease.sealed < front:  # its last block is on its way up for somebody else: do without what came behind it
             return front + 1
         load = lease.loads.get(front)
@@ -379,8 +382,8 @@ class KVManager:
 
     @property
     def busy(self) -> bool:
-        """Blocks move or wait to be spilled."""
-        return self.traffic.moving or self.traffic.spilling
+        """Blocks move, or could if transfers were planned now. Spills that have no room to go to do not count."""
+        return self.traffic.moving or self.traffic.spill_s != float("inf")
 
     @property
     def frames_total(self) -> int:

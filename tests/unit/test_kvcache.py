@@ -314,7 +314,7 @@ def test_a_slow_tier_is_left_alone():
     kv.planner.step.observe(2, 0.001)
     probing = kv.admit(hashes_of(kv, PROMPT), 1.0)
     assert list(probing.loads) == [2]
-    assert kv.compute_until(probing, 1.0) == 2, "nobody waits for it"
+    assert kv.compute_until(probing, 1.0) > 3, "nobody waits for it"
     kv.release(probing)
     assert not kv.admit(hashes_of(kv, PROMPT), 1.5).loading
     assert kv.declined[(DRAM, "slower_than_recompute")] == 2 + 3

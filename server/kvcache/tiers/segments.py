@@ -47,7 +47,8 @@ class DirectoryLock:
         """Makes the directory if need be. Raises ConfigError when it has another owner, OSError when it is unusable."""
         path = directory / "LOCK"
         while True:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # removed while we were opening it: make it again
                 self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 self._acquire(directory, tries)
@@ -231,9 +232,11 @@ class Segments:
             room = min(self._per_segment, self._slots - number * self._per_segment)
             assert wanted <= room, f"frames up to {first + count} of {self._slots}: the tier is smaller"
             target = min(room, -(-wanted // step) * step)
-            length = (target - have) * self._slot_bytes
-            self._remove_others(length)
+            self._remove_others((target - have) * self._slot_bytes)
             free = self._io.free_bytes(self._directory)
+            affordable = have + max(0, free - self._limits.min_free_bytes) // self._slot_bytes
+            target = max(wanted, min(target, affordable))  # a small disk is used to its end
+            length = (target - have) * self._slot_bytes
             if free - length < self._limits.min_free_bytes:
                 raise OSError(errno.ENOSPC, f"{free} bytes free, {self._limits.min_free_bytes} must stay free")
             if fd < 0:
