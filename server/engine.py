@@ -286,7 +286,9 @@ class Engine:
                 for _ in range(self.scheduler.preemptions - preemptions):
                     self._metrics.preempted()
                 # After the plan, which sends for blocks and may wait for them.
-                self._mover.start(self.kv.plan_transfers(now), self._landed, self._broke)
+                prefilling = plan is not None and any(len(row.tokens) > 1 for row in plan.rows)
+                transfers = self.kv.plan_transfers(now, prefilling=prefilling)
+                self._mover.start(transfers, self._landed, self._broke)
                 self._mover.note(self.kv.take_notes())
                 if plan is None:
                     await self._rest()

@@ -31,6 +31,8 @@ FIRST_GUESS = (0.001, 0.001)
 SPILL_PACE_S = 0.02
 """Spills are planned this often: blocks that were sealed meanwhile go together, which costs the loop a tenth of what
 each alone does, and nobody waits for them."""
+SPILL_PACE_BUSY_S = 0.2
+"""And this often while a prompt is being computed: somebody waits for its first token."""
 LATE_ALREADY = -1.0
 ALL = 1 << 40
 """More blocks than any request has."""
@@ -88,6 +90,7 @@ class KVManager:
         self.pin_blocks_max = int(pin_ratio * self.levels[-1].pool.capacity)
         self.recovered_blocks = 0
         self._wall_offset_s = wall_offset_s
+        self._spill_pace_s = spill_pace_s
         self._fingerprint = fingerprint
         self._expiries: list[tuple[float, BlockHash]] = []
         self._pin_sizes: dict[BlockHash, int] = {}
@@ -346,8 +349,10 @@ class KVManager:
             if self.planner.worth(2, count, self.traffic.queued(), 0.0):
                 self.traffic.prefetch(hashes, start)
 
-    def plan_transfers(self, now: float) -> list[Transfer]:
-        """Transfers to start now: loads first, a request waits for them; then spills, nobody does."""
+    def plan_transfers(self, now: float, *, prefilling: bool = False) -> list[Transfer]:
+        """Transfers to start now: loads first, a request waits for them; then spills, nobody does, and while a prompt
+        is computed they are put off for a moment."""
+        self.traffic.pace_spills(max(self._spill_pace_s, SPILL_PACE_BUSY_S * prefilling))
         while self._expiries and self._expiries[0][0] <= now:
             self._expire_pin(heapq.heappop(self._expiries)[1], now)
         planned = self.traffic.plan(now)

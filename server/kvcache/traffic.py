@@ -104,6 +104,10 @@ class Traffic:
         """When to plan spills next: soon if there are new ones, or new room for old ones, but not all the time."""
         return self._spilled_s + self._spill_pace_s if self._spill_due else float("inf")
 
+    def pace_spills(self, pace_s: float) -> None:
+        """Plan spills at most this often from now on."""
+        self._spill_pace_s = pace_s
+
     def queued(self, lease: Lease | None = None) -> list[int]:
         """Blocks ahead on every hop of somebody new, or of `lease`, whose own loads do not count."""
         own = len(lease.loads) if lease is not None else 0
