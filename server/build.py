@@ -85,11 +85,15 @@ class Daemon:
 
     async def open(self) -> None:
         """Take over what the SSD tier still holds, and measure what a step costs."""
-        for tier in self.tiers.values():
-            found = await tier.open()
-            if found.frames:
-                self.engine.kv.recover(found)
-                log.info("%d blocks of the %s tier are warm", len(found.frames), tier.name)
+        gc.disable()  # a million fresh objects, none of them garbage
+        try:
+            for tier in self.tiers.values():
+                found = await tier.open()
+                if found.frames:
+                    self.engine.kv.recover(found)
+                    log.info("%d blocks of the %s tier are warm", len(found.frames), tier.name)
+        finally:
+            gc.enable()
         if len(self.tiers) > 0:
             await _calibrate(self)
 

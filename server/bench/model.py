@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -105,6 +106,7 @@ def make_model(workload: Workload, folder: Path) -> Any:
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)
     words = HuggingFaceTokenizer(WordLevel({f"w{number}": number for number in range(workload.vocab)}, "w0"))
+    words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return model
 

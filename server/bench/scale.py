@@ -65,6 +65,7 @@ def _scale(report: Report, count: int) -> tuple[float, float, float]:
     """Seconds to start, microseconds per lookup, microseconds per eviction."""
     gc.collect()
     before = resident_bytes()
+    gc.disable()  # as the daemon does at its start
     with tempfile.TemporaryDirectory() as folder:
         found, open_s = open_many(Path(folder), count)
     tiers = [TierSpec(DEVICE, 64), TierSpec(DRAM, 64), TierSpec(SSD, count)]
@@ -72,6 +73,7 @@ def _scale(report: Report, count: int) -> tuple[float, float, float]:
     kv = KVManager(LAYOUT, tiers, bytes(32))
     kv.recover(found)
     take_s = time.perf_counter() - started
+    gc.enable()
     hashes = list(found.hashes)
     del found
     gc.collect()

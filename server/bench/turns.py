@@ -37,20 +37,22 @@ READY_S = 120.0
 
 @dataclass(frozen=True)
 class Talk:
-    """One model and its conversations. `token_bytes`: KV per token; `per_turn`: tokens that a turn adds, about."""
+    """One model and its conversations. `token_bytes`: KV per token; tokens, about: `first` of the first turn (a
+    document, a long instruction), `per_turn` of each that follows."""
 
     name: str
     conversations: int
     turns: int
     token_bytes: int
+    first: int
     per_turn: int
     new_tokens: int
 
 
-DEMO = Talk("demo", 12, 6, 3 * 1024, 200, 8)
-RANDOM = Talk("125M", 12, 6, 24 * 1024, 128, 8)
+DEMO = Talk("demo", 12, 6, 3 * 1024, 2000, 50, 8)
+RANDOM = Talk("125M", 12, 6, 24 * 1024, 1400, 32, 8)
 SHAPE = Workload(layers=12, hidden=768, vocab=32_000, prompt=0, output=0, concurrency=(1,), repeats=0)
-QUICK_TALK = Talk("demo", 4, 3, 3 * 1024, 100, 4)
+QUICK_TALK = Talk("demo", 4, 3, 3 * 1024, 200, 50, 4)
 
 
 def run(*, quick: bool) -> Report:
@@ -66,7 +68,8 @@ def run(*, quick: bool) -> Report:
 
 def _compare(report: Report, talk: Talk, model: str) -> None:
     report.header("model", "tiers", *(f"turn {turn + 1} ms" for turn in range(talk.turns + 2)), "cached")
-    working_set = talk.conversations * (talk.turns + 2) * talk.per_turn * talk.token_bytes
+    longest = talk.first + (talk.turns + 1) * (talk.per_turn + talk.new_tokens)
+    working_set = talk.conversations * longest * talk.token_bytes
     device = [f"--device-gib={working_set / 3 / 2**30:.4f}"]
     dram = ["--dram-gib=0.25" if working_set < 2**27 else "--dram-gib=1"]
     with tempfile.TemporaryDirectory() as disk:
@@ -135,11 +138,11 @@ def _turn(url: str, talk: Talk, texts: list[str], number: int, turn: int, first_
 
 
 def _words(talk: Talk, number: int, turn: int) -> str:
-    """What the user says: about `per_turn` tokens, different in every conversation and turn."""
-    seed = number * 1000 + turn
+    """What the user says, different in every conversation and turn."""
+    seed, tokens = number * 1000 + turn, talk.per_turn if turn else talk.first
     if talk.name == "demo":
-        return example(seed=seed, target_tokens=talk.per_turn, kind="completion").prompt
-    return " ".join(f"w{random.Random(f'{seed} {i}').randrange(SHAPE.vocab)}" for i in range(talk.per_turn))
+        return example(seed=seed, target_tokens=tokens, kind="completion").prompt
+    return " ".join(f"w{random.Random(f'{seed} {i}').randrange(SHAPE.vocab)}" for i in range(tokens))
 
 
 @contextmanager

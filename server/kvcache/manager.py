@@ -28,7 +28,7 @@ from server.types import DEVICE, BlockHash, BlockLayout, Note, TierFault, TierNa
 
 FIRST_GUESS = (0.001, 0.001)
 """Seconds per block and latency of a hop that nobody measured yet."""
-SPILL_PACE_S = 0.02
+SPILL_PACE_S = 0.1
 """Spills are planned this often: blocks that were sealed meanwhile go together, which costs the loop a tenth of what
 each alone does, and nobody waits for them."""
 SPILL_PACE_BUSY_S = 0.2

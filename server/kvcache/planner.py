@@ -20,8 +20,8 @@ from server.types import TierName
 
 BLOCK_DECAY = 0.97
 """Per landing: the pace is that of the last thirty or so, as blocks that are read in one go land together."""
-LATENCY_WEIGHT = 0.3
-"""Of one new burst: three or four to follow a disk that became slow."""
+SLOWER_WEIGHT, FASTER_WEIGHT = 0.2, 0.6
+"""Of one new burst in the mean latency: one slow answer is an accident, two quick ones are good news."""
 GUESS_BLOCKS = 8.0
 """How many landings the first guess is worth."""
 STEP_DECAY = 0.02
@@ -90,7 +90,8 @@ class Hop:
             return
         self.moved_blocks += 1
         if self.fresh:
-            self.latency_s += LATENCY_WEIGHT * (gap_s - self.latency_s)
+            weight = SLOWER_WEIGHT if gap_s > self.latency_s else FASTER_WEIGHT
+            self.latency_s += weight * (gap_s - self.latency_s)
             self.fresh = False
         else:
             self._blocks = self._blocks * BLOCK_DECAY + 1

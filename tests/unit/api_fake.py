@@ -17,7 +17,16 @@ from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
 from server.metrics import Metrics
-from server.types import FinishReason, HopReport, KvReport, TierReport, TokenEvent, TokenLogprobs
+from server.types import (
+    BlockLayout,
+    FinishReason,
+    HopReport,
+    KvReport,
+    SpanReport,
+    TierReport,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 BOS, EOS = 256, 257
 VOCAB = 258
@@ -158,7 +167,8 @@ def a_report(*tiers: tuple[str, int, int, int, int]) -> KvReport:
 
 
 class FakeEngine:
-    """Implements the engine's seam: submit, snapshot, state."""
+    """Implements the engine's seam: submit, snapshot, state, and the cache's commands, which note what they are
+    told."""
 
     def __init__(self, reply: Callable[[GenerateSpec], Iterator[int]] = echo_reply, max_model_len: int = 512) -> None:
         self.state = "ready"
@@ -174,6 +184,32 @@ class FakeEngine:
         self.submitted: list[GenerateSpec] = []
         self.open: dict[int, FakeStream] = {}
         self.aborted = 0
+        self.kv = SimpleNamespace(layout=BlockLayout(1, 1, 1, 4, 4))
+        self.told: list[tuple[object, ...]] = []
+
+    def chain(self, tokens: Sequence[int], cache_salt: str) -> list[bytes]:
+        self.told.append(("chain", list(tokens), cache_salt))
+        return [bytes([number]) for number in range(len(tokens) // 4)]
+
+    def cache_lookup(self, hashes: Sequence[bytes]) -> list[SpanReport]:
+        found = SpanReport("ssd", len(hashes) - 1, "load", "loading is faster", 0.1, 0.5)
+        return [found, SpanReport(None, 1, "compute", "not cached", 0.0, 0.2)]
+
+    def cache_pin(self, hashes: Sequence[bytes], ttl_s: float) -> int:
+        self.told.append(("pin", len(hashes), ttl_s))
+        return len(hashes)
+
+    def cache_unpin(self, hashes: Sequence[bytes]) -> int:
+        return 1
+
+    def cache_prefetch(self, hashes: Sequence[bytes]) -> int:
+        return len(hashes)
+
+    def cache_evict(self, hashes: Sequence[bytes]) -> int:
+        return len(hashes)
+
+    def cache_clear(self) -> int:
+        return 7
 
     def submit(self, spec: GenerateSpec) -> FakeStream:
         if self.refuse is not None and len(self.submitted) >= self.refuse_after:
@@ -199,7 +235,9 @@ def text_reply(text: str) -> Callable[[GenerateSpec], Iterator[int]]:
     return reply
 
 
-def make_app(engine: FakeEngine, *, keys: Sequence[str] = (), **limits: Any) -> FastAPI:
+def make_app(
+    engine: FakeEngine, *, keys: Sequence[str] = (), admin_keys: Sequence[str] = (), **limits: Any
+) -> FastAPI:
     """The application over `engine` with a byte-level tokenizer."""
     metrics = Metrics("fake", "1.2.3", max_model_len=engine.max_model_len)
     metrics.bind(engine.snapshot)
@@ -213,6 +251,7 @@ def make_app(engine: FakeEngine, *, keys: Sequence[str] = (), **limits: Any) -> 
             wall_clock=lambda: 1_700_000_000.5,
             limits=ServerConfig(**limits),
             api_key_hashes=hash_keys(keys),
+            admin_key_hashes=hash_keys(admin_keys),
         )
     )
 

@@ -1,14 +1,12 @@
-"""The device tier of a CPU-only machine: a RAM arena, and one copy thread between it and the host arena.
+"""The device tier of a CPU-only machine: a RAM arena, and copy threads between it and the host arena.
 
 Copies are plain memory moves outside the interpreter lock. Every block gets its checksum when it arrives in the host
-arena and is checked against it before it leaves: a pass over bytes that are in the cache by then, about a fifth on top
-of the copy.
+arena and is checked against it when it leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +16,8 @@ from server.kvcache.host import HostArena
 from server.kvcache.tiers.base import Move, Recovered
 from server.types import DEVICE, Note, TierFault
 
+COPY_THREADS = 2
+"""One does not saturate the memory of a server, and a request waits for what they bring."""
 Copy = Callable[[Sequence[Move]], list[TierFault | None]]
 
 
@@ -31,7 +31,7 @@ class DeviceTier:
         self.capacity_blocks = arena.shape[0]
         self._arena = arena
         self._host = host
-        self._thread = ThreadPoolExecutor(1, "terrace-copy")
+        self._threads = ThreadPoolExecutor(COPY_THREADS, "terrace-copy")
 
     async def open(self) -> Recovered:
         """Nothing outlives the process here."""
@@ -47,31 +47,27 @@ class DeviceTier:
         """Nothing needs to be remembered."""
 
     async def aclose(self) -> None:
-        await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._threads.shutdown)
 
     async def _call(self, copy: Copy, moves: Sequence[Move]) -> list[TierFault | None]:
-        """Run `copy` on the copy thread; also when the caller is cancelled, return only when it is over."""
-        work = asyncio.get_running_loop().run_in_executor(self._thread, copy, moves)
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            await work
-            raise
+        """Run `copy` on a copy thread; also when the caller is cancelled, return only when it is over."""
+        work = asyncio.get_running_loop().run_in_executor(self._threads, copy, moves)
+        cancelled = False
+        while not work.done():
+            try:
+                await asyncio.shield(work)
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            raise asyncio.CancelledError
+        return work.result()
 
     def _onboard(self, moves: Sequence[Move]) -> list[TierFault | None]:
-        outcomes: list[TierFault | None] = []
-        for move in moves:
-            fault = self._host.verify(move.host, move.hash)
-            if fault is None:
-                ctypes.memmove(self._address(move.frame), self._host.frame_address(move.host), self._host.block_bytes)
-            outcomes.append(fault)
-        return outcomes
+        return [self._host.give_out(move.host, move.hash, self._address(move.frame)) for move in moves]
 
     def _spill(self, moves: Sequence[Move]) -> list[TierFault | None]:
         for move in moves:
-            self._host.expect_nothing(move.host)
-            ctypes.memmove(self._host.frame_address(move.host), self._address(move.frame), self._host.block_bytes)
-            self._host.label(move.host, move.hash)
+            self._host.take_in(move.host, move.hash, self._address(move.frame))
         return [None] * len(moves)
 
     def _address(self, frame: int) -> int:

@@ -1,0 +1,127 @@
+"""Load, compute or both; whom to wait for and how long; when a tier is off."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.kvcache.planner import BREAKER_FAILURES, Breaker, Hop, Planner, StepCost, WriteBudget
+
+
+def planner(block_s: float, latency_s: float = 0.0, *, base_s: float = 0.01, token_s: float = 0.001) -> Planner:
+    """Blocks of 10 tokens: computing one takes 10 ms beside a base of 10 ms, loading one `block_s`."""
+    made = Planner(["device", "dram"], 10, [(block_s, latency_s)])
+    for tokens in (1, 101):
+        made.step.observe(tokens, base_s + tokens * token_s)
+    return made
+
+
+def test_a_step_is_a_line() -> None:
+    """Base and slope come out of steps of different sizes; steps of one size give a slope alone."""
+    cost = StepCost()
+    assert not cost.known
+    for tokens in (10, 50, 200, 10, 50):
+        cost.observe(tokens, 0.02 + 0.001 * tokens)
+    assert cost.line() == pytest.approx((0.02, 0.001))
+    same = StepCost()
+    for _ in range(3):
+        same.observe(100, 0.1)
+    assert same.line() == pytest.approx((0.0, 0.001))
+
+
+@pytest.mark.parametrize(
+    ("block_s", "floor_s", "front"),
+    [
+        (0.0001, 0.0, 0),  # far faster than computing: wait
+        (0.01, 0.0, 49),  # about as fast: both at once, until they meet
+        (1.0, 0.0, 100),  # far slower: compute everything
+        (0.0001, 2.0, 100),  # others hold the device for longer than computing would take
+    ],
+)
+def test_the_shortest_of_three_ways(block_s: float, floor_s: float, front: int) -> None:
+    """Waiting, computing, or computing the front while the rest is loaded: whichever ends first."""
+    assert planner(block_s).front(1, 100, [0], floor_s) == front
+
+
+def test_a_queue_in_front_counts() -> None:
+    """What others wait for already comes first."""
+    fast = planner(0.0001)
+    assert fast.worth(1, 10, [0], 0.0)
+    assert not fast.worth(1, 10, [10_000], 0.0)
+
+
+def test_near_break_even_nothing_is_loaded() -> None:
+    """A hit must spare a quarter of the computing to be worth the trouble."""
+    assert planner(0.004).worth(1, 1, [0], 0.0)
+    assert not planner(0.009).worth(1, 1, [0], 0.0)
+
+
+def test_pace_is_measured_over_bursts() -> None:
+    """Blocks that are read in one go land together: their pace is the mean, not the last gap."""
+    hop = Hop(1.0, 1.0)
+    now = 0.0
+    for _ in range(40):
+        for _ in range(8):
+            hop.started(now)
+        now += 0.08
+        for _ in range(8):
+            hop.landed(now, good=True)
+        for _ in range(8):
+            hop.started(now - 0.08)
+        now += 0.08
+        for _ in range(8):
+            hop.landed(now, good=True)
+    assert hop.latency_s == pytest.approx(0.08, rel=0.1)
+    assert hop.in_flight == 0
+    assert hop.moved_blocks == 640
+
+
+def test_a_late_load_says_how_slow_its_tier_is() -> None:
+    """What has not come in a second does not take a millisecond; the estimate never falls because of it."""
+    hop = Hop(0.001, 0.0)
+    hop.late(1.0, 10)
+    assert hop.block_s == pytest.approx(0.1)
+    hop.late(0.001, 10)
+    assert hop.block_s == pytest.approx(0.1)
+
+
+def test_a_slow_tier_is_measured_again_now_and_then() -> None:
+    """Once a second some blocks of a declined hit are loaded all the same."""
+    slow = planner(1.0)
+    assert slow.probe(1, 80, 0.0) == 10
+    assert slow.probe(1, 80, 0.5) == 0
+    assert slow.probe(1, 80, 1.5) == 10
+
+
+def test_patience_grows_with_what_is_at_stake() -> None:
+    """A short wait may be given up early; giving up a long prompt costs more than waiting a little."""
+    one = planner(0.0001)
+    assert one.patience_s(0.001, 1) == pytest.approx(0.0035)
+    assert one.patience_s(0.001, 1000) == pytest.approx(0.3)
+
+
+def test_a_breaker_opens_tries_and_closes() -> None:
+    """Failures in a row open it; then one trial per pause, which doubles; one success closes it."""
+    breaker = Breaker()
+    for _ in range(BREAKER_FAILURES):
+        assert breaker.allows(0.0)
+        breaker.failed(0.0)
+    assert not breaker.allows(0.5)
+    assert breaker.allows(1.0)
+    assert not breaker.allows(1.1), "one trial at a time"
+    breaker.failed(1.1)
+    assert not breaker.allows(3.0)
+    assert breaker.allows(3.2)
+    breaker.worked()
+    assert breaker.closed
+    assert breaker.opened == 1
+
+
+def test_a_budget_fills_over_the_day() -> None:
+    """A minute's worth to begin with, an hour's at most; a day never exceeds the day's share by more than that."""
+    budget = WriteBudget(86_400.0)
+    assert budget.spend(60, 0.0)
+    assert not budget.spend(1, 0.0)
+    written = sum(budget.spend(100, float(second)) for second in range(0, 86_400, 10)) * 100
+    assert written <= 86_400
+    assert written >= 0.99 * 86_400
+    assert WriteBudget(0.0).spend(10**18, 0.0), "0 is no limit"
