@@ -115,7 +115,8 @@ def _links(books: TierBooks) -> None:
     for frame in books.find.values():
         above = books.above[frame]
         if above != NOWHERE:
-            _require(books.hashes[above] == books.parents[frame], f"{books.name}: a block hangs on a stranger")
+            known = books.parents[frame]  # recovered blocks know it by `above` alone
+            _require(known in (None, books.hashes[above]), f"{books.name}: a block hangs on a stranger")
             if not books.ranked[frame]:
                 pins[above] += 1
     for frame in range(books.pool.capacity):
