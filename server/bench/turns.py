@@ -9,7 +9,6 @@ again on the same directory, and asked for one more turn.
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import socket
@@ -152,7 +151,7 @@ def serving(model: str, flags: list[str]) -> Iterator[tuple[str, int]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server", "serve", model, f"--port={port}", "--log-level=warning", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + READY_S

@@ -25,11 +25,13 @@ Place = tuple[TierName, FrameId]
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
-    """`every`: one move in so many goes wrong (0: none). `block_s`: what a healthy move of one block takes."""
+    """`every`: one move in so many goes wrong (0: none); one `io` in four is the first of `bout` in a row, as of a disk
+    that hangs up. `block_s`: what a healthy move of one block takes."""
 
     every: int
     block_s: float
     kinds: tuple[str, ...] = KINDS
+    bout: int = 12
 
 
 @dataclass(slots=True)
@@ -101,6 +103,7 @@ class SimTier:
         self._media = media
         self._faults = faults
         self._rng = rng
+        self._sick_moves = 0
 
     async def write(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
         """Host to tier."""
@@ -209,11 +212,17 @@ class SimTier:
             media.damaged.add(place)
 
     def _draw(self, target: TierName) -> str | None:
-        if not self._faults.every or self._rng.randrange(self._faults.every):
-            return None
-        kind = self._rng.choice(self._faults.kinds)
-        if kind == "no_space" and target != SSD:
+        if self._sick_moves:
+            self._sick_moves -= 1
             kind = "io"
+        elif not self._faults.every or self._rng.randrange(self._faults.every):
+            return None
+        else:
+            kind = self._rng.choice(self._faults.kinds)
+            if kind == "no_space" and target != SSD:
+                kind = "io"
+            if kind == "io" and not self._rng.randrange(4):
+                self._sick_moves = self._faults.bout
         self._media.injected[kind] += 1
         return kind
 

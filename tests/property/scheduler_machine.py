@@ -214,12 +214,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.deliver(self.scheduler.commit(plan, made_up(plan), self.later()))
 
     @precondition(lambda self: self.scheduler.planned is not None)
-    @rule()
-    def fail(self) -> None:
-        """A failed step ends exactly its own requests, and tells those that still listen."""
+    @rule(leaves=st.booleans())
+    def fail(self, leaves: bool) -> None:
+        """A failed step ends exactly its own requests, also who left meanwhile, and tells those that still listen."""
         plan = self.scheduler.planned
         assert plan is not None
         ids = {row.request_id for row in plan.rows}
+        if leaves:
+            self.clients[plan.rows[0].request_id].aborted = True
+            self.scheduler.abort(plan.rows[0].request_id, self.later())
         others = set(self.scheduler.requests) - ids
         told = {id for id in ids if not self.clients[id].aborted}
         events = self.scheduler.fail(plan, "the device is gone", self.later())

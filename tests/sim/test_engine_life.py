@@ -28,13 +28,13 @@ class World:
     name = DEVICE
     capacity_blocks = 0
 
-    def __init__(self, loop: VirtualLoop, frames: int = 32, lower: int = 0) -> None:
+    def __init__(self, loop: VirtualLoop, frames: int = 32, lower: int = 0, token_s: float = 0.0) -> None:
         self.broken: list[str] = []
         self.raising: Exception | None = None
         self.landed_in: list[str] = []
         bench = Bench(frames, lower=(lower,))
         self.runner = OracleRunner(
-            Arena(frames, 2, Random(0)), 50, StepCost(0.1, 0.0, failure_every=0), Random(0), self.broken.append
+            Arena(frames, 2, Random(0)), 50, StepCost(0.1, token_s, failure_every=0), Random(0), self.broken.append
         )
         self.engine = Engine(bench.scheduler, self.runner, Mover({DEVICE: self}), Metrics("sim"), loop.time)
 
@@ -66,7 +66,7 @@ class World:
         return [event async for batch in stream for event in batch]
 
 
-def play(scene, **sizes: int) -> World:
+def play(scene, **sizes: float) -> World:
     """Run `scene(world, engine task)` on a fresh world."""
     loop = VirtualLoop()
     world = World(loop, **sizes)
@@ -151,4 +151,4 @@ def test_a_request_that_waits_for_a_block_alone_gets_it():
         assert len(await world.ask(SPEC)) == 3
         assert DEVICE in world.landed_in
 
-    play(scene, frames=8, lower=16)
+    play(scene, frames=8, lower=16, token_s=0.1)

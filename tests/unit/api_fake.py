@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import httpx
@@ -235,9 +236,7 @@ def text_reply(text: str) -> Callable[[GenerateSpec], Iterator[int]]:
     return reply
 
 
-def make_app(
-    engine: FakeEngine, *, keys: Sequence[str] = (), admin_keys: Sequence[str] = (), **limits: Any
-) -> FastAPI:
+def make_app(engine: FakeEngine, *, keys: Sequence[str] = (), admin_keys: Sequence[str] = (), **limits: Any) -> FastAPI:
     """The application over `engine` with a byte-level tokenizer."""
     metrics = Metrics("fake", "1.2.3", max_model_len=engine.max_model_len)
     metrics.bind(engine.snapshot)

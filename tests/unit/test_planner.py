@@ -56,21 +56,19 @@ def test_near_break_even_nothing_is_loaded() -> None:
 
 
 def test_pace_is_measured_over_bursts() -> None:
-    """Blocks that are read in one go land together: their pace is the mean, not the last gap."""
+    """Blocks that are read in one go land together: their pace is the mean, not the last gap; the first is latency."""
     hop = Hop(1.0, 1.0)
     now = 0.0
     for _ in range(40):
-        for _ in range(8):
+        for _ in range(16):
             hop.started(now)
-        now += 0.08
-        for _ in range(8):
-            hop.landed(now, good=True)
-        for _ in range(8):
-            hop.started(now - 0.08)
-        now += 0.08
-        for _ in range(8):
-            hop.landed(now, good=True)
+        for wait_s in (0.08, 0.04):
+            now += wait_s
+            for _ in range(8):
+                hop.landed(now, good=True)
+        now += 1.0
     assert hop.latency_s == pytest.approx(0.08, rel=0.1)
+    assert hop.block_s == pytest.approx(0.04 / 15, rel=0.2)
     assert hop.in_flight == 0
     assert hop.moved_blocks == 640
 
