@@ -49,8 +49,8 @@ class Sample:
 def run(*, quick: bool) -> Report:
     """Ten minutes, or ten seconds; see the module's docstring."""
     report = Report("soak", quick=quick)
-    with tempfile.TemporaryDirectory() as disk, serving("demo", [*FLAGS, f"--ssd-path={disk}"]) as (url, pid):
-        asyncio.run(_soak(report, url, pid, Path(disk), 10.0 if quick else 600.0))
+    with tempfile.TemporaryDirectory() as disk, serving("demo", [*FLAGS, f"--ssd-path={disk}"]) as (http, pid):
+        asyncio.run(_soak(report, str(http.base_url), pid, Path(disk), 10.0 if quick else 600.0))
     return report
 
 

@@ -93,25 +93,25 @@ def _play(report: Report, talk: Talk, model: str, mode: str, flags: list[str]) -
     texts = [f"Conversation {number}." for number in range(talk.conversations)]
     first_s: list[list[float]] = []
     cached = 0
-    with serving(model, flags) as (url, _):
+    with serving(model, flags) as (http, _):
         for turn in range(talk.turns + 1):
             first_s.append([])
             for number in range(talk.conversations):
-                cached += _turn(url, talk, texts, number, turn, first_s)
+                cached += _turn(http, talk, texts, number, turn, first_s)
         if mode == "dram+ssd":
             time.sleep(1.0)  # what is written in the background is written; a kill at any moment is the tests' business
     if mode == "dram+ssd":
-        with serving(model, flags) as (url, _):
+        with serving(model, flags) as (http, _):
             first_s.append([])
             for number in range(talk.conversations):
-                cached += _turn(url, talk, texts, number, talk.turns + 1, first_s)
+                cached += _turn(http, talk, texts, number, talk.turns + 1, first_s)
     shown = [f"{median(turn) * 1e3:.0f}" for turn in first_s] + ["-"] * (talk.turns + 2 - len(first_s))
     report.row(talk.name, mode, *shown, cached)
     report.keep(model=talk.name, tiers=mode, first_s=first_s, cached_tokens=cached)
     return first_s
 
 
-def _turn(url: str, talk: Talk, texts: list[str], number: int, turn: int, first_s: list[list[float]]) -> int:
+def _turn(http: httpx.Client, talk: Talk, texts: list[str], number: int, turn: int, first_s: list[list[float]]) -> int:
     """One turn of one conversation; the tokens of its prompt that came from the cache."""
     texts[number] += " " + _words(talk, number, turn)
     body = {
@@ -121,7 +121,7 @@ def _turn(url: str, talk: Talk, texts: list[str], number: int, turn: int, first_
     started = time.perf_counter()
     first, answer = 0.0, ""
     usage: dict[str, Any] = {}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as response:
+    with http.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         for line in response.iter_lines():
             if not line.startswith("data: {"):
@@ -145,25 +145,29 @@ def _words(talk: Talk, number: int, turn: int) -> str:
 
 
 @contextmanager
-def serving(model: str, flags: list[str]) -> Iterator[tuple[str, int]]:
-    """A daemon on a free port, its address and process id; at the end it is killed, as the kernel would."""
+def serving(model: str, flags: list[str]) -> Iterator[tuple[httpx.Client, int]]:
+    """A daemon on a free port, a connection to it and its process id; at the end it is killed, as the kernel would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "server", "serve", model, f"--port={port}", "--log-level=warning", *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + READY_S
-        while True:
-            assert process.poll() is None, f"the daemon ended with {process.returncode}"
-            assert time.monotonic() < deadline, "the daemon does not get ready"
-            try:
-                if httpx.get(f"{url}/readyz").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield url, process.pid
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as http:
+            _await_ready(http, process)
+            yield http, process.pid
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def _await_ready(http: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + READY_S
+    while True:
+        assert process.poll() is None, f"the daemon ended with {process.returncode}"
+        assert time.monotonic() < deadline, "the daemon does not get ready"
+        try:
+            if http.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
