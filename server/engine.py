@@ -47,8 +47,8 @@ log = logging.getLogger("terrace.engine")
 
 IDLE_AUDIT_S = 1.0
 """How long the daemon must be idle before it audits its books; once per idle period."""
-IDLE_AUDIT_FRAMES = 16_384
-"""An audit costs 5 us per frame on the loop thread: larger caches (0.1 s and more) are not audited in production."""
+IDLE_AUDIT_FRAMES = 4096
+"""An audit costs 5 us per frame on the loop thread: larger caches (20 ms and more) are not audited in production."""
 
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
 

@@ -38,6 +38,7 @@ ROUNDS = 5
 GOAL_RATIO = 0.9
 GOAL_RECOVERY_S = 2.0
 CHAIN_BLOCKS = 128
+RUN_BLOCKS = 16
 FINGERPRINT = bytes(32)
 
 
@@ -166,16 +167,19 @@ async def _open(tier: SsdTier, rows: int) -> tuple[Recovered, float]:
 
 
 def _make_index(directory: Path, rows: int, slot_bytes: int) -> None:
-    """A checkpoint of chains in shuffled order of use, and sparse segment files that have a place for each block."""
+    """A checkpoint of chains, in runs of neighbours here and there, in shuffled order of use; and sparse segment files
+    that have a place for each block."""
     directory.mkdir(parents=True)
     rng = np.random.default_rng(1)
     table = np.zeros(rows, RECORD)
     place = np.arange(rows)
-    table["op"], table["frame"], table["depth"] = PUT, place, place % CHAIN_BLOCKS
+    runs = place.reshape(-1, RUN_BLOCKS)
+    table["op"], table["frame"], table["depth"] = PUT, rng.permutation(runs).ravel(), place % CHAIN_BLOCKS
     table["chained"] = table["depth"] > 0
     table["hash"] = np.frombuffer(rng.bytes(32 * rows), np.uint64).reshape(rows, 4)
     table["parent"][1:] = table["hash"][:-1]
     table["sequence"] = rng.permutation(rows) + 1
+    table = table[np.argsort(table["frame"])]
     mark = np.zeros(1, RECORD)
     mark["op"], mark["sequence"] = MARK, rows
     pieces = [mark, *(table[start : start + PIECE_RECORDS] for start in range(0, rows, PIECE_RECORDS))]

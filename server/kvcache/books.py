@@ -224,10 +224,11 @@ class TierBooks:
             np.frombuffer(column, np.int32)[rows] = np.asarray(values, np.int32)
         for flags in (self.ready, self.ranked):
             np.frombuffer(flags, np.uint8)[rows] = 1
-        by_frame, insert, reach = self.hashes, self.policy.on_insert, self.reach
-        for frame, value, parent in zip(frames, hashes, above, strict=True):
+        by_frame, insert, reach = self.hashes, self.policy.on_insert, self.reach  # one loop for all three is slower
+        for frame, value in zip(frames, hashes, strict=True):
             by_frame[frame] = value
-            deepest = reach[frame]
-            insert(value, 0, deepest)
-            if parent != NOWHERE and deepest > reach[parent]:
-                reach[parent] = deepest
+        for frame, parent in zip(frames, above, strict=True):
+            if parent != NOWHERE and reach[frame] > reach[parent]:
+                reach[parent] = reach[frame]
+        for frame, value in zip(frames, hashes, strict=True):
+            insert(value, 0, reach[frame])

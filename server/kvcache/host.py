@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 import xxhash
@@ -20,6 +21,9 @@ PREFAULT_SLAB_BYTES = 64 * 2**20
 """Memory is touched in slabs of this size, so that a start with a large arena can show progress and be interrupted."""
 PIECE_BYTES = 512 * 1024
 """Of a copy: small enough that its checksum finds it in the processor's cache, large enough for a call each."""
+HELD_BYTES = 128 * 1024
+"""Blocks up to this size are copied with the interpreter lock held: some ten microseconds, where giving the lock up and
+waiting for it again costs a busy process several times that."""
 MADV_POPULATE_WRITE = 23
 """Linux 5.14 and later; not in Python's mmap module."""
 
@@ -27,6 +31,13 @@ MADV_POPULATE_WRITE = 23
 def checksum(data: memoryview) -> bytes:
     """xxh3-128 of one block, 16 bytes. Above 10 GB/s per core, and it releases the interpreter lock."""
     return xxhash.xxh3_128_digest(data)
+
+
+def _held_memmove() -> Callable[[int, int, int], object]:
+    """`memmove` that keeps the interpreter lock."""
+    function = ctypes.PyDLL(None).memmove
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
+    return function
 
 
 class HostArena:
@@ -43,6 +54,7 @@ class HostArena:
         self._bytes = memoryview(self._pages)
         self.address: int = np.frombuffer(self._pages, np.uint8).ctypes.data
         self._labels: list[tuple[BlockHash, bytes] | None] = [None] * frames
+        self._memmove = _held_memmove() if block_bytes <= HELD_BYTES else ctypes.memmove
 
     def prefault(self) -> None:
         """Take all memory now, not at first touch: 2 MiB of page faults cost more than the copy that meets them."""
@@ -106,6 +118,6 @@ class HostArena:
         state, view = xxhash.xxh3_128(), self.view(frame)
         for start in range(0, self.block_bytes, PIECE_BYTES):
             length = min(PIECE_BYTES, self.block_bytes - start)
-            ctypes.memmove(target + start, source + start, length)
+            self._memmove(target + start, source + start, length)
             state.update(view[start : start + length])
         return state.digest()

@@ -38,6 +38,9 @@ DEADLINE_GRACE_S = 0.25
 WORTH_RATIO = 0.75
 """A hit is loaded only if that takes at most this share of the time that computing it takes: estimates err, and near
 break-even there is nothing to win."""
+SPLIT_RATIO = 0.75
+"""A step more, beside the load, is run only if that takes at most this share of the waiting: it slows the load down and
+holds up whoever comes next."""
 PROBE_EVERY_S = 1.0
 """A tier that seems too slow is measured again this often: the last blocks of a hit are loaded, and nobody waits."""
 PROBE_SHARE = 8
@@ -223,7 +226,7 @@ class Planner:
         block_s = self._block_tokens * token_s
         share = int((load_s - base_s) / (block_s + slowest.block_s)) if self.step.known else 0
         split_s = max(base_s + share * block_s, load_s - share * slowest.block_s, floor_s)
-        return (split_s, share) if 0 < share < blocks and split_s < best[0] else best
+        return (split_s, share) if 0 < share < blocks and split_s < SPLIT_RATIO * best[0] else best
 
     def _computing_s(self, blocks: int) -> float:
         """Seconds that `blocks` blocks add to a step that is run anyway."""

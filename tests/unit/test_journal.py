@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,9 +172,9 @@ def test_a_torn_tail_loses_only_itself(tmp_path: Path):
             if whole[:size] + tail == whole:  # the last bytes of a record are zeros
                 continue
             (tmp_path / "journal").write_bytes(whole[:size] + tail)
-            table, _, damaged = read_index(tmp_path, IDENTITY, CAPACITY)
-            assert np.flatnonzero(table["op"]).tolist() == [1]
-            assert bool(damaged) == (size + len(tail) > len(whole) - 112)
+            index = read_index(tmp_path, IDENTITY, CAPACITY)
+            assert np.flatnonzero(index.table["op"]).tolist() == [1]
+            assert bool(index.damaged) == (size + len(tail) > len(whole) - 112)
 
 
 def test_a_flipped_bit_loses_one_batch(tmp_path: Path):
@@ -184,9 +185,9 @@ def test_a_flipped_bit_loses_one_batch(tmp_path: Path):
         flipped = bytearray(whole)
         flipped[byte] ^= 1 << byte % 8
         (tmp_path / "journal").write_bytes(flipped)
-        table, _, damaged = read_index(tmp_path, IDENTITY, CAPACITY)
-        left = set(np.flatnonzero(table["op"]).tolist())
-        assert damaged
+        index = read_index(tmp_path, IDENTITY, CAPACITY)
+        left = set(np.flatnonzero(index.table["op"]).tolist())
+        assert index.damaged
         assert left == ({1, 2, 3} - {1 + (byte - 64) // 112} if byte >= 64 else set())
 
 
@@ -194,9 +195,9 @@ def test_a_flipped_bit_loses_one_batch(tmp_path: Path):
 def test_an_index_of_another_model_is_not_read(tmp_path: Path, identity: Identity):
     """Another fingerprint or block size: the cache starts empty."""
     write_journal(tmp_path, record(PUT, 1, Block(1, 0), 1))
-    table, _, damaged = read_index(tmp_path, identity, CAPACITY)
-    assert not table["op"].any()
-    assert damaged
+    index = read_index(tmp_path, identity, CAPACITY)
+    assert not index.table["op"].any()
+    assert index.damaged
 
 
 def test_a_crash_before_the_journal_is_cut_brings_nothing_back(tmp_path: Path):
@@ -223,10 +224,31 @@ def test_a_damaged_index_is_made_whole_by_opening_it(tmp_path: Path):
     assert second.close(5)
 
 
+def test_a_whole_journal_is_written_on(tmp_path: Path):
+    """After a kill a whole index is not written anew: the journal goes on where it ended, and keeps what was there."""
+    folders = [tmp_path / str(number) for number in range(3)]
+    folders[0].mkdir()
+    size = len(IDENTITY.header())
+    for number, folder in enumerate(folders[:2]):
+        opened, found = reopen(folder)
+        assert found.frames == list(range(number))
+        wait_until(lambda path=folder / "journal": path.exists())
+        put(opened, number, Block(number, 0))
+        wait_until(lambda path=folder / "journal", least=size: path.stat().st_size > least)
+        shutil.copytree(folder, folders[number + 1])  # as a kill would leave it
+        written = (folder / "journal").read_bytes()
+        assert opened.stats.checkpoints == 1 - number
+        assert opened.close(5)
+        size = len(written)
+    opened, found = reopen(folders[2])
+    assert found.frames == [0, 1]
+    assert opened.close(5)
+
+
 def test_unreadable_files_are_an_empty_cache(tmp_path: Path):
     """A directory where a file should be is damage, not a crash."""
     (tmp_path / "checkpoint").mkdir()
-    _, _, damaged = read_index(tmp_path, IDENTITY, CAPACITY)
+    damaged = read_index(tmp_path, IDENTITY, CAPACITY).damaged
     assert len(damaged) == 1
 
 
@@ -285,9 +307,9 @@ def test_a_journal_that_cannot_be_written_is_whole_again_later(tmp_path: Path, m
         time.sleep(0.001)
     io.full = False
     wait_until(lambda: opened.stats.checkpoints > 1)
-    table, _, damaged = read_index(tmp_path, IDENTITY, CAPACITY)
-    assert int((table["op"] == PUT).sum()) == min(frame, CAPACITY)
-    assert damaged == []
+    index = read_index(tmp_path, IDENTITY, CAPACITY)
+    assert int((index.table["op"] == PUT).sum()) == min(frame, CAPACITY)
+    assert index.damaged == []
     assert opened.close(5)
     assert caplog.text.count("cannot be written") == 1
 

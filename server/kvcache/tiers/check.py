@@ -90,7 +90,7 @@ def _index(directory: Path) -> tuple[Identity | None, Rows]:
         if identity is not None:
             segments = max((number for number, _ in segment_numbers(directory)), default=-1) + 1
             frames = segments * slots_per_segment(_slot_bytes(identity))  # none is believed beyond what has a place
-            table, _, _ = read_index(directory, identity, frames)
+            table = read_index(directory, identity, frames).table
             return identity, table[np.flatnonzero(table["op"] == PUT)]
     return None, np.zeros(0, np.dtype([("frame", "<u4")]))
 

@@ -33,6 +33,8 @@ _BATCH = struct.Struct("<4sIQ")
 BATCH_MAGIC = b"TKVB"
 BATCH_BYTES = _BATCH.size
 _FILE = struct.Struct("<24sQ32s")
+DEPTH_BITS = 20
+"""A chain has less than a million blocks, and fewer than 2^43 records are ever written: one number orders both."""
 PIECE_RECORDS = 16_384
 """Records that are written as one batch of a checkpoint, and folded at once: 1.5 MiB, about a millisecond."""
 FILE_MAGIC = b"terrace kv index 1"
@@ -171,57 +173,64 @@ def recover(table: Rows, present: Present, wall_s: float) -> Recovered:
     A block is as recent as the most recent of itself and all that follow it, so that no chain loses its beginning
     before its end.
     """
-    frames = np.flatnonzero(table["op"] == PUT)
-    on_disk = present(frames)
-    table["op"][frames[~on_disk]] = 0
-    frames = frames[on_disk]
-    rows = table[frames]
-    above, good = _link(rows)
-    table["op"][frames[~good]] = 0
-    recency = _with_followers(rows["sequence"].astype(np.int64), above)
-    chosen = np.flatnonzero(good)
-    depths = rows["depth"].astype(np.int64)
-    chosen = chosen[np.lexsort((-depths[chosen], recency[chosen]))]
-    hashes = _split(rows["hash"][chosen])
-    until_s = rows["until_s"][chosen]
+    used = np.flatnonzero(table["op"] == PUT)
+    table = table[: used[-1] + 1 if len(used) else 0]
+    there = np.zeros(len(table), bool)
+    there[used[present(used)]] = True
+    above, good = _link(table, there)
+    table["op"][~good] = 0
+    recency = _with_followers(table["sequence"].astype(np.int64), above)
+    depths = table["depth"].astype(np.int64)
+    frames = np.flatnonzero(good)
+    frames = frames[np.argsort((recency[frames] << DEPTH_BITS) - depths[frames])]
+    hashes: list[BlockHash] = table["hash"][frames].view("V32").ravel().tolist()
+    until_s = table["until_s"][frames]
     return Recovered(
-        frames=frames[chosen].tolist(),
+        frames=frames.tolist(),
         hashes=hashes,
-        above=np.where(above >= 0, frames[above], -1)[chosen].tolist(),
-        depths=depths[chosen].tolist(),
+        above=above[frames].tolist(),
+        depths=depths[frames].tolist(),
         pins={hashes[i]: float(until_s[i]) for i in np.flatnonzero(until_s > wall_s).tolist()},
     )
 
 
-def _link(rows: Rows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """For each row the index of its parent's or -1, and whether it and its whole chain are there, each block once.
-
-    Rows are joined by a 64-bit mix of the hash and then compared in full: a collision can lose a block, never invent
-    one.
-    """
-    count = len(rows)
-    hashes, depths = np.ascontiguousarray(rows["hash"]), rows["depth"].astype(np.int64)
-    keys = _mix(hashes)
-    order = np.argsort(keys)
-    good = np.ones(count, bool)
+def _link(table: Rows, there: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """For each row of `table` that is `there` the frame of its parent or -1, and whether it and its whole chain are
+    there, each block once."""
+    hashes, depths = np.ascontiguousarray(table["hash"]), table["depth"].astype(np.int64)
+    good, keys = there.copy(), _mix(hashes)
+    order = np.flatnonzero(good)
+    order = order[np.argsort(keys[order])]
     if (keys[order][1:] == keys[order][:-1]).any():  # one block in two frames: the later wins
-        order = np.lexsort((rows["sequence"], keys))
+        order = order[np.lexsort((table["sequence"][order], keys[order]))]
         good[order[np.flatnonzero(keys[order][1:] == keys[order][:-1])]] = False
         order = order[good[order]]
-    chained = np.flatnonzero(rows["chained"])
-    parents = rows["parent"][chained]
-    wanted = _mix(parents)
-    sorting = np.argsort(wanted)  # ascending needles walk the keys once instead of missing the cache each time
-    place = np.empty(len(wanted), np.int64)
-    place[sorting] = np.searchsorted(keys[order], wanted[sorting])
-    place = np.minimum(place, max(0, len(order) - 1))
-    parent = order[place]
-    linked = (hashes.take(parent, axis=0) == parents).all(axis=1)
+    above = np.full(len(table), -1, np.int64)
+    chained = np.flatnonzero(good & (table["chained"] != 0))
+    parents = table["parent"][chained]
+    parent = _find(parents, hashes, keys, order, chained - 1, good)
+    linked = (hashes.take(parent, axis=0) == parents).all(axis=1) & good[parent]
     linked &= depths[parent] + 1 == depths[chained]
-    above = np.full(count, -1, np.int64)
     above[chained[linked]] = parent[linked]
-    good &= np.where(rows["chained"] != 0, above >= 0, depths == 0)
+    good &= np.where(table["chained"] != 0, above >= 0, depths == 0)
     return above, _whole(good, above)
+
+
+def _find(
+    wanted: Rows, hashes: Rows, keys: Rows, order: npt.NDArray[np.int64], guess: npt.NDArray[np.int64], good: Rows
+) -> npt.NDArray[np.int64]:
+    """For each of the `wanted` hashes the row that may have it, which the caller compares in full. `order`: good rows
+    by their `keys`, a 64-bit mix of each hash; a collision can lose a block, never invent one. `guess`: where each
+    probably is, as chains are written parents first, side by side."""
+    place = np.maximum(guess, 0)
+    far = np.flatnonzero((hashes[place, 0] != wanted[:, 0]) | ~good[place])
+    if len(far) and len(order):
+        needles = _mix(wanted[far])
+        sorting = np.argsort(needles)  # ascending needles walk the keys once instead of missing the cache each time
+        found = np.empty(len(far), np.int64)
+        found[sorting] = np.searchsorted(keys[order], needles[sorting])
+        place[far] = order[np.minimum(found, len(order) - 1)]
+    return place
 
 
 def _whole(good: npt.NDArray[np.bool_], above: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -254,8 +263,3 @@ def _mix(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """64 bits that depend on all 256 of each hash."""
     odd = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64)
     return hashes @ odd
-
-
-def _split(column: npt.NDArray[np.uint64]) -> list[BlockHash]:
-    raw = column.tobytes()
-    return [raw[i : i + 32] for i in range(0, len(raw), 32)]

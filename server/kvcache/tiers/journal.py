@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from server.kvcache.tiers.index import (
     Rows,
     batch,
     fold,
+    identify,
     pack,
     read_records,
     recover,
@@ -85,11 +86,20 @@ def _limit(capacity: int) -> int:
     return SLACK_RECORDS + capacity // 2
 
 
-def read_index(directory: Path, identity: Identity, capacity: int) -> tuple[Rows, int, list[str]]:
-    """The table that the files in `directory` leave behind, the last sequence number, and what was damaged."""
-    table: Rows = np.zeros(capacity, RECORD)
-    damaged: list[str] = []
-    covered = last = 0
+@dataclass(slots=True)
+class Index:
+    """What index files leave behind: the table, the last sequence number, records in the journal, what was damaged."""
+
+    table: Rows
+    last: int = 0
+    journalled: int = 0
+    damaged: list[str] = field(default_factory=list)
+
+
+def read_index(directory: Path, identity: Identity, capacity: int) -> Index:
+    """Of the files in `directory`, as far as they are there and verify."""
+    index = Index(np.zeros(capacity, RECORD))
+    covered = 0
     for name in ("checkpoint", "journal"):
         path = directory / name
         try:
@@ -97,18 +107,20 @@ def read_index(directory: Path, identity: Identity, capacity: int) -> tuple[Rows
         except FileNotFoundError:
             continue
         except OSError as error:
-            damaged.append(f"{name}: {error.strerror}")
+            index.damaged.append(f"{name}: {error.strerror}")
             continue
+        count = sum(map(len, pieces))
         if not whole:
-            damaged.append(f"{name}: {sum(map(len, pieces))} records verify, the rest does not")
+            index.damaged.append(f"{name}: {count} records verify, the rest does not")
         for records in pieces:
-            last = max(last, int(records["sequence"].max()))
+            index.last = max(index.last, int(records["sequence"].max()))
             if name == "checkpoint":
                 covered = max(covered, int(records["sequence"][records["op"] == MARK].max(initial=0)))
-                fold(table, records)
+                fold(index.table, records)
             else:
-                fold(table, records[records["sequence"] > covered])
-    return table, last, damaged
+                fold(index.table, records[records["sequence"] > covered])
+                index.journalled = count
+    return index
 
 
 class Journal:
@@ -138,14 +150,25 @@ class Journal:
 
     def open(self, present: Present, wall_s: float) -> tuple[Recovered, int]:
         """Read what the last process left, and start writing. Also how many rows there were before any was dropped."""
-        self._table, self._sequence, damaged = read_index(self._directory, self._identity, self._capacity)
-        for what in damaged:
+        index = read_index(self._directory, self._identity, self._capacity)
+        for what in index.damaged:
             log.warning("the index of the SSD tier in %s is damaged (%s); blocks are lost", self._directory, what)
-        self.stats.damaged += len(damaged)
+        self.stats.damaged += len(index.damaged)
+        self._table, self._sequence, self._journalled = index.table, index.last, index.journalled
         rows = int(np.count_nonzero(self._table["op"] == PUT))
         found = recover(self._table, present, wall_s)
+        self._behind = bool(index.damaged) or rows > len(found.frames) or not self._go_on()
         self._thread.start()
         return found, rows
+
+    def _go_on(self) -> bool:
+        """Whether the journal that is there can be written on: files that are whole are not written anew at a start."""
+        path = self._directory / "journal"
+        with contextlib.suppress(OSError):
+            if identify(path) == self._identity and (self._directory / "checkpoint").exists():
+                self._fd = self._io.open(path, os.O_RDWR | os.O_APPEND)
+                return True
+        return False
 
     def put(self, blocks: Sequence[tuple[FrameId, BlockHash, BlockHash | None, int]]) -> None:
         """Frame, hash, parent and depth of blocks that are there now."""
