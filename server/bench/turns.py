@@ -46,12 +46,13 @@ class Talk:
     first: int
     per_turn: int
     new_tokens: int
+    block_tokens: int
 
 
-DEMO = Talk("demo", 12, 6, 3 * 1024, 3000, 50, 8)
-RANDOM = Talk("125M", 12, 6, 24 * 1024, 1400, 32, 8)
+DEMO = Talk("demo", 12, 6, 3 * 1024, 3000, 50, 8, 32)  # a block of less than 64 KiB costs more than its bytes
+RANDOM = Talk("125M", 12, 6, 24 * 1024, 1400, 32, 8, 16)
 SHAPE = Workload(layers=12, hidden=768, vocab=32_000, prompt=0, output=0, concurrency=(1,), repeats=0)
-QUICK_TALK = Talk("demo", 4, 3, 3 * 1024, 200, 50, 4)
+QUICK_TALK = Talk("demo", 4, 3, 3 * 1024, 200, 50, 4, 16)
 
 
 def run(*, quick: bool) -> Report:
@@ -69,7 +70,7 @@ def _compare(report: Report, talk: Talk, model: str) -> None:
     report.header("model", "tiers", *(f"turn {turn + 1} ms" for turn in range(talk.turns + 2)), "cached")
     longest = talk.first + (talk.turns + 1) * (talk.per_turn + talk.new_tokens)
     working_set = talk.conversations * longest * talk.token_bytes
-    device = [f"--device-gib={working_set / 3 / 2**30:.4f}"]
+    device = [f"--device-gib={working_set / 3 / 2**30:.4f}", f"--block-size={talk.block_tokens}"]
     dram = ["--dram-gib=0.25" if working_set < 2**27 else "--dram-gib=1"]
     with tempfile.TemporaryDirectory() as disk:
         ssd = [*device, "--dram-gib=0.03" if working_set < 2**27 else "--dram-gib=0.12"]
