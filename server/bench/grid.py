@@ -62,6 +62,8 @@ class SlowIo(OsIo):
 
     def set_rate(self, bytes_per_s: float) -> None:
         self.bytes_per_s = bytes_per_s
+        with self._lock:
+            self._free_at = 0.0
         (self._moving.set if bytes_per_s else self._moving.clear)()
 
     def preadv(self, fd: int, buffers: Buffers, offset: int) -> int:

@@ -106,7 +106,7 @@ def flights_are_sound(kv: KVManager) -> None:
             (load.stage is Stage.FLYING) == (id(load) in flying), "a load flies without a transfer, or the reverse"
         )
         _require(all(load.depth in lease.loads for lease in load.leases), "a load has a lease that does not wait")
-    early = sum(load.target > 0 for load in traffic.loads.values())
+    early = sum(load.early for load in traffic.loads.values())
     _require(early == traffic.early_blocks, f"{traffic.early_blocks} prefetches counted, {early} are there")
 
 

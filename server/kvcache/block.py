@@ -60,14 +60,14 @@ class Stage(Enum):
 class Load:
     """One block on its way up, shared by all that want it. It holds its copy at `level`, where it is now.
 
-    `target` is the level to reach: 0 the device, because leases wait; 1 DRAM, because somebody is expected to.
+    While leases wait for it it goes all the way to the device. `early`: none does yet, and it goes one level up.
     """
 
     hash: BlockHash
     parent: BlockHash | None
     depth: int
     level: int
-    target: int
+    early: bool
     origin: TierName
     stage: Stage = Stage.QUEUED
     leases: list[Lease] = field(default_factory=list)
@@ -82,10 +82,9 @@ class Lease:
     The prefix `hashes` was matched; where it is longer than the table its blocks are on their way: `loads` by position
     those that are to come, `tail` the frames of those that came and wait until the table reaches them (loading goes
     from the back while computing goes from the front). A position in neither has to be computed. `served` counts the
-    blocks of the table that came from the cache, by the tier they were found in. `waits_since_s`, `late_s`:
-    since when and until when to wait for the next one to leave `waits_level`. `probing`: what is loaded is
-    loaded only to learn how fast that is, and nobody waits. `retention` says what becomes of what
-    this request computes.
+    blocks of the table that came from the cache, by the tier they were found in. `waits_since_s`, `late_s`: since when
+    and until when to wait for the next one to leave `waits_level`. `retention` says what becomes of what this request
+    computes.
     """
 
     hashes: Sequence[BlockHash] = ()
@@ -97,7 +96,6 @@ class Lease:
     waits_since_s: float = 0.0
     waits_level: int = 0
     late_s: float | None = None
-    probing: bool = False
     retention: Retention = ORDINARY
     released: bool = False
 

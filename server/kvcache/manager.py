@@ -149,17 +149,16 @@ class KVManager:
     def _send_for(self, lease: Lease, hashes: Sequence[BlockHash], now: float, floor_s: float) -> None:
         """Match on below the device, and want what is worth it, the last block first."""
         start = len(lease.table)
-        levels, skipped = self._worth_loading(self._levels_of(hashes, start), now, floor_s)
+        levels, probed = self._worth_loading(self._levels_of(hashes, start), now, floor_s)
         lease.hashes = hashes[: start + len(levels)]
-        lease.probing = bool(skipped)
+        for position in probed:
+            self.traffic.load_early(hashes, start + position)
         queued = self.traffic.queued()
         wanted = Counter(levels)
         longest_s = max((self.planner.load_s(k, n, queued) for k, n in wanted.items() if k), default=0.0)
         deadline_s = now + self.planner.deadline_s(longest_s)
         for position in range(start + len(levels) - 1, start - 1, -1):
             value = hashes[position]
-            if position - start in skipped:
-                continue
             if self.device.has(value):
                 frame = self.device.find[value]
                 self.device.hold(frame)
@@ -178,8 +177,8 @@ class KVManager:
         return levels
 
     def _worth_loading(self, levels: list[int], now: float, floor_s: float) -> tuple[list[int], range]:
-        """`levels` up to the first run of blocks whose tier is off or too slow for them; and, if the latter is worth
-        finding out about, that run too with those of its blocks that are not loaded."""
+        """`levels` up to the first run of blocks whose tier is off or too slow for them; and which blocks of that run
+        to load all the same, to learn whether it is still too slow."""
         queued = self.traffic.queued()
         start = 0
         while start < len(levels):
@@ -196,7 +195,7 @@ class KVManager:
                 if reason is not None:
                     probed = 0 if reason == "disabled" else self.planner.probe(level, end - start, now)
                     self.declined[(name, reason)] += len(levels) - start - probed
-                    return (levels[:end], range(start, end - probed)) if probed else (levels[:start], range(0))
+                    return levels[:start], range(end - probed, end)
             start = end
         return levels, range(0)
 
@@ -230,8 +229,6 @@ class KVManager:
         """Up to which block the request may compute now. Equal to the table's length: it should wait for its loads;
         then `wake_s` is no later than the moment at which it should not any more."""
         front, end = len(lease.table), len(lease.hashes)
-        if lease.probing:
-            return ALL
         if lease.sealed < front:  # its last block is on its way up for somebody else: do without what came behind it
             return front + 1
         load = lease.loads.get(front)
@@ -258,8 +255,9 @@ class KVManager:
     def _late(self, lease: Lease, level: int, blocks: int, now: float) -> None:
         """A promise was not kept: count it against the tier, once per wait. Any landing clears the tier's name."""
         if lease.late_s != LATE_ALREADY:
+            assert lease.late_s is not None, "who is late was promised something"
+            self.planner.up[level - 1].late(lease.late_s - lease.waits_since_s, blocks)
             lease.late_s = LATE_ALREADY
-            self.planner.up[level - 1].late(now - lease.waits_since_s, blocks)
             self.planner.breakers[self.levels[level].name].failed(now)
 
     def grow(self, lease: Lease, tokens: int) -> bool:

@@ -22,6 +22,9 @@ BLOCK_DECAY = 0.97
 """Per landing: the pace is that of the last thirty or so, as blocks that are read in one go land together."""
 SLOWER_WEIGHT, FASTER_WEIGHT = 0.2, 0.6
 """Of one new burst in the mean latency: one slow answer is an accident, two quick ones are good news."""
+OUTLIER_FACTOR = 8.0
+"""One gap or latency counts for at most this many times the mean: a stall of a minute says nothing about the pace once
+it is over, and a tier that did become that slow is known to be after a few landings."""
 GUESS_BLOCKS = 8.0
 """How many landings the first guess is worth."""
 STEP_DECAY = 0.02
@@ -94,9 +97,10 @@ class Hop:
         self.moved_blocks += 1
         if self.fresh:
             weight = SLOWER_WEIGHT if gap_s > self.latency_s else FASTER_WEIGHT
-            self.latency_s += weight * (gap_s - self.latency_s)
+            self.latency_s += weight * (min(gap_s, OUTLIER_FACTOR * self.latency_s) - self.latency_s)
             self.fresh = False
         else:
+            gap_s = min(gap_s, OUTLIER_FACTOR * max(self.block_s, self.latency_s / GUESS_BLOCKS))
             self._blocks = self._blocks * BLOCK_DECAY + 1
             self._time_s = self._time_s * BLOCK_DECAY + gap_s
 
@@ -208,9 +212,9 @@ class Planner:
 
     def probe(self, level: int, blocks: int, now: float) -> int:
         """Of a hit that is not worth loading, how many blocks to load all the same: without that nobody would ever
-        learn that the tier is fast again. 0 most of the time."""
+        learn that the tier is fast again. 0 most of the time, and while anything is on its way over that hop."""
         hop = self.up[level - 1]
-        if now < hop.probe_s:
+        if now < hop.probe_s or hop.in_flight:
             return 0
         hop.probe_s = now + PROBE_EVERY_S
         return -(-blocks // PROBE_SHARE)

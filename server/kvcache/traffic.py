@@ -52,7 +52,7 @@ class HopQueue:
             while queue:
                 load = queue.popleft()
                 here = load.stage is Stage.QUEUED and load.level == hop + 1
-                if here and (queue is self.urgent or load.target):
+                if here and (queue is self.urgent or load.early):
                     return load
         return None
 
@@ -129,9 +129,9 @@ class Traffic:
         value = values[position]
         load = self.loads.get(value)
         if load is None:
-            load = self._new_load(values, position, target=0)
-        elif load.target:
-            load.target = 0
+            load = self._new_load(values, position, early=False)
+        elif load.early:
+            load.early = False
             self.early_blocks -= 1
         if load.stage is Stage.QUEUED and not load.leases:
             self.hops[load.level - 1].urgent.append(load)
@@ -150,7 +150,7 @@ class Traffic:
 
     def _give_up_if_unwanted(self, load: Load) -> None:
         """A load in the queue that nobody waits for ends here; one in flight ends when it lands."""
-        if load.stage is Stage.QUEUED and not load.leases and not load.target:
+        if load.stage is Stage.QUEUED and not load.leases and not load.early:
             books = self.levels[load.level]
             self._end(load)
             books.unhold(books.find[load.hash])
@@ -163,20 +163,25 @@ class Traffic:
             level = self.level_of(values[position])
             if level is None or self.early_blocks >= EARLY_SHARE * self.levels[1].pool.capacity:
                 return
-            if level >= 2 and values[position] not in self.loads:
-                load = self._new_load(values, position, target=1)
-                self.hops[level - 1].early.append(load)
-                self.early_blocks += 1
+            if level >= 2:
+                self.load_early(values, position)
+
+    def load_early(self, values: Sequence[BlockHash], position: int) -> None:
+        """Bring block `position` of the chain `values`, which is below the device, one level up; nobody waits."""
+        if values[position] not in self.loads:
+            load = self._new_load(values, position, early=True)
+            self.hops[load.level - 1].early.append(load)
+            self.early_blocks += 1
 
     def end_early(self) -> None:
         """Nobody is expected any more: end the prefetches that have not started."""
         for load in list(self.loads.values()):
-            if load.target and load.stage is Stage.QUEUED:
+            if load.early and load.stage is Stage.QUEUED:
                 books = self.levels[load.level]
                 self._end(load)
                 books.unhold(books.find[load.hash])
 
-    def _new_load(self, values: Sequence[BlockHash], position: int, *, target: int) -> Load:
+    def _new_load(self, values: Sequence[BlockHash], position: int, *, early: bool) -> Load:
         value = values[position]
         level = self.level_of(value)
         assert level, "only what is below the device is loaded"
@@ -184,7 +189,7 @@ class Traffic:
         books.hold(books.find[value])
         books.hits[books.find[value]] += 1
         parent = values[position - 1] if position else None
-        load = self.loads[value] = Load(value, parent, position, level, target, books.name)
+        load = self.loads[value] = Load(value, parent, position, level, early, books.name)
         return load
 
     def _end(self, load: Load) -> None:
@@ -193,7 +198,7 @@ class Traffic:
             del lease.loads[load.depth]
         load.leases.clear()
         load.stage = Stage.OVER
-        if load.target:
+        if load.early:
             self.early_blocks -= 1
         del self.loads[load.hash]
 
@@ -239,7 +244,7 @@ class Traffic:
                 continue
             frames = target.take(1)
             if frames is None:
-                (queue.early if load.target else queue.urgent).appendleft(load)
+                (queue.early if load.early else queue.urgent).appendleft(load)
                 return
             target.file(frames[0], load.hash, load.parent, load.depth, ready=False)
             load.stage = Stage.FLYING

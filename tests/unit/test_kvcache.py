@@ -313,8 +313,11 @@ def test_a_slow_tier_is_left_alone():
     kv.planner.up[0].late(1.0, 1)
     kv.planner.step.observe(2, 0.001)
     probing = kv.admit(hashes_of(kv, PROMPT), 1.0)
-    assert list(probing.loads) == [2]
+    assert not probing.loading
     assert kv.compute_until(probing, 1.0) > 3, "nobody waits for it"
+    assert kv.grow(probing, 6)
+    assert [transfer.hash for transfer in kv.plan_transfers(1.0)] == [hashes_of(kv, PROMPT)[2]]
+    land(kv)
     kv.release(probing)
     assert not kv.admit(hashes_of(kv, PROMPT), 1.5).loading
     assert kv.declined[(DRAM, "slower_than_recompute")] == 2 + 3
