@@ -167,6 +167,7 @@ class Engine:
         self._next_id = 0
         self._failure: BaseException | None = None
         self._audited = True
+        self._stepping = self._move_due = self._prefilling = False
         metrics.bind(self.snapshot)
 
     @property
@@ -203,7 +204,10 @@ class Engine:
             self._metrics.rejected("queue_full")
             raise
         if self._prefetch:
-            self.kv.prefetch(self.scheduler.reusable(request))
+            first = len(self.scheduler.waiting) == 1
+            soon = first and len(self.scheduler.running) < self.scheduler.limits.max_running
+            self.kv.prefetch(self.scheduler.reusable(request), soon=soon)
+            self._move_soon()
         stream = self._streams[request.id] = Stream(self, request)
         self._audited = False
         self._wake.set()
@@ -285,11 +289,8 @@ class Engine:
                 plan = self.scheduler.plan(now)
                 for _ in range(self.scheduler.preemptions - preemptions):
                     self._metrics.preempted()
-                # After the plan, which sends for blocks and may wait for them.
-                prefilling = plan is not None and any(len(row.tokens) > 1 for row in plan.rows)
-                transfers = self.kv.plan_transfers(now, prefilling=prefilling)
-                self._mover.start(transfers, self._landed, self._broke)
-                self._mover.note(self.kv.take_notes())
+                self._prefilling = plan is not None and any(len(row.tokens) > 1 for row in plan.rows)
+                self._move()  # after the plan, which sends for blocks and may wait for them
                 if plan is None:
                     await self._rest()
                 else:
@@ -344,8 +345,29 @@ class Engine:
             self._audited = True
         self._wake.clear()
 
+    def _move(self) -> None:
+        """Start the transfers that may start now."""
+        transfers = self.kv.plan_transfers(self._clock(), prefilling=self._prefilling)
+        self._mover.start(transfers, self._landed, self._broke)
+        self._mover.note(self.kv.take_notes())
+
+    def _move_soon(self) -> None:
+        """While a step runs, blocks move on all the same: what lands, or is asked for, makes others start."""
+        if self._stepping and not self._move_due:
+            self._move_due = True
+            asyncio.get_running_loop().call_soon(self._move_meanwhile)
+
+    def _move_meanwhile(self) -> None:
+        self._move_due = False
+        if self._stepping:
+            try:
+                self._move()
+            except Exception as error:  # noqa: BLE001 - nobody else would see it here
+                self._broke(error)
+
     async def _step(self, plan: StepPlan) -> None:
         planned_s = self._clock()
+        self._stepping = True
         try:
             result = await self._runner.run(plan)
         except Exception as error:  # the device's error, whatever it is: those in the step fail, the daemon goes on
@@ -353,6 +375,8 @@ class Engine:
             message = error.message if isinstance(error, StepFailed) else f"the step failed: {type(error).__name__}"
             self._deliver(self.scheduler.fail(plan, message, self._clock()), self._clock())
             return
+        finally:
+            self._stepping = False
         now = self._clock()
         self._deliver(self.scheduler.commit(plan, result, now), now)
         busy_s = result.finished_s - result.started_s
@@ -367,6 +391,7 @@ class Engine:
                 log.warning("a transfer failed (%s, number %d): %s", fault.reason, count, fault.detail)
         self.kv.complete(transfer_id, fault, self._clock())
         self._wake.set()
+        self._move_soon()
 
     def _broke(self, error: BaseException) -> None:
         """A transfer ended in an error that is not the world's: the step loop raises it, or its waiters would hang."""

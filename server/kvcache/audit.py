@@ -39,6 +39,7 @@ def frames_add_up(kv: KVManager) -> None:
                  f"{len(free)} free, {books.pool.unusable()} withheld")  # fmt: skip
         for value, frame in books.find.items():
             _require(books.hashes[frame] == value, f"{books.name}: a block is filed under another hash")
+        _require(books.origin.keys() <= set(books.find.values()), f"{books.name}: an origin of a block that is gone")
 
 
 def holds_add_up(kv: KVManager) -> None:
@@ -106,7 +107,7 @@ def flights_are_sound(kv: KVManager) -> None:
             (load.stage is Stage.FLYING) == (id(load) in flying), "a load flies without a transfer, or the reverse"
         )
         _require(all(load.depth in lease.loads for lease in load.leases), "a load has a lease that does not wait")
-    early = sum(load.early for load in traffic.loads.values())
+    early = sum(load.early_goal is not None for load in traffic.loads.values())
     _require(early == traffic.early_blocks, f"{traffic.early_blocks} prefetches counted, {early} are there")
 
 

@@ -60,15 +60,16 @@ class Stage(Enum):
 class Load:
     """One block on its way up, shared by all that want it. It holds its copy at `level`, where it is now.
 
-    While leases wait for it it goes all the way to the device. `early`: none does yet, and it goes one level up.
+    While leases wait for it it goes all the way to the device. `early_goal`: nobody waits yet, and it goes up to this
+    level; None once somebody waits.
     """
 
     hash: BlockHash
     parent: BlockHash | None
     depth: int
     level: int
-    early: bool
     origin: TierName
+    early_goal: int | None
     stage: Stage = Stage.QUEUED
     leases: list[Lease] = field(default_factory=list)
     deadline_s: float = float("inf")

@@ -45,6 +45,8 @@ class TierBooks:
         self.ranked = bytearray(frames)
         self.transient = bytearray(frames)
         """1: this block was asked not to outlive the process."""
+        self.origin: dict[FrameId, TierName] = {}
+        """Where blocks that were fetched early came from, until somebody uses them."""
         self.kept: set[BlockHash] = set()
         self.evicted: Counter[str] = Counter({"capacity": 0, "corrupt": 0, "admin": 0})
 
@@ -122,6 +124,7 @@ class TierBooks:
         self.hashes[frame] = self.parents[frame] = None
         self.ready[frame] = self.pins[frame] = self.depth[frame] = self.hits[frame] = self.transient[frame] = 0
         self.kept.discard(value)
+        self.origin.pop(frame, None)
         self.above[frame] = NOWHERE
         self.pool.give_back((frame,))
         if reason in self.evicted:
@@ -133,6 +136,10 @@ class TierBooks:
         """O(frames), 0.3 ms per million: faults and operators are rarer than evictions."""
         for child in np.flatnonzero(np.frombuffer(self.above, np.int32) == frame).tolist():
             self.above[child] = NOWHERE
+
+    def origin_of(self, frame: FrameId) -> TierName:
+        """Where the block of `frame`, which is used now, was found: here, unless it was fetched early."""
+        return self.origin.pop(frame, self.name)
 
     # --- holding -----------------------------------------------------------------------------------------------------
 

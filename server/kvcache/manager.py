@@ -141,7 +141,7 @@ class KVManager:
         lease.table.extend(frames)
         lease.sealed = len(frames)
         lease.hashes = hashes[: len(frames)]
-        lease.served[DEVICE] = len(frames)
+        lease.served.update(map(device.origin_of, frames) if device.origin else {DEVICE: len(frames)})
         if len(frames) < len(hashes) and len(self.levels) > 1:
             self._send_for(lease, hashes, now, floor_s)
         return lease
@@ -149,10 +149,11 @@ class KVManager:
     def _send_for(self, lease: Lease, hashes: Sequence[BlockHash], now: float, floor_s: float) -> None:
         """Match on below the device, and want what is worth it, the last block first."""
         start = len(lease.table)
-        levels, probed = self._worth_loading(self._levels_of(hashes, start), now, floor_s)
+        found = self._levels_of(hashes, start)
+        levels, probed = self._worth_loading(found, now, floor_s)
         lease.hashes = hashes[: start + len(levels)]
         for position in probed:
-            self.traffic.load_early(hashes, start + position)
+            self.traffic.load_early(hashes, start + position, found[position] - 1)
         queued = self.traffic.queued()
         wanted = Counter(levels)
         longest_s = max((self.planner.load_s(k, n, queued) for k, n in wanted.items() if k), default=0.0)
@@ -162,7 +163,7 @@ class KVManager:
             if self.device.has(value):
                 frame = self.device.find[value]
                 self.device.hold(frame)
-                lease.tail[position] = (frame, DEVICE)
+                lease.tail[position] = (frame, self.device.origin_of(frame))
             else:
                 self.traffic.want(lease, hashes, position, deadline_s)
 
@@ -211,8 +212,9 @@ class KVManager:
                 value = lease.hashes[position]
                 if not device.has(value):
                     break
-                came = (device.find[value], DEVICE)
-                device.hold(came[0])
+                frame = device.find[value]
+                came = (frame, device.origin_of(frame))
+                device.hold(frame)
                 if position in lease.loads:
                     self.traffic.leave(lease, position)
             frame, origin = came
@@ -334,18 +336,20 @@ class KVManager:
 
     # --- transfers ---------------------------------------------------------------------------------------------------
 
-    def prefetch(self, hashes: Sequence[BlockHash]) -> None:
-        """A request for this chain was received: what is below DRAM starts to come up, and nothing of it is old."""
-        if len(self.levels) < 3:
+    def prefetch(self, hashes: Sequence[BlockHash], *, soon: bool = False) -> None:
+        """A request for this chain was received: what is below DRAM starts to come up to DRAM, or, if the request is
+        scheduled as `soon` as that is possible, all to the device; and nothing of it is old."""
+        goal = 0 if soon else 1
+        if len(self.levels) < 2 + goal:
             return
         start = next((i for i, value in enumerate(hashes) if not self.device.has(value)), len(hashes))
         levels = self._levels_of(hashes, start)
         self.levels[1].refresh(hashes[: start + len(levels)])
-        ssd = self.levels[2].name
-        if max(levels, default=0) > 1 and self.planner.breakers[ssd].closed:
-            count = levels.count(2)
-            if self.planner.worth(2, count, self.traffic.queued(), 0.0):
-                self.traffic.prefetch(hashes, start)
+        slowest = max(levels, default=0)
+        if slowest <= goal or not self.planner.breakers[self.levels[slowest].name].closed:
+            return
+        if self.planner.worth(slowest, levels.count(slowest), self.traffic.queued(), 0.0):
+            self.traffic.prefetch(hashes, start, goal)
 
     def plan_transfers(self, now: float, *, prefilling: bool = False) -> list[Transfer]:
         """Transfers to start now: loads first, a request waits for them; then spills, nobody does, and while a prompt

@@ -24,7 +24,8 @@ SPILLS_QUEUED_MAX = 65_536
 NO_SPACE_RETRY_S = 60.0
 """How long a tier that ran out of room for new frames makes do with those it has."""
 EARLY_SHARE = 0.5
-"""Share of a tier's frames that prefetches which nobody waits for yet may be on their way to."""
+"""Share of a tier's frames that prefetches which nobody waits for yet may be on their way to; and the share of the
+device's frames that must be free or evictable for them: running requests must find room to grow."""
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class HopQueue:
             while queue:
                 load = queue.popleft()
                 here = load.stage is Stage.QUEUED and load.level == hop + 1
-                if here and (queue is self.urgent or load.early):
+                if here and (queue is self.urgent or load.early_goal is not None):
                     return load
         return None
 
@@ -129,9 +130,9 @@ class Traffic:
         value = values[position]
         load = self.loads.get(value)
         if load is None:
-            load = self._new_load(values, position, early=False)
-        elif load.early:
-            load.early = False
+            load = self._new_load(values, position, None)
+        elif load.early_goal is not None:
+            load.early_goal = None
             self.early_blocks -= 1
         if load.stage is Stage.QUEUED and not load.leases:
             self.hops[load.level - 1].urgent.append(load)
@@ -150,46 +151,44 @@ class Traffic:
 
     def _give_up_if_unwanted(self, load: Load) -> None:
         """A load in the queue that nobody waits for ends here; one in flight ends when it lands."""
-        if load.stage is Stage.QUEUED and not load.leases and not load.early:
+        if load.stage is Stage.QUEUED and not load.leases and load.early_goal is None:
             books = self.levels[load.level]
             self._end(load)
             books.unhold(books.find[load.hash])
 
-    def prefetch(self, values: Sequence[BlockHash], start: int) -> None:
-        """Somebody will ask for the chain `values` from position `start` on: bring what is below DRAM up to DRAM."""
-        if len(self.levels) < 3:
-            return
+    def prefetch(self, values: Sequence[BlockHash], start: int, goal: int) -> None:
+        """Somebody will ask for the chain `values` from position `start` on: bring what is below `goal` up to there."""
         for position in range(start, len(values)):
             level = self.level_of(values[position])
-            if level is None or self.early_blocks >= EARLY_SHARE * self.levels[1].pool.capacity:
+            if level is None or self.early_blocks >= EARLY_SHARE * self.levels[goal].pool.capacity:
                 return
-            if level >= 2:
-                self.load_early(values, position)
+            if level > goal:
+                self.load_early(values, position, goal)
 
-    def load_early(self, values: Sequence[BlockHash], position: int) -> None:
-        """Bring block `position` of the chain `values`, which is below the device, one level up; nobody waits."""
+    def load_early(self, values: Sequence[BlockHash], position: int, goal: int) -> None:
+        """Bring block `position` of the chain `values`, which is below level `goal`, up to there; nobody waits."""
         if values[position] not in self.loads:
-            load = self._new_load(values, position, early=True)
+            load = self._new_load(values, position, goal)
             self.hops[load.level - 1].early.append(load)
             self.early_blocks += 1
 
     def end_early(self) -> None:
         """Nobody is expected any more: end the prefetches that have not started."""
         for load in list(self.loads.values()):
-            if load.early and load.stage is Stage.QUEUED:
+            if load.early_goal is not None and load.stage is Stage.QUEUED:
                 books = self.levels[load.level]
                 self._end(load)
                 books.unhold(books.find[load.hash])
 
-    def _new_load(self, values: Sequence[BlockHash], position: int, *, early: bool) -> Load:
+    def _new_load(self, values: Sequence[BlockHash], position: int, early_goal: int | None) -> Load:
         value = values[position]
         level = self.level_of(value)
         assert level, "only what is below the device is loaded"
         books = self.levels[level]
         books.hold(books.find[value])
         books.hits[books.find[value]] += 1
-        parent = values[position - 1] if position else None
-        load = self.loads[value] = Load(value, parent, position, level, early, books.name)
+        parent, origin = values[position - 1] if position else None, books.origin_of(books.find[value])
+        load = self.loads[value] = Load(value, parent, position, level, origin, early_goal)
         return load
 
     def _end(self, load: Load) -> None:
@@ -198,7 +197,7 @@ class Traffic:
             del lease.loads[load.depth]
         load.leases.clear()
         load.stage = Stage.OVER
-        if load.early:
+        if load.early_goal is not None:
             self.early_blocks -= 1
         del self.loads[load.hash]
 
@@ -242,9 +241,11 @@ class Traffic:
                 return
             if self._came_otherwise(load):
                 continue
-            frames = target.take(1)
+            early = load.early_goal is not None
+            crowded = early and not hop and target.available < EARLY_SHARE * target.pool.capacity
+            frames = None if crowded else target.take(1)
             if frames is None:
-                (queue.early if load.early else queue.urgent).appendleft(load)
+                (queue.early if early else queue.urgent).appendleft(load)
                 return
             target.file(frames[0], load.hash, load.parent, load.depth, ready=False)
             load.stage = Stage.FLYING
@@ -333,15 +334,19 @@ class Traffic:
         """The load's block is at `load.level` now, where the load holds `frame`."""
         if load.level == 0:
             self._deliver(load, frame)
-        elif load.leases:
+        elif load.leases or (load.early_goal is not None and load.early_goal < load.level):
             load.stage = Stage.QUEUED
-            self.hops[load.level - 1].urgent.append(load)
+            hop = self.hops[load.level - 1]
+            (hop.urgent if load.leases else hop.early).append(load)
         else:
             self._end(load)
+            self.levels[load.level].origin[frame] = load.origin
             self.levels[load.level].unhold(frame)
 
     def _deliver(self, load: Load, frame: FrameId) -> None:
         device = self.levels[0]
+        if not load.leases:
+            device.origin[frame] = load.origin
         for lease in load.leases:
             device.hold(frame)
             lease.tail[load.depth] = (frame, load.origin)

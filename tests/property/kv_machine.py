@@ -113,10 +113,10 @@ class KVMachine(RuleBasedStateMachine):
         self.holders.append(holder)
         self.read(holder, holder.computed)
 
-    @rule(tokens=tokens_of, salt=salts)
-    def prefetch(self, tokens: list[int], salt: str) -> None:
-        """A request is received and waits."""
-        self.kv.prefetch(self.chain(tokens, salt).hashes)
+    @rule(tokens=tokens_of, salt=salts, soon=st.booleans())
+    def prefetch(self, tokens: list[int], salt: str, soon: bool) -> None:
+        """A request is received and waits, or is next."""
+        self.kv.prefetch(self.chain(tokens, salt).hashes, soon=soon)
 
     @rule(tokens=tokens_of, salt=salts)
     def visit(self, tokens: list[int], salt: str) -> None:

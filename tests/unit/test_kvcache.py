@@ -315,8 +315,8 @@ def test_a_slow_tier_is_left_alone():
     probing = kv.admit(hashes_of(kv, PROMPT), 1.0)
     assert not probing.loading
     assert kv.compute_until(probing, 1.0) > 3, "nobody waits for it"
-    assert kv.grow(probing, 6)
-    assert [transfer.hash for transfer in kv.plan_transfers(1.0)] == [hashes_of(kv, PROMPT)[2]]
+    assert kv.grow(probing, 4)
+    assert kv.plan_transfers(1.0)[0].hash == hashes_of(kv, PROMPT)[2]
     land(kv)
     kv.release(probing)
     assert not kv.admit(hashes_of(kv, PROMPT), 1.5).loading
@@ -357,6 +357,43 @@ def test_a_received_request_fetches_to_dram():
     assert all(kv.tiers[DRAM].has(value) for value in hashes)
     assert not kv.device.has(hashes[0])
     audit.check(kv)
+
+
+@pytest.mark.parametrize("soon", [False, True])
+def test_what_was_fetched_early_counts_where_it_lay(soon: bool):
+    """Whether its blocks were brought to DRAM or, as it is next, to the device: a request was served from SSD, once."""
+    kv = make_kv(8, 8, 64)
+    visit(kv, PROMPT)
+    land(kv)
+    for start in range(10, 90, 8):
+        visit(kv, list(range(start, start + 8)))
+        land(kv)
+    hashes = hashes_of(kv, PROMPT)
+    kv.prefetch(hashes, soon=soon)
+    land(kv, now=1.0)
+    assert all(kv.device.has(value) == soon for value in hashes)
+    for origin in (SSD, DEVICE):
+        lease = kv.admit(hashes, 2.0)
+        assert lease.loading == (not soon and origin == SSD)
+        land(kv, now=2.0)
+        kv.join(lease)
+        assert +lease.served == {origin: 3}
+        kv.release(lease)
+    audit.check(kv)
+
+
+def test_early_loads_leave_the_device_to_those_that_run():
+    """Nothing is fetched to the device for later while less than half of it is free or evictable."""
+    kv = make_kv(8, 16)
+    visit(kv, PROMPT)
+    land(kv)
+    visit(kv, [7] * 16)
+    running = kv.admit([], 1.0)
+    assert kv.grow(running, 10)
+    kv.prefetch(hashes_of(kv, PROMPT), soon=True)
+    assert not any(transfer.target[0] == DEVICE for transfer in kv.plan_transfers(1.0))
+    kv.release(running)
+    assert any(transfer.target[0] == DEVICE for transfer in kv.plan_transfers(1.0))
 
 
 def test_a_restart_finds_what_the_ssd_holds():
