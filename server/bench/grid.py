@@ -46,7 +46,7 @@ class Shape:
     repeats: int
 
 
-FULL = Shape((128, 1024), 9)
+FULL = Shape((128, 1024), 15)
 QUICK = Shape((64,), 3)
 
 
