@@ -1,9 +1,9 @@
 """A million blocks: what indexing them costs at start and afterwards, and what a copy between DRAM and device costs.
 
 Scale: an SSD tier is opened over an index of 10^4 to 10^6 blocks in chains (sparse segment files: a start reads no
-slot) and taken over by a KV manager, as at every start of the daemon; then blocks are looked up, and evicted and filed
-anew, in random order. Copies: blocks go from the host arena to a device arena of this machine and back through
-`DeviceTier`, with labels and checksums, in turns with plain memory moves of the same bytes on one thread.
+slot) and taken over by a KV manager, as at every start of the daemon; then blocks are looked up, chain by chain in
+random order, and evicted and filed anew. Copies: blocks go from the host arena to a device arena of this machine and
+back through `DeviceTier`, with labels and checksums, in turns with plain memory moves of the same bytes on one thread.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import gc
 import random
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from server.bench.report import Report
-from server.bench.tiers import open_many, resident_bytes
+from server.bench.tiers import CHAIN_BLOCKS, open_many, resident_bytes
 from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
 from server.kvcache.manager import KVManager, TierSpec
@@ -78,11 +79,13 @@ def _scale(report: Report, count: int) -> tuple[float, float, float]:
     del found
     gc.collect()
     ram = (resident_bytes() - before) / count
-    random.Random(0).shuffle(hashes)
+    chains = [hashes[i : i + CHAIN_BLOCKS] for i in range(0, count, CHAIN_BLOCKS)]
+    random.Random(0).shuffle(chains)
+    hashes = list(chain.from_iterable(chains))[:OPERATIONS]
     started = time.perf_counter()
-    for value in hashes[:OPERATIONS]:
+    for value in hashes:
         kv.traffic.level_of(value)
-    lookup_us = (time.perf_counter() - started) / min(count, OPERATIONS) * 1e6
+    lookup_us = (time.perf_counter() - started) / len(hashes) * 1e6
     books, fresh = kv.levels[-1], [index.to_bytes(32) for index in range(OPERATIONS)]
     started = time.perf_counter()
     for value in fresh:

@@ -29,10 +29,10 @@ from server.types import DEVICE, BlockHash, BlockLayout, Note, TierFault, TierNa
 FIRST_GUESS = (0.001, 0.001)
 """Seconds per block and latency of a hop that nobody measured yet."""
 SPILL_PACE_S = 0.1
-"""Spills are planned this often: blocks that were sealed meanwhile go together, which costs the loop a tenth of what
-each alone does, and nobody waits for them."""
-SPILL_PACE_BUSY_S = 0.2
-"""And this often while a prompt is being computed: somebody waits for its first token."""
+"""Spills wait this long for others: together they cost the loop a tenth of what each alone does, and nobody waits for
+them."""
+SPILL_GRACE_S = 0.2
+"""Those that are due wait at most this long while a prompt is being computed: somebody waits for its first token."""
 LATE_ALREADY = -1.0
 ALL = 1 << 40
 """More blocks than any request has."""
@@ -89,8 +89,8 @@ class KVManager:
         )
         self.pin_blocks_max = int(pin_ratio * self.levels[-1].pool.capacity)
         self.recovered_blocks = 0
+        self._used_chains: list[tuple[list[BlockHash], bool]] = []
         self._wall_offset_s = wall_offset_s
-        self._spill_pace_s = spill_pace_s
         self._fingerprint = fingerprint
         self._expiries: list[tuple[float, BlockHash]] = []
         self._pin_sizes: dict[BlockHash, int] = {}
@@ -315,7 +315,13 @@ class KVManager:
         for frame in reversed(frames[: lease.sealed]):
             device.unhold(frame)
         if len(self.levels) > 1:
-            self._used(values, lease.retention.transient)
+            self._used_chains.append((values, lease.retention.transient))
+
+    def _catch_up(self) -> None:
+        """What nobody waits for: a chain that was released is recent in the tiers below, too."""
+        for values, transient in self._used_chains:
+            self._used(values, transient)
+        self._used_chains.clear()
 
     def _used(self, values: Sequence[BlockHash], transient: bool) -> None:
         """The chain `values` was just used: it is recent in every tier, and what lacks a copy below is spilled
@@ -344,8 +350,10 @@ class KVManager:
             return
         start = next((i for i, value in enumerate(hashes) if not self.device.has(value)), len(hashes))
         levels = self._levels_of(hashes, start)
+        if not levels:
+            return
         self.levels[1].refresh(hashes[: start + len(levels)])
-        slowest = max(levels, default=0)
+        slowest = max(levels)
         if slowest <= goal or not self.planner.breakers[self.levels[slowest].name].closed:
             return
         if self.planner.worth(slowest, levels.count(slowest), self.traffic.queued(), 0.0):
@@ -354,7 +362,8 @@ class KVManager:
     def plan_transfers(self, now: float, *, prefilling: bool = False) -> list[Transfer]:
         """Transfers to start now: loads first, a request waits for them; then spills, nobody does, and while a prompt
         is computed they are put off for a moment."""
-        self.traffic.pace_spills(max(self._spill_pace_s, SPILL_PACE_BUSY_S * prefilling))
+        self._catch_up()
+        self.traffic.put_off_spills(SPILL_GRACE_S * prefilling)
         while self._expiries and self._expiries[0][0] <= now:
             self._expire_pin(heapq.heappop(self._expiries)[1], now)
         planned = self.traffic.plan(now)
@@ -381,6 +390,7 @@ class KVManager:
 
     def flush(self) -> None:
         """Spill all that has no copy below, oldest first, so that parents go before their children; fetch no more."""
+        self._catch_up()
         self.traffic.end_early()
         for level, below in enumerate(self.levels[1:]):
             for value in self.levels[level].find:
@@ -390,7 +400,7 @@ class KVManager:
     @property
     def busy(self) -> bool:
         """Blocks move, or could if transfers were planned now. Spills that have no room to go to do not count."""
-        return self.traffic.moving or self.traffic.spill_s != float("inf")
+        return bool(self._used_chains) or self.traffic.moving or self.traffic.spill_s != float("inf")
 
     @property
     def frames_total(self) -> int:

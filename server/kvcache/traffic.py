@@ -83,8 +83,9 @@ class Traffic:
         )
         self.early_blocks = 0
         self._spill_pace_s = spill_pace_s
-        self._spilled_s = float("-inf")
+        self._spill_grace_s = 0.0
         self._spill_due = False
+        self._due_since_s: float | None = None
         self._budget = budget
         self._block_bytes = block_bytes
         self._deadlines: list[tuple[float, int, Load]] = []
@@ -103,11 +104,13 @@ class Traffic:
     @property
     def spill_s(self) -> float:
         """When to plan spills next: soon if there are new ones, or new room for old ones, but not all the time."""
-        return self._spilled_s + self._spill_pace_s if self._spill_due else float("inf")
+        if not self._spill_due:
+            return float("inf")
+        return (self._due_since_s or 0.0) + max(self._spill_pace_s, self._spill_grace_s)
 
-    def pace_spills(self, pace_s: float) -> None:
-        """Plan spills at most this often from now on."""
-        self._spill_pace_s = pace_s
+    def put_off_spills(self, grace_s: float) -> None:
+        """Let spills that are due wait this long from now on."""
+        self._spill_grace_s = grace_s
 
     def queued(self, lease: Lease | None = None) -> list[int]:
         """Blocks ahead on every hop of somebody new, or of `lease`, whose own loads do not count."""
@@ -226,9 +229,10 @@ class Traffic:
         planned: list[Transfer] = []
         for hop in range(len(self.hops)):
             self._plan_up(hop, planned, now)
+        if self._spill_due and self._due_since_s is None:  # those that come after this one go with it
+            self._due_since_s = now
         if now >= self.spill_s:
-            self._spill_due = False
-            self._spilled_s = now
+            self._spill_due, self._due_since_s = False, None
             for hop in range(len(self.hops)):
                 self._plan_down(hop, planned, now)
         return planned
