@@ -350,16 +350,22 @@ class Engine:
         transfers = self.kv.plan_transfers(self._clock(), prefilling=self._prefilling)
         self._mover.start(transfers, self._landed, self._broke)
         self._mover.note(self.kv.take_notes())
+        if self.kv.more_to_plan:
+            self._move_again()
 
     def _move_soon(self) -> None:
         """While a step runs, blocks move on all the same: what lands, or is asked for, makes others start."""
-        if self._stepping and not self._move_due:
+        if self._stepping:
+            self._move_again()
+
+    def _move_again(self) -> None:
+        if not self._move_due:
             self._move_due = True
             asyncio.get_running_loop().call_soon(self._move_meanwhile)
 
     def _move_meanwhile(self) -> None:
         self._move_due = False
-        if self._stepping:
+        if not self._over.is_set():
             try:
                 self._move()
             except Exception as error:  # noqa: BLE001 - nobody else would see it here

@@ -398,6 +398,11 @@ class KVManager:
                     self.traffic.spill(value, level)
 
     @property
+    def more_to_plan(self) -> bool:
+        """The last `plan_transfers` stopped for the others' sake: call it again as soon as they had their turn."""
+        return self.traffic.cut_short
+
+    @property
     def busy(self) -> bool:
         """Blocks move, or could if transfers were planned now. Spills that have no room to go to do not count."""
         return bool(self._used_chains) or self.traffic.moving or self.traffic.spill_s != float("inf")

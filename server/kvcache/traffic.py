@@ -21,6 +21,8 @@ from server.types import BlockHash, FrameId, Note, TierFault, TierName, Transfer
 
 SPILLS_QUEUED_MAX = 65_536
 """Blocks waiting to be spilled over one hop; beyond it the oldest are forgotten, and stay where they are."""
+PLAN_BLOCKS = 128
+"""Transfers planned in one go, about a millisecond of the loop's time; then others have their turn."""
 NO_SPACE_RETRY_S = 60.0
 """How long a tier that ran out of room for new frames makes do with those it has."""
 EARLY_SHARE = 0.5
@@ -82,6 +84,8 @@ class Traffic:
             dict.fromkeys(("admit", "reject_cold", "reject_wear", "no_room"), 0)
         )
         self.early_blocks = 0
+        self.cut_short = False
+        """The last plan would have had more transfers but for PLAN_BLOCKS."""
         self._spill_pace_s = spill_pace_s
         self._spill_grace_s = 0.0
         self._spill_due = False
@@ -227,6 +231,7 @@ class Traffic:
         """Transfers to start now: loads first, a request waits for them; then spills, nobody does."""
         self._expire(now)
         planned: list[Transfer] = []
+        due_since_s = self._due_since_s
         for hop in range(len(self.hops)):
             self._plan_up(hop, planned, now)
         if self._spill_due and self._due_since_s is None:  # those that come after this one go with it
@@ -235,11 +240,14 @@ class Traffic:
             self._spill_due, self._due_since_s = False, None
             for hop in range(len(self.hops)):
                 self._plan_down(hop, planned, now)
+        self.cut_short = len(planned) >= PLAN_BLOCKS
+        if self.cut_short and self.spilling:
+            self._spill_due, self._due_since_s = True, due_since_s
         return planned
 
     def _plan_up(self, hop: int, planned: list[Transfer], now: float) -> None:
         queue, target, source = self.hops[hop], self.levels[hop], self.levels[hop + 1]
-        while self.planner.up[hop].in_flight < queue.limit:
+        while self.planner.up[hop].in_flight < queue.limit and len(planned) < PLAN_BLOCKS:
             load = queue.next_load(hop)
             if load is None:
                 return
@@ -374,7 +382,7 @@ class Traffic:
         if queue.retry_s is not None and now >= queue.retry_s:
             queue.retry_s = None
             below.pool.thaw()
-        room = min(queue.limit - self.planner.down[hop].in_flight, below.available)
+        room = min(queue.limit - self.planner.down[hop].in_flight, below.available, PLAN_BLOCKS - len(planned))
         breaker = self.planner.breakers[below.name]
         if not queue.spills or room <= 0 or not breaker.allows(now):
             return
