@@ -180,12 +180,11 @@ class Traffic:
             self.early_blocks += 1
 
     def end_early(self) -> None:
-        """Nobody is expected any more: end the prefetches that have not started."""
-        for load in list(self.loads.values()):
-            if load.early_goal is not None and load.stage is Stage.QUEUED:
-                books = self.levels[load.level]
-                self._end(load)
-                books.unhold(books.find[load.hash])
+        """Nobody is expected any more: prefetches end, those in flight when they land."""
+        for load in [load for load in self.loads.values() if load.early_goal is not None]:
+            load.early_goal = None
+            self.early_blocks -= 1
+            self._give_up_if_unwanted(load)
 
     def _new_load(self, values: Sequence[BlockHash], position: int, early_goal: int | None) -> Load:
         value = values[position]
