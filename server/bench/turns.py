@@ -49,7 +49,7 @@ class Talk:
     block_tokens: int
 
 
-DEMO = Talk("demo", 12, 6, 3 * 1024, 3000, 50, 8, 32)  # a block of less than 64 KiB costs more than its bytes
+DEMO = Talk("demo", 12, 6, 3 * 1024, 3000, 50, 8, 64)  # a block of less than 128 KiB costs more than its bytes
 RANDOM = Talk("125M", 12, 6, 24 * 1024, 1400, 32, 8, 16)
 SHAPE = Workload(layers=12, hidden=768, vocab=32_000, prompt=0, output=0, concurrency=(1,), repeats=0)
 QUICK_TALK = Talk("demo", 4, 3, 3 * 1024, 200, 50, 4, 16)
