@@ -27,6 +27,8 @@ from server.demo.corpus import example
 DISK_GIB = 0.125
 FLAGS = ["--device-gib=0.012", "--dram-gib=0.02", f"--ssd-gib={DISK_GIB}", "--ssd-min-free-gib=0"]
 CLIENTS = 12
+PAUSE_S = 0.1
+"""Mean time that a client thinks: without it all come at once, and the event loop's lag is that of reading requests."""
 CONVERSATIONS = 400
 """Far more than fit on the disk."""
 SAMPLE_S = 2.0
@@ -77,6 +79,7 @@ async def _client(http: httpx.AsyncClient, number: int, until: float) -> tuple[i
         text = example(seed=rng.randrange(CONVERSATIONS), target_tokens=rng.choice((100, 300, 600)), kind="completion")
         body = {"prompt": text.prompt, "max_tokens": 8, "temperature": 0, "stream": True}
         leaves = rng.random() < 0.1
+        await asyncio.sleep(rng.uniform(0, 2 * PAUSE_S))
         try:
             async with http.stream("POST", "/v1/completions", json=body) as response:
                 failed += response.status_code != 200

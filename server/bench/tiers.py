@@ -36,6 +36,8 @@ CASES = ((2 * 2**20, 1), (384 * 2**10, 1), (384 * 2**10, 4))
 block; one of 1B, whose chains are laid out so that one I/O carries several blocks, and the same without that."""
 ROUNDS = 5
 GOAL_RATIO = 0.9
+GOAL_LAG_S = 0.005
+LAG_EVERY_S = 0.002
 GOAL_RECOVERY_S = 2.0
 CHAIN_BLOCKS = 128
 RUN_BLOCKS = 16
@@ -48,6 +50,8 @@ class Sample:
 
     gb_s: float
     cpu_s_per_gb: float
+    lag_s: Sequence[float] = ()
+    """How late the event loop's timers were meanwhile."""
 
 
 def run(*, quick: bool) -> Report:
@@ -56,7 +60,9 @@ def run(*, quick: bool) -> Report:
     fio = shutil.which("fio")
     if fio is None:
         print("fio is not installed: no comparison")
-    report.header("block KiB", "in one I/O", "what", "GB/s", "CPU s/GB", "fio GB/s", "fio CPU s/GB", "ratio")
+    report.header(
+        "block KiB", "in one I/O", "what", "GB/s", "CPU s/GB", "lag p99 ms", "fio GB/s", "fio CPU s/GB", "ratio"
+    )
     for block_bytes, run_blocks in CASES:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # not /tmp, which may be memory
             asyncio.run(_bandwidth(report, Path(folder), block_bytes, run_blocks, 2**27 if quick else 2**30, fio))
@@ -104,15 +110,17 @@ def _compare(
     report: Report, block_bytes: int, run_blocks: int, what: str, ours: Sequence[Sample], theirs: Sequence[Sample]
 ) -> None:
     speed, cpu = (statistics.median(values) for values in zip(*((s.gb_s, s.cpu_s_per_gb) for s in ours), strict=True))
-    cells: list[object] = [block_bytes // 1024, run_blocks, what, f"{speed:.2f}", f"{cpu:.3f}"]
+    lag_s = statistics.quantiles([lag for sample in ours for lag in sample.lag_s], n=100)[98]
+    cells: list[object] = [block_bytes // 1024, run_blocks, what, f"{speed:.2f}", f"{cpu:.3f}", f"{lag_s * 1e3:.2f}"]
+    case = f"{what} of {block_bytes // 1024} KiB blocks, {run_blocks} to the I/O"
+    report.goal(f"{case}: event-loop lag p99 {lag_s * 1e3:.2f} ms, goal 5 ms", met=lag_s <= GOAL_LAG_S)
     if theirs:
         other = statistics.median(sample.gb_s for sample in theirs)
         ratio = speed / other
         cells += [f"{other:.2f}", f"{statistics.median(s.cpu_s_per_gb for s in theirs):.3f}", f"{ratio:.2f}"]
-        case = f"{what} of {block_bytes // 1024} KiB blocks, {run_blocks} to the I/O"
         goal = f"{case}, at {ratio:.0%} of fio, goal {GOAL_RATIO:.0%}"
         report.goal(goal, met=ratio >= GOAL_RATIO)
-    report.row(*cells, *["-"] * (8 - len(cells)))
+    report.row(*cells, *["-"] * (9 - len(cells)))
 
 
 async def _through_tier(call: Callable, calls: Sequence[Sequence[Move]], call_bytes: int) -> Sample:
@@ -123,14 +131,24 @@ async def _through_tier(call: Callable, calls: Sequence[Sequence[Move]], call_by
             faults = await call(moves)
             assert not any(faults), f"the disk failed during a benchmark: {faults}"
 
+    lag_s: list[float] = []
+    watch = asyncio.create_task(_watch_lag(lag_s))
     before = resource.getrusage(resource.RUSAGE_SELF)
     started_s = time.perf_counter()
     await asyncio.gather(*map(lane, range(QUEUE_DEPTH)))
     spent_s = time.perf_counter() - started_s
     after = resource.getrusage(resource.RUSAGE_SELF)
+    watch.cancel()
     gigabytes = len(calls) * call_bytes / 1e9
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Sample(gigabytes / spent_s, cpu_s / gigabytes)
+    return Sample(gigabytes / spent_s, cpu_s / gigabytes, lag_s)
+
+
+async def _watch_lag(lag_s: list[float]) -> None:
+    while True:
+        due_s = time.perf_counter() + LAG_EVERY_S
+        await asyncio.sleep(LAG_EVERY_S)
+        lag_s.append(time.perf_counter() - due_s)
 
 
 def _through_fio(fio: str, folder: Path, what: str, call_bytes: int, count: int) -> Sample:
