@@ -55,13 +55,10 @@ def _soak(hours: float) -> int:
         print(f"FAILED {failure}")
         return 1
     print(f"{hours:g} virtual hours in {time.monotonic() - started_s:.0f} s\n{soak.outcome}")
-    names = list(soak.hours[0].sizes)
-    print("largest in the first and in the second half:")
-    half = len(soak.hours) // 2
-    for name in names:
-        parts = (soak.hours[:half], soak.hours[half:])
-        first, second = (max((hour.sizes[name] for hour in part), default=0) for part in parts)
-        print(f"  {name:16} {first:6} {second:6}")
+    print("median (largest) in the first and in the second half:")
+    for size in soak.sizes():
+        halves = (f"{median:6g} ({most})" for median, most in zip(size.medians, size.largest, strict=True))
+        print(f"  {size.name:16}", *(f"{half:16}" for half in halves))
     return 0
 
 

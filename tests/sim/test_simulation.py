@@ -11,6 +11,7 @@ import pytest
 from server.sim.clock import SimFailure, VirtualLoop, run_virtual
 from server.sim.oracle import Reference
 from server.sim.scenario import Outcome, run_seed
+from server.sim.soak import SLACK, run_soak
 from server.sim.tiers import KINDS
 from server.types import SamplingParams
 
@@ -79,6 +80,17 @@ def test_a_seed_replays_exactly(seed: int):
 
 def run(main, cpu_limit_s: float = 1.0):
     return run_virtual(main, VirtualLoop(), cpu_limit_s=cpu_limit_s)
+
+
+def test_an_hour_without_end_of_clients_and_faults():
+    """Nothing grows, and the soak would see what does: one thing held per sample is too much."""
+    soak = run_soak(1.0)
+    assert soak.outcome.counts["ended_length"] > 500
+    assert sum(count for name, count in soak.outcome.counts.items() if name.startswith("fault_")) > 100
+    soak.samples = [{"held": 4 * at} for at in range(len(soak.samples))]
+    (size,) = soak.sizes()
+    assert size.grew
+    assert size.largest[1] - size.largest[0] > SLACK
 
 
 def test_sleeping_costs_no_time():

@@ -22,10 +22,12 @@ def small(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 def test_kill_9_under_a_write_load(tmp_path: Path):
     """After each kill every recovered block is exact or refused, the cap holds and the lock is free."""
     rng = Random(1)
+    total = 0
     for _ in range(5):
         good, _, problems = kill_once(tmp_path, rng)
         assert problems == []
-        assert good > 0
+        total += good  # not of each: on a busy machine the whole tiny store may be overwritten between two flushes
+    assert total > 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])
