@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,7 +50,7 @@ class Talk:
     block_tokens: int
 
 
-DEMO = Talk("demo", 12, 6, 3 * 1024, 3000, 50, 8, 64)  # a block of less than 128 KiB costs more than its bytes
+DEMO = Talk("demo", 12, 6, 3 * 1024, 3200, 50, 8, 64)  # a block of less than 128 KiB costs more than its bytes
 RANDOM = Talk("125M", 12, 6, 24 * 1024, 1400, 32, 8, 16)
 SHAPE = Workload(layers=12, hidden=768, vocab=32_000, prompt=0, output=0, concurrency=(1,), repeats=0)
 QUICK_TALK = Talk("demo", 4, 3, 3 * 1024, 200, 50, 4, 16)
@@ -79,12 +80,12 @@ def _compare(report: Report, talk: Talk, model: str) -> None:
         first_s: dict[str, list[list[float]]] = {}
         for mode, flags in modes.items():
             first_s[mode] = _play(report, talk, model, mode, flags)
-    off = first_s["off"][talk.turns - 1]
+    warm_s = {mode: median(chain.from_iterable(turns[1 : talk.turns])) for mode, turns in first_s.items()}
     for mode in ("dram", "dram+ssd"):
-        ratio = median(first_s[mode][talk.turns - 1]) / median(off)
-        statement = f"{talk.name}, {mode}: last turn's TTFT {1 - ratio:.0%} lower than with tiers off (goal 80 %)"
-        report.goal(statement, met=ratio <= GOAL_WARM)
-    again = median(first_s["dram+ssd"][talk.turns + 1]) / median(first_s["dram+ssd"][talk.turns])
+        ratio = warm_s[mode] / warm_s["off"]
+        statement = f"{talk.name}, {mode}: TTFT of turns after the first {1 - ratio:.0%} lower than with tiers off"
+        report.goal(f"{statement} (goal {1 - GOAL_WARM:.0%})", met=ratio <= GOAL_WARM)
+    again = median(first_s["dram+ssd"][-1]) / median(first_s["dram+ssd"][-2])  # prompts grow: the nearest in length
     statement = f"{talk.name}: TTFT after kill -9 {again:.2f} x that of the turn before (goal {GOAL_RESTART})"
     report.goal(statement, met=again <= GOAL_RESTART)
 
