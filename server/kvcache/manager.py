@@ -28,9 +28,9 @@ from server.types import DEVICE, BlockHash, BlockLayout, Note, TierFault, TierNa
 
 FIRST_GUESS = (0.001, 0.001)
 """Seconds per block and latency of a hop that nobody measured yet."""
-SPILL_PACE_S = 0.1
+SPILL_PACE_S = 0.4
 """Spills wait this long for others: together they cost the loop a tenth of what each alone does, and nobody waits for
-them."""
+them. Under a load of short device hits, 0.1 s cost 4 % of TTFT, 0.4 s nothing."""
 SPILL_GRACE_S = 0.2
 """Those that are due wait at most this long while a prompt is being computed: somebody waits for its first token."""
 LATE_ALREADY = -1.0

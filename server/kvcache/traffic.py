@@ -21,6 +21,8 @@ from server.types import BlockHash, FrameId, Note, TierFault, TierName, Transfer
 
 SPILLS_QUEUED_MAX = 65_536
 """Blocks waiting to be spilled over one hop; beyond it the oldest are forgotten, and stay where they are."""
+HURRY_SHARE, HURRY_PACE_S = 1 / 64, 0.1
+"""When a tier has evicted more than this share of itself since the last spills, the next wait no longer than this."""
 PLAN_BLOCKS = 128
 """Transfers planned in one go, about a millisecond of the loop's time; then others have their turn."""
 NO_SPACE_RETRY_S = 60.0
@@ -90,6 +92,7 @@ class Traffic:
         self._spill_grace_s = 0.0
         self._spill_due = False
         self._due_since_s: float | None = None
+        self._evicted_before = [0] * len(limits)
         self._budget = budget
         self._block_bytes = block_bytes
         self._deadlines: list[tuple[float, int, Load]] = []
@@ -107,10 +110,19 @@ class Traffic:
 
     @property
     def spill_s(self) -> float:
-        """When to plan spills next: soon if there are new ones, or new room for old ones, but not all the time."""
+        """When to plan spills next, if there are new ones, or new room for old ones: not all the time, but before what
+        waits is evicted."""
         if not self._spill_due:
             return float("inf")
-        return (self._due_since_s or 0.0) + max(self._spill_pace_s, self._spill_grace_s)
+        pace_s = min(self._spill_pace_s, HURRY_PACE_S) if self._hurry else self._spill_pace_s
+        return (self._due_since_s or 0.0) + max(pace_s, self._spill_grace_s)
+
+    @property
+    def _hurry(self) -> bool:
+        return any(
+            level.evicted["capacity"] - before > HURRY_SHARE * level.pool.capacity
+            for level, before in zip(self.levels, self._evicted_before, strict=False)
+        )
 
     def put_off_spills(self, grace_s: float) -> None:
         """Let spills that are due wait this long from now on."""
@@ -237,6 +249,7 @@ class Traffic:
             self._due_since_s = now
         if now >= self.spill_s:
             self._spill_due, self._due_since_s = False, None
+            self._evicted_before = [level.evicted["capacity"] for level in self.levels[:-1]]
             for hop in range(len(self.hops)):
                 self._plan_down(hop, planned, now)
         self.cut_short = len(planned) >= PLAN_BLOCKS
