@@ -19,7 +19,7 @@ DEV     := $(VENV)/.installed-dev
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench sim fuzz install install-dev clean
+.PHONY: help serve test lint format bench claims sim fuzz install install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ format: $(DEV) ## let ruff format and fix
 
 bench: $(DEV) ## speed of scheduler, model and server; fails when a stated goal is missed
 	$(BIN)/python -m server.bench $(ARGS)
+
+claims: $(DEV) ## what the README claims of tiers, over HTTP; fails when a goal is missed
+	$(BIN)/terrace bench suite $(ARGS)
 
 sim: $(DEV) ## nightly form: SEEDS of the simulation with faults, and long runs of the property machines
 	$(BIN)/python -m server.sim --seeds $(SEEDS)

@@ -167,12 +167,13 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
     return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary)
 
 
-async def serve(config: Config) -> int:
-    """Run the daemon until SIGTERM or SIGINT; the exit code: 0 after a clean drain, 1 when the engine failed."""
+async def serve(config: Config, disk: OsIo | None = None) -> int:
+    """Run the daemon until SIGTERM or SIGINT; the exit code: 0 after a clean drain, 1 when the engine failed. `disk` as
+    in `build`."""
     configure_logging(config)
     sys.setswitchinterval(config.server.switch_interval_s)
     listener = _bind(config)
-    daemon = build(config)
+    daemon = build(config, disk)
     await daemon.open()
     gc.collect()
     gc.freeze()

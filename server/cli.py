@@ -1,4 +1,4 @@
-"""The command line: `terrace serve|config|cache`. Flags are generated from the configuration tree: none can be missing.
+"""The command line: `terrace serve|config|cache|bench`. Flags come from the configuration tree: none can be missing.
 
 Knows argparse and exit codes; refuses to know what a daemon is made of (`build.py` does, imported only to serve, so
 that `--help` answers at once). Exit codes: 0 done, 1 the work failed, 2 the configuration or environment cannot work.
@@ -22,14 +22,20 @@ from server.errors import TerraceError
 SECTION_TITLES = {"model": "model", "kv": "KV cache", "scheduler": "scheduling", "server": "HTTP server and process"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code. Errors that an operator can mend are one line on stderr, without a traceback."""
+def main(argv: Sequence[str] | None = None, disk: Any = None) -> int:
+    """Run one command; the exit code. Errors that an operator can mend are one line on stderr, without a traceback.
+
+    `disk` stands in for the operating system below the SSD tier of `serve`, as in `build.build`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        return int(importlib.import_module("loadgen.cli").main(arguments[1:]))
     arguments = ["--help-all" if a == "--help=all" else a for a in arguments]
     args, unknown = _parser(help_all="--help-all" in arguments).parse_known_args(arguments)
     if unknown:
         print(f"terrace: error: unknown argument {unknown[0]}{_flag_hint(unknown[0])}", file=sys.stderr)
         return 2
+    args.disk = disk
     if args.command is None:
         _parser().print_help()
         return 2
@@ -96,6 +102,7 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
             act.add_argument("--all", action="store_true", help="all of them")
         act.set_defaults(run=_cache)
 
+    commands.add_parser("bench", help="measure a server, compare results; terrace bench --help", add_help=False)
     return parser
 
 
@@ -149,7 +156,7 @@ def _serve(args: argparse.Namespace) -> int:
     config = _load(args)
     build = importlib.import_module("server.build")
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return int(runner.run(build.serve(config)))
+        return int(runner.run(build.serve(config, args.disk)))
 
 
 def _loop_factory() -> Any:

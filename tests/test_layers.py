@@ -27,8 +27,8 @@ LAYERS = [
     {"api"},
     {"build", "cachectl"},
     {"demo"},
-    {"bench"},
     {"cli"},
+    {"bench"},
     {"__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
@@ -70,9 +70,10 @@ def imported_modules(tree: ast.Module, module: str, *, is_package: bool) -> Iter
             source = ".".join([*parent, *([node.module] if node.module else [])])
             # `from server import types` names a module; `from server.types import X` names one too, harmlessly longer.
             names = [f"{source}.{alias.name}" for alias in node.names] if source == "server" else [source]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and package[0] == "server":
             match = MODULE_STRING.fullmatch(node.value)
-            # A setting's name, such as `server.port`, looks like a module too, but of no known unit.
+            # loadgen names modules too: it starts them as processes. A setting's name, such as `server.port`, looks like a
+            # module, but of no known unit.
             names = [match[1]] if match and unit_of(match[1]) in LEVEL else []
         for name in names:
             yield getattr(node, "lineno", 0), name, id(node) in typing_only

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ import torch
 
 from server.bench.model import Workload, make_model
 from server.bench.report import Report
+from server.bench.throttled import SlowIo
 from server.build import Daemon, build
 from server.config import Config, KvConfig, ModelConfig
 from server.engine import GenerateSpec
-from server.kvcache.tiers.files import Buffers, OsIo
 from server.types import BlockHash, SamplingParams
 
 MODEL = Workload(layers=6, hidden=384, vocab=8_000, prompt=0, output=0, concurrency=(1,), repeats=0)
@@ -48,40 +47,6 @@ class Shape:
 
 FULL = Shape((128, 1024), 15)
 QUICK = Shape((64,), 3)
-
-
-class SlowIo(OsIo):
-    """The real disk behind a rate limit: reads and writes of all threads share `bytes_per_s`; 0: nothing moves."""
-
-    def __init__(self) -> None:
-        self.bytes_per_s = float("inf")
-        self._free_at = 0.0
-        self._lock = threading.Lock()
-        self._moving = threading.Event()
-        self._moving.set()
-
-    def set_rate(self, bytes_per_s: float) -> None:
-        self.bytes_per_s = bytes_per_s
-        with self._lock:
-            self._free_at = 0.0
-        (self._moving.set if bytes_per_s else self._moving.clear)()
-
-    def preadv(self, fd: int, buffers: Buffers, offset: int) -> int:
-        self._wait(buffers)
-        return super().preadv(fd, buffers, offset)
-
-    def pwritev(self, fd: int, buffers: Buffers, offset: int) -> int:
-        self._wait(buffers)
-        return super().pwritev(fd, buffers, offset)
-
-    def _wait(self, buffers: Buffers) -> None:
-        self._moving.wait()
-        with self._lock:
-            now = time.monotonic()
-            self._free_at = max(now, self._free_at) + sum(len(b) for b in buffers) / (self.bytes_per_s or 1e12)
-            delay_s = self._free_at - now
-        if delay_s > 0:
-            time.sleep(delay_s)
 
 
 RATES = {"full": float("inf"), "200MB/s": 200e6, "20MB/s": 20e6, "stalled": 0.0}

@@ -1,0 +1,104 @@
+"""Sessions out of files: Mooncake's trace format, which the daemon records too, and JSON lines of one's own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadgen.errors import UsageError
+from loadgen.prompts import Prompter, joined
+from loadgen.records import Prompt, Session, Turn
+
+MOONCAKE_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Mooncake:
+    """Requests at the times and with the shared prefixes of a trace. `scale` shrinks all lengths for a small model;
+    `speedup` shrinks the time between requests; `limit` takes the first so many requests only."""
+
+    path: str
+    speedup: float = 1.0
+    scale: float = 1.0
+    limit: int = 1_000_000_000
+    max_input: int = 1_000_000_000
+    max_output: int = 1_000_000_000
+
+    def sessions(self, make: Prompter, seed: int) -> Iterator[Session]:
+        """Requests that are longer than `max_input` are left out, answers are cut to `max_output`."""
+        first_ms: float | None = None
+        for number, (line, row) in enumerate(_rows(self.path)):
+            if number >= self.limit:
+                return
+            try:
+                at_ms, length, output = float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
+                blocks = [int(value) for value in row["hash_ids"]]
+                block_tokens = int(row.get("block_tokens", MOONCAKE_BLOCK_TOKENS))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"{self.path}, line {line}: not of the Mooncake format: {error!r}") from None
+            first_ms = at_ms if first_ms is None else first_ms
+            length = max(1, round(length * self.scale))
+            if length > self.max_input:
+                continue
+            prompt = self._prompt(make, seed, blocks, max(1, round(block_tokens * self.scale)), length)
+            output = min(self.max_output, max(1, round(output * self.scale)))
+            yield Session((Turn(prompt, output),), (at_ms - first_ms) / 1000 / self.speedup)
+
+    def _prompt(self, make: Prompter, seed: int, blocks: list[int], block_tokens: int, length: int) -> Prompt:
+        """One piece a block, the same for the same id; the last is cut to what is left."""
+        parts: list[Prompt] = []
+        for block in blocks:
+            left = length - block_tokens * len(parts)
+            if left <= 0:
+                break
+            parts.append(make.make(f"block {seed} {block}", min(left, block_tokens)))
+        return joined(parts) if parts else make.make(f"block {seed} none", length)
+
+
+@dataclass(frozen=True)
+class Jsonl:
+    """One request a line: `prompt` (text or token ids), `output_tokens`, and optionally `timestamp` (ms), `session`
+    (lines of the same follow each other), `pause_s`, `body` (more fields of the request)."""
+
+    path: str
+    output: int = 64
+    speedup: float = 1.0
+
+    def sessions(self, make: Prompter, seed: int) -> Iterator[Session]:
+        """A session starts where its first line stands."""
+        turns: dict[str, list[Turn]] = {}
+        starts: dict[str, float | None] = {}
+        for line, row in _rows(self.path):
+            if not isinstance(row.get("prompt"), str | list) or not row["prompt"]:
+                raise UsageError(f"{self.path}, line {line}: `prompt` must be text or a list of token ids")
+            name = str(row.get("session", f"line {line}"))
+            at = row.get("timestamp")
+            starts.setdefault(name, None if at is None else float(at) / 1000 / self.speedup)
+            turn = Turn(row["prompt"], int(row.get("output_tokens", self.output)), float(row.get("pause_s", 0)),
+                        row.get("body"))  # fmt: skip
+            turns.setdefault(name, []).append(turn)
+        timed = [start is not None for start in starts.values()]
+        if any(timed) and not all(timed):
+            raise UsageError(f"{self.path}: either every session has a `timestamp` or none")
+        for name in sorted(turns, key=lambda name: starts[name] or 0.0):
+            yield Session(tuple(turns[name]), starts[name])
+
+
+def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a file of JSON lines, gzipped or not."""
+    try:
+        with gzip.open(path, "rt") if path.endswith(".gz") else Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UsageError(f"{path}, line {number}: not an object")
+                    yield number, row
+    except OSError as error:
+        raise UsageError(f"-P path={path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
