@@ -67,7 +67,7 @@ def _load(workload: str, sessions: int, rate: float, **parameters: object) -> Se
 OFF = Arm("tiers off", DEVICE)
 WITH_DRAM = Arm("DRAM", DEVICE + DRAM)
 WITH_SSD = Arm("DRAM + SSD", DEVICE + SSD)
-THROTTLED = Arm("SSD at 5 MB/s", (*DEVICE, *SSD, "--dram-gib=0"), SLOW_MB_PER_S)
+THROTTLED = Arm("SSD at 5 MB/s", DEVICE + SSD, SLOW_MB_PER_S)
 
 CLAIMS = (
     Claim(

@@ -22,7 +22,8 @@ from server.types import BlockHash, FrameId, Note, TierFault, TierName, Transfer
 SPILLS_QUEUED_MAX = 65_536
 """Blocks waiting to be spilled over one hop; beyond it the oldest are forgotten, and stay where they are."""
 HURRY_SHARE, HURRY_PACE_S = 1 / 64, 0.1
-"""When a tier has evicted more than this share of itself since the last spills, the next wait no longer than this."""
+"""When a tier has evicted more than this share of itself since the last spills, or there were more than a hop takes at
+once, the next wait no longer than this."""
 PLAN_BLOCKS = 128
 """Transfers planned in one go, about a millisecond of the loop's time; then others have their turn."""
 NO_SPACE_RETRY_S = 60.0
@@ -93,6 +94,7 @@ class Traffic:
         self._spill_due = False
         self._due_since_s: float | None = None
         self._evicted_before = [0] * len(limits)
+        self._backlog = False
         self._budget = budget
         self._block_bytes = block_bytes
         self._deadlines: list[tuple[float, int, Load]] = []
@@ -119,7 +121,7 @@ class Traffic:
 
     @property
     def _hurry(self) -> bool:
-        return any(
+        return self._backlog or any(
             level.evicted["capacity"] - before > HURRY_SHARE * level.pool.capacity
             for level, before in zip(self.levels, self._evicted_before, strict=False)
         )
@@ -252,6 +254,7 @@ class Traffic:
             self._evicted_before = [level.evicted["capacity"] for level in self.levels[:-1]]
             for hop in range(len(self.hops)):
                 self._plan_down(hop, planned, now)
+            self._backlog = self.spilling
         self.cut_short = len(planned) >= PLAN_BLOCKS
         if self.cut_short and self.spilling:
             self._spill_due, self._due_since_s = True, due_since_s
