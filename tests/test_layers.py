@@ -72,8 +72,8 @@ def imported_modules(tree: ast.Module, module: str, *, is_package: bool) -> Iter
             names = [f"{source}.{alias.name}" for alias in node.names] if source == "server" else [source]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and package[0] == "server":
             match = MODULE_STRING.fullmatch(node.value)
-            # loadgen names modules too: it starts them as processes. A setting's name, such as `server.port`, looks like
-            # a module, but of no known unit.
+            # loadgen names modules too: it starts them as processes. A setting's name (`server.port`) looks like
+            # one, but of no known unit.
             names = [match[1]] if match and unit_of(match[1]) in LEVEL else []
         for name in names:
             yield getattr(node, "lineno", 0), name, id(node) in typing_only
