@@ -33,6 +33,9 @@ from server.types import BlockHash, SamplingParams
 MODEL = Workload(layers=6, hidden=384, vocab=8_000, prompt=0, output=0, concurrency=(1,), repeats=0)
 """25M parameters, 6 KiB of KV per token: computing on two cores and loading at 20 MB/s take about as long."""
 GOAL_RATIO = 1.05
+DOUBT = 4
+"""A cell above the goal is measured this many times as long before it counts: medians of few pairs scatter by 5 %, and
+there are 64 of them."""
 SUFFIX_TOKENS = 16
 SETTLE = 6
 BACKGROUND = 4
@@ -115,29 +118,40 @@ class _Grid:
         self._report.keep(settling=rate, tokens=length, on_s=spent)
 
     async def _cell(self, hit: str, rate: str, length: int, loaded: bool) -> None:
-        ratios, ons, offs, served = [], [], [], 0
-        for repeat in range(self._shape.repeats):
-            prefix = self._tokens(length)
-            self._io.set_rate(float("inf"))
-            for daemon in (self._on, self._off):
-                await self._prepare(daemon, prefix, hit if daemon is self._on or hit == "device" else "none")
-            self._io.set_rate(RATES[rate])
-            prompt = prefix + self._tokens(SUFFIX_TOKENS)
-            order = (self._on, self._off) if repeat % 2 else (self._off, self._on)
-            took = {id(daemon): await self._measure(daemon, prompt, loaded) for daemon in order}
-            (on_s, count), (off_s, _) = took[id(self._on)], took[id(self._off)]
-            served += count
-            ratios.append(on_s / off_s)
-            ons.append(on_s)
-            offs.append(off_s)
-        self._io.set_rate(float("inf"))
-        ratio = median(ratios)
+        ons, offs, served = [], [], 0
+        ratio = 0.0
+        for most in (self._shape.repeats, self._shape.repeats * DOUBT):
+            while len(ons) < most:
+                on_s, off_s, count = await self._pair(hit, rate, length, loaded, on_first=len(ons) % 2 == 1)
+                ons.append(on_s)
+                offs.append(off_s)
+                served += count
+            ratio = median(on_s / off_s for on_s, off_s in zip(ons, offs, strict=True))
+            if ratio <= GOAL_RATIO:
+                break
         self._worst = max(self._worst, ratio)
         self._report.keep(hit=hit, disk=rate, tokens=length, loaded=loaded, on_s=ons, off_s=offs, served=served)
+        worst = max(on_s / off_s for on_s, off_s in zip(ons, offs, strict=True))
         self._report.row(
             hit, rate, length, "loaded" if loaded else "idle", f"{median(offs) * 1e3:.1f}",
-            f"{median(ons) * 1e3:.1f}", f"{ratio:.3f}", f"{max(ratios):.2f}", served // self._shape.repeats,
+            f"{median(ons) * 1e3:.1f}", f"{ratio:.3f}", f"{worst:.2f}", served // len(ons),
         )  # fmt: skip
+
+    async def _pair(
+        self, hit: str, rate: str, length: int, loaded: bool, *, on_first: bool
+    ) -> tuple[float, float, int]:
+        """The same request to both: seconds with tiers, without, and the tokens that tiers served."""
+        prefix = self._tokens(length)
+        self._io.set_rate(float("inf"))
+        for daemon in (self._on, self._off):
+            await self._prepare(daemon, prefix, hit if daemon is self._on or hit == "device" else "none")
+        self._io.set_rate(RATES[rate])
+        prompt = prefix + self._tokens(SUFFIX_TOKENS)
+        order = (self._on, self._off) if on_first else (self._off, self._on)
+        took = {id(daemon): await self._measure(daemon, prompt, loaded) for daemon in order}
+        self._io.set_rate(float("inf"))
+        (on_s, count), (off_s, _) = took[id(self._on)], took[id(self._off)]
+        return on_s, off_s, count
 
     async def _prepare(self, daemon: Daemon, prefix: Sequence[int], hit: str) -> None:
         """Compute the prefix once and leave its blocks in the wanted tier only."""
