@@ -118,7 +118,9 @@ class _Grid:
         self._report.keep(settling=rate, tokens=length, on_s=spent)
 
     async def _cell(self, hit: str, rate: str, length: int, loaded: bool) -> None:
-        ons, offs, served = [], [], 0
+        ons: list[float] = []
+        offs: list[float] = []
+        served = 0
         ratio = 0.0
         for most in (self._shape.repeats, self._shape.repeats * DOUBT):
             while len(ons) < most:
