@@ -25,7 +25,7 @@ from loadgen.driver import Driver
 from loadgen.errors import UsageError
 from loadgen.workload import WORKLOADS
 
-ACTIONS = ("run", "sweep", "compare", "suite", "workloads")
+ACTIONS = ("run", "sweep", "compare", "suite", "selftest", "workloads")
 OPEN_FILES = 65536
 
 
@@ -71,8 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     claims.add_argument("names", nargs="*", metavar="NAME", help="only these; default: all")
     claims.add_argument("--quick", action="store_true", help="a minute instead of many: proves that it runs")
     claims.add_argument("--output", type=Path, metavar="DIR", help="where results go [loadgen/results]")
-    claims.add_argument("--table", action="store_true", help="only renew the table in loadgen/README.md")
+    claims.add_argument("--table", action="store_true", help="only renew the tables in loadgen/README.md")
     claims.set_defaults(run=_suite)
+    itself = actions.add_parser("selftest", help="judge this client: its truth and its reach", allow_abbrev=False)
+    itself.add_argument("--quick", action="store_true", help="seconds instead of minutes: proves that it runs")
+    itself.add_argument("--output", type=Path, metavar="FILE", help="where the result goes [loadgen/results]")
+    itself.set_defaults(run=_selftest)
     listed = actions.add_parser("workloads", help="list the workloads and their parameters", allow_abbrev=False)
     listed.set_defaults(run=_workloads)
     return parser
@@ -211,6 +215,12 @@ def _suite(args: argparse.Namespace) -> int:
     from loadgen import suite  # starts daemons; what only measures one must not need what it needs
 
     return suite.main(args.names, quick=args.quick, output=args.output, table=args.table)
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from loadgen import selftest  # starts a server
+
+    return selftest.main(quick=args.quick, output=args.output)
 
 
 def _workloads(args: argparse.Namespace) -> int:

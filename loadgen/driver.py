@@ -7,6 +7,7 @@ starts when one ends. In both, a request's latency counts from when it was due.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +91,8 @@ class Driver:
         source = itertools.islice(self._load.sessions, self._load.count)
         ahead = list(itertools.islice(source, AHEAD))
         open_loop = self._load.arrivals is not None or (bool(ahead) and ahead[0].start_s is not None)
+        gc.collect()
+        gc.disable()  # what a pause delays would look as if the server had
         self._start_s, cpu_s = self._clock(), self._cpu_clock()
         ticker = asyncio.create_task(self._tick())
         try:
@@ -104,6 +107,7 @@ class Driver:
             while self._tasks:
                 await asyncio.wait(self._tasks)
         finally:
+            gc.enable()
             ticker.cancel()
             for task in self._tasks:
                 task.cancel()

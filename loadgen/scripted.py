@@ -2,17 +2,19 @@
 
 A request says in `script` when each chunk of its answer is due, seconds after its arrival. Once in its life the server
 may stall: what is due then comes at its end. `python -m loadgen.scripted` runs it in a process of its own, so that it
-shares no interpreter with what it judges.
+shares no interpreter with what it judges; it prints its port first, and at its end how late it was itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import heapq
 import json
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -20,8 +22,9 @@ from typing import Any
 import httptools
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-TICK_S = 0.0005
-"""How far apart the server looks what is due; it is late by half of it on average."""
+NAP_S = 0.001
+"""How long the server sleeps when nothing is due soon. Timers of event loops are coarse: it never sleeps into what is
+due, but watches the clock."""
 
 
 def framed(event: bytes) -> bytes:
@@ -70,6 +73,8 @@ class Scripted:
         self._stall_at: tuple[float, float] | None = None
         self._due: list[tuple[float, int, asyncio.WriteTransport, bytes]] = []
         self._count = 0
+        self.late_s = array("d")
+        """Of every chunk: when it was sent - when it was due."""
 
     def answer(self, transport: asyncio.WriteTransport, body: dict[str, Any]) -> None:
         """Plan the whole answer."""
@@ -92,10 +97,12 @@ class Scripted:
         while True:
             now = time.perf_counter()
             while self._due and self._due[0][0] <= now:
-                _, _, transport, data = heapq.heappop(self._due)
+                due_s, _, transport, data = heapq.heappop(self._due)
+                self.late_s.append(time.perf_counter() - due_s)
                 if not transport.is_closing():
                     transport.write(data)
-            await asyncio.sleep(TICK_S)
+            soon = self._due and self._due[0][0] < now + 2 * NAP_S
+            await asyncio.sleep(0 if soon else NAP_S)
 
 
 class _Connection(asyncio.Protocol):
@@ -128,16 +135,16 @@ class _Connection(asyncio.Protocol):
         return self._transport.write(head + text)
 
 
-async def serve(stall: tuple[float, float] | None, ready: Callable[[int], None]) -> None:
+async def serve(server: Scripted, ready: Callable[[int], None]) -> None:
     """Serve on a free port of this machine; `ready` is told which."""
-    server = Scripted(stall)
     listener = await asyncio.get_running_loop().create_server(lambda: _Connection(server), "127.0.0.1", 0, backlog=4096)
     ready(listener.sockets[0].getsockname()[1])
     await server.run()
 
 
 def main() -> None:
-    """Print the port and serve until the end of standard input: the process ends with the one that started it."""
+    """Print the port and serve until the end of standard input: the process ends with the one that started it. Then
+    print the p99 of its own lateness, in seconds."""
     from loadgen.bench import main_loop
     from loadgen.cli import allow_open_files
 
@@ -145,16 +152,18 @@ def main() -> None:
     parser.add_argument("--stall", type=float, nargs=2, metavar=("FROM", "UNTIL"))
     args = parser.parse_args()
     allow_open_files()
+    gc.disable()  # its pauses would be the server's
+    server = Scripted(tuple(args.stall) if args.stall else None)
 
     async def until_closed() -> None:
-        serving = asyncio.create_task(
-            serve(tuple(args.stall) if args.stall else None, lambda port: print(port, flush=True))
-        )
+        serving = asyncio.create_task(serve(server, lambda port: print(port, flush=True)))
         await asyncio.to_thread(sys.stdin.read)
         serving.cancel()
 
     with asyncio.Runner(loop_factory=main_loop()) as runner:
         runner.run(until_closed())
+    late = sorted(server.late_s)
+    print(late[int(0.99 * len(late))] if late else 0.0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from loadgen import bench, plots, report
+from loadgen import bench, plots, report, selftest
 from loadgen.bench import Result, Settings
 from loadgen.claims import CLAIMS, Arm, Claim, Goal
 from loadgen.daemon import Served
@@ -31,7 +31,11 @@ from loadgen.report import number
 ROUNDS = 3
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- suite: made by `terrace bench suite --table` -->", "<!-- /suite -->"
+MARKS = {
+    part: (f"<!-- {part}: made by `terrace bench suite --table` -->", f"<!-- /{part} -->")
+    for part in ("suite", "selftest")
+}
+"""Between them lies a table of the documentation."""
 HEAVY = ("itls", "start_times", "errors")
 """Left out of the kept result: its size, and not what a claim rests on."""
 SETTLE_S = 1.0
@@ -189,7 +193,7 @@ def main(names: Sequence[str], *, quick: bool, output: Path | None, table: bool)
     """Measure the named claims, all by default; 1 when a goal is missed. `table`: only renew the documentation."""
     folder = output or RESULTS
     if table:
-        README.write_text(renewed(README.read_text(encoding="utf-8"), load(RESULTS)), encoding="utf-8")
+        README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
         return 0
     unknown = set(names) - {claim.name for claim in CLAIMS}
     if unknown:
@@ -252,8 +256,11 @@ def table(documents: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Commit {', '.join(commits)}; {', '.join(machines)}."])
 
 
-def renewed(text: str, documents: Sequence[Mapping[str, Any]]) -> str:
-    """`text` with what is between the two marks replaced by the table."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(documents)}\n\n{END}{after}"
+def renewed(text: str) -> str:
+    """`text` with the tables between its marks made anew from the kept results."""
+    for part, made in (("suite", table(load(RESULTS))), ("selftest", selftest.table())):
+        begin, end = MARKS[part]
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n\n{made}\n\n{end}{after}"
+    return text

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loadgen import cli, compare, plots, report, suite
+from loadgen import cli, compare, plots, report, selftest, suite
 from loadgen.arrivals import arrivals
 from loadgen.bench import Result
 from loadgen.claims import CLAIMS
@@ -22,6 +22,7 @@ from loadgen.measure import Objectives, confidence
 from loadgen.prompts import IdPrompter, TextPrompter
 from loadgen.records import Outcome, Session
 from loadgen.scrape import difference, parse, server_section
+from loadgen.scripted import due_times, stalled
 from loadgen.workload import CONTROLS, WORKLOADS, make_workload
 
 TEXT = TextPrompter()
@@ -310,9 +311,49 @@ def test_the_suites_page_and_table_show_its_verdicts():
 
 
 def test_the_documentation_shows_the_kept_results():
-    """The table in the README is the one that the kept results make."""
+    """The tables in the README are those that the kept results make."""
     text = suite.README.read_text(encoding="utf-8")
-    assert suite.renewed(text, suite.load(suite.RESULTS)) == text
+    assert suite.renewed(text) == text
+
+
+# --- the selftest ----------------------------------------------------------------------------------------------------
+
+
+def _judged(case: selftest.Case, off: float = 1.0, invalid: tuple[str, ...] = ()) -> selftest.Row:
+    """What the client reports when every latency that it sees is `off` times the scripted one."""
+    outcomes = []
+    for n, row in enumerate(case.rows):
+        sent_s = row["timestamp"] / 1e3
+        at_s = [sent_s + off * (stalled(sent_s + at, case.stall) - sent_s) for at in due_times(row["body"]["script"])]
+        outcomes.append(Outcome(n, 0, sent_s, len(at_s), sent_s, at_s, at_s[-1], 1, len(at_s)))
+    run = Run(outcomes, case.over_s, [0.0], 0.1, invalid=list(invalid))
+    document = report.make_document([run], Objectives.parse([]), SETTINGS, None)
+    return selftest.judged(case, Result(document, outcomes), 0.0)
+
+
+def test_the_selftest_holds_every_percentile_against_the_script():
+    """A perfect client is off by nothing; one that sees all 3 % too long is found out, unless it says so itself."""
+    good, bad = _judged(selftest.TRUTH), _judged(selftest.TRUTH, 1.03)
+    assert good.error == pytest.approx(0, abs=1e-9)
+    assert set(good.reported) == {f"p{p}_{n}_ms" for p in ("50", "90", "95", "99", "99.9")
+                                  for n in ("ttft", "tpot", "itl", "e2el")}  # fmt: skip
+    assert bad.error == pytest.approx(0.03, abs=1e-6)
+    assert [row.lies for row in (good, bad, _judged(selftest.TRUTH, 1.03, ("late",)))] == [False, True, False]
+
+
+def test_the_selftest_has_goals_that_can_be_missed():
+    """Truth, the marking of a client at its limit, and reach are each missed by a client that falls short of it."""
+    crowds = [_judged(case) for case in selftest.REACH if case.requests <= 2000]
+    truth, limit = _judged(selftest.TRUTH), _judged(selftest.LIMIT, 1.5, ("late",))
+    assert [v["met"] for v in selftest.verdicts(truth, limit, crowds)] == [True] * 4
+    short = selftest.verdicts(_judged(selftest.TRUTH, 1.03), _judged(selftest.LIMIT, 1.5), crowds[:2])
+    assert [v["met"] for v in short] == [False] * 4
+
+
+def test_the_selftest_runs_against_a_server_process(capsys: pytest.CaptureFixture[str]):
+    """The whole path, with a small load: both cases are reported and no request fails."""
+    assert cli.main(["selftest", "--quick"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
