@@ -85,13 +85,13 @@ class OpenAIRoutes:
         """Generate text that goes on from a prompt."""
         body = schema.parse(schema.CompletionRequest, await self._read(request))
         plan = await plan_completion(self._service, self._encoder, body, _tenant(request))
-        return await self._answer(request, CompletionFormat, plan, bool(body.stream), body.include_usage)
+        return await self._answer(request, CompletionFormat, plan, bool(body.stream), body.usage_in)
 
     async def chat(self, request: Request) -> Response:
         """Generate the assistant's next turn."""
         body = schema.parse(schema.ChatRequest, await self._read(request))
         plan = await plan_chat(self._service, self._encoder, body, _tenant(request))
-        return await self._answer(request, ChatFormat, plan, bool(body.stream), body.include_usage)
+        return await self._answer(request, ChatFormat, plan, bool(body.stream), body.usage_in)
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a prompt or of a rendered conversation."""
@@ -145,7 +145,7 @@ class OpenAIRoutes:
         return await read_json_body(request.scope, request.receive, self._service.limits.max_body_bytes)
 
     async def _answer(
-        self, request: Request, make: type[Format], plan: Plan, stream: bool, include_usage: bool
+        self, request: Request, make: type[Format], plan: Plan, stream: bool, usage_in: schema.UsageIn
     ) -> Response:
         generation = Generation(self._service, plan)
         try:
@@ -153,7 +153,7 @@ class OpenAIRoutes:
             name = self._service.model_name
             shape = make(self._service.tokenizer, uuid4().hex, created, name, generation)
             if stream:
-                events = _events(generation, shape, include_usage, request.scope["state"].get(REQUEST_ID, ""))
+                events = _events(generation, shape, usage_in, request.scope["state"].get(REQUEST_ID, ""))
                 return EventStream(events, generation.close, self._service.limits.sse_keepalive_s)
             wholes = await unless_gone(request.receive, collect(generation))
         except BaseException:
@@ -170,15 +170,19 @@ def _tenant(request: Request) -> str:
 
 
 async def _events(
-    generation: Generation, shape: Format, include_usage: bool, request_id: str
+    generation: Generation, shape: Format, usage_in: schema.UsageIn, request_id: str
 ) -> AsyncGenerator[bytes, None]:
     """The SSE events of one answer. An error after the first byte is one `data:` event that holds an error body."""
-    tail = ',"usage":null}\n\n' if include_usage else "}\n\n"
+    tail = "}\n\n" if usage_in == "none" else ',"usage":null}\n\n'
     try:
+        if usage_in == "all":
+            tail = shape.usage_tail()
         for chunk in shape.openings(tail):
             yield chunk
         async with aclosing(generation.pieces()) as pieces:
             async for choice, piece in pieces:
+                if usage_in == "all":
+                    tail = shape.usage_tail()
                 yield shape.chunk(choice.index, piece, choice.stop_reason, tail)
     except TerraceError as error:
         yield event(error_body(error))
@@ -188,6 +192,6 @@ async def _events(
         log.error("stream %s failed: %s", request_id, type(error).__name__, extra={REQUEST_ID: request_id})
         yield event(error_body(UNEXPECTED))
         return
-    if include_usage:
+    if usage_in != "none":
         yield shape.usage_chunk()
     yield DONE

@@ -96,9 +96,12 @@ class Format:
         body = {**self._fields, "object": self.kind, "choices": choices, "usage": self._generation.usage()}
         return json.dumps(body, separators=(",", ":")).encode()
 
+    def usage_tail(self) -> str:
+        """The end of a chunk that carries the usage so far."""
+        return f',"usage":{json.dumps(self._generation.usage(), separators=(",", ":"))}}}\n\n'
+
     def usage_chunk(self) -> bytes:
-        usage = json.dumps(self._generation.usage(), separators=(",", ":"))
-        return f'{self._head}],"usage":{usage}}}\n\n'.encode()
+        return f"{self._head}]{self.usage_tail()}".encode()
 
     def _choice(self, whole: Whole, index: int) -> dict[str, Any]:
         prompt_known = None

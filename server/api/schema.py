@@ -161,8 +161,14 @@ ShortText = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Metadata = Annotated[dict[str, str], Field(max_length=64)]
 
 
+UsageIn = Literal["none", "last", "all"]
+
+
 class StreamOptions(_Request):
     include_usage: bool | None = Field(default=None, description="Send one last chunk that carries the usage.")
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="With include_usage: every chunk carries the usage so far."
+    )
     include_obfuscation: bool | None = Field(default=None, description="Accepted; no padding is ever sent.")
 
 
@@ -210,8 +216,12 @@ class GenerationRequest(_Request):
     user: ShortText | None = Field(default=None, description="Accepted; has no effect.")
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def usage_in(self) -> UsageIn:
+        """Which chunks of a stream carry the usage."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return "none"
+        return "all" if options.continuous_usage_stats else "last"
 
 
 class CompletionRequest(GenerationRequest):

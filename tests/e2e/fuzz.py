@@ -49,7 +49,7 @@ SENSIBLE: dict[str, tuple[Any, ...]] = {
     "max_completion_tokens": (1, 9),
     "min_tokens": (0, 3),
     "stream": (True, False),
-    "stream_options": ({"include_usage": True}, {}),
+    "stream_options": ({"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}, {}),
     "temperature": (0, 0.7, 2.0, 1e-9),
     "top_p": (0, 0.1, 1),
     "top_k": (-1, 0, 1, 40, 100000),

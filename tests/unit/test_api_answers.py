@@ -135,6 +135,20 @@ async def test_no_usage_unless_asked() -> None:
     assert all("usage" not in chunk for chunk in chunks)
 
 
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+async def test_usage_so_far_in_every_chunk(path: str) -> None:
+    """With continuous_usage_stats each chunk says how many tokens there are until then; without include_usage none."""
+    prompt = {"prompt": "abc"} if path == TEXT else {"messages": HI}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await streamed(FakeEngine(text_reply("abcd")), path, prompt | {"stream_options": options})
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert set(counts) >= {1, 2, 3, 4}
+    assert len({chunk["usage"]["prompt_tokens"] for chunk in chunks}) == 1
+    plain = {"stream_options": {"continuous_usage_stats": True}}
+    assert all("usage" not in chunk for chunk in await streamed(FakeEngine(text_reply("a")), path, prompt | plain))
+
+
 async def test_one_chunk_per_delivery_and_never_half_a_character() -> None:
     """What the engine delivers together goes out together; a character split over tokens comes whole."""
     engine = FakeEngine(text_reply("日本語"))
