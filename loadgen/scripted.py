@@ -15,8 +15,9 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import httptools
@@ -25,6 +26,10 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding
 NAP_S = 0.001
 """How long the server sleeps when nothing is due soon. Timers of event loops are coarse: it never sleeps into what is
 due, but watches the clock."""
+
+
+PROMPT = {"ttft": 0.001, "itl": 0.0}
+"""Requests that bring no script are answered at once."""
 
 
 def framed(event: bytes) -> bytes:
@@ -67,8 +72,13 @@ def stalled(at_s: float, stall: tuple[float, float] | None) -> float:
 class Scripted:
     """The server: one queue of what is due, one timer. Loop thread."""
 
-    def __init__(self, stall: tuple[float, float] | None = None) -> None:
-        """`stall`: from and until when, seconds after the first scripted request."""
+    def __init__(
+        self, stall: tuple[float, float] | None = None, default: Mapping[str, float] = MappingProxyType(PROMPT)
+    ) -> None:
+        """`stall`: from and until when, seconds after the first scripted request. `default`: `ttft`, `itl` and `sigma`
+        of requests without a script; the n-th of them always gets the same latencies."""
+        self._default = default
+        self._unscripted = 0
         self._stall = stall
         self._stall_at: tuple[float, float] | None = None
         self._due: list[tuple[float, int, asyncio.WriteTransport, bytes]] = []
@@ -81,7 +91,8 @@ class Scripted:
         now = time.perf_counter()
         script = body.get("script")
         if script is None:
-            script = {"ttft": 0.001, "itl": 0.0, "tokens": body.get("max_tokens", 1), "seed": 0}
+            self._unscripted += 1
+            script = {**self._default, "tokens": body.get("max_tokens", 1), "seed": self._unscripted}
         elif self._stall_at is None and self._stall is not None:
             self._stall_at = now + self._stall[0], now + self._stall[1]
         transport.write(HEAD)
@@ -128,7 +139,7 @@ class _Connection(asyncio.Protocol):
         self._url = self._body = b""
         if url.endswith(b"/completions"):
             return self._server.answer(self._transport, json.loads(body))
-        found = url.endswith(b"/models")
+        found = url.endswith((b"/models", b"/health"))
         text = b'{"data":[{"id":"scripted"}]}' if found else b"{}"
         status = b"200 OK" if found else b"404 Not Found"
         head = b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(text))
@@ -150,10 +161,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m loadgen.scripted")
     parser.add_argument("--stall", type=float, nargs=2, metavar=("FROM", "UNTIL"))
+    parser.add_argument("--default", type=json.loads, default=PROMPT, metavar="JSON")
     args = parser.parse_args()
     allow_open_files()
     gc.disable()  # its pauses would be the server's
-    server = Scripted(tuple(args.stall) if args.stall else None)
+    server = Scripted(tuple(args.stall) if args.stall else None, args.default)
 
     async def until_closed() -> None:
         serving = asyncio.create_task(serve(server, lambda port: print(port, flush=True)))

@@ -123,16 +123,17 @@ class Row:
 
 
 @contextmanager
-def scripted_server(stall: tuple[float, float] | None) -> Iterator[tuple[str, list[float]]]:
+def scripted_server(flags: Sequence[str] = ()) -> Iterator[tuple[str, list[float]]]:
     """The URL of a server process that ends with the block; then the list has the p99 of its lateness, seconds."""
-    flags = [] if stall is None else ["--stall", *map(str, stall)]
     command = [sys.executable, "-m", "loadgen.scripted", *flags]
     root = Path(__file__).parent.parent
     late: list[float] = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}", late
-        out, _ = process.communicate()
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}", late
+        finally:
+            out, _ = process.communicate()
         late.append(float(out))
 
 
@@ -158,7 +159,7 @@ def measured(case: Case) -> Row:
     """Run one case the way `terrace bench --workload jsonl` does."""
     with (
         tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file,
-        scripted_server(case.stall) as (url, late),
+        scripted_server([] if case.stall is None else ["--stall", *map(str, case.stall)]) as (url, late),
         crowded_core(case.rivals),
     ):
         file.writelines(json.dumps(row) + "\n" for row in case.rows)
