@@ -2,8 +2,9 @@
 
     python -m loadgen.agreement --vllm vllm --guidellm guidellm
 
-Each flag names a command that is installed somewhere, with its own environment. Four loads: a closed loop and a constant
-rate, on a scripted server (log-normal latencies, the same for everybody) and on the daemon with the demo model.
+Each flag names a command that is installed somewhere, with its own environment. Four loads: a closed loop and a
+constant rate, on a scripted server (log-normal latencies, the same for everybody) and on the daemon with the demo
+model.
 
 The peers' own formulas: vLLM's TPOT is ours, its TTFT counts from the sending. guidellm calls our TPOT
 `inter_token_latency`; its `time_per_output_token` divides the whole latency by all tokens, and is not compared.
@@ -37,7 +38,6 @@ RESULT = Path(__file__).parent / "results" / "agreement.json"
 TOKENIZER = Path(__file__).parent.parent / "server" / "demo" / "model"
 """The peers make their prompts with one."""
 GOAL = 0.03
-ROUNDS = 3
 Figures = dict[str, float]
 """Means over a run: `ttft` and `tpot` in ms, `requests` and `tokens` (of output) per second."""
 
@@ -54,15 +54,19 @@ class Setup:
     output: int
     concurrency: int | None = None
     rate: float | None = None
+    rounds: int = 3
+    peers: tuple[str, ...] = ("vllm", "guidellm")
 
 
 SCRIPT = {"ttft": 0.15, "itl": 0.015, "sigma": 0.3}
 SETUPS = (
     Setup("scripted server, closed loop of 8", SCRIPT, 160, 128, 64, concurrency=8),
     Setup("scripted server, 8 requests/s", SCRIPT, 160, 128, 64, rate=8.0),
-    Setup("daemon, demo model, closed loop of 1", None, 60, 1500, 64, concurrency=1),
-    Setup("daemon, demo model, 2 requests/s", None, 40, 1500, 64, rate=2.0),
+    Setup("daemon, closed loop of 1", None, 40, 1500, 64, concurrency=1, rounds=9, peers=("vllm",)),
+    Setup("daemon, 2 requests/s", None, 40, 1500, 64, rate=2.0, rounds=9, peers=("vllm",)),
 )
+"""The daemon shares two cores with the tool. guidellm's own processes slow it by a tenth: what it sees is true, and not
+what the others see."""
 
 
 def ours(command: Sequence[str], url: str, model: str, setup: Setup, seed: int) -> Figures:
@@ -150,9 +154,10 @@ TOOLS: dict[str, Callable[[Sequence[str], str, str, Setup, int], Figures]] = {
 
 def measured(setup: Setup, commands: dict[str, Sequence[str]], console: Console) -> dict[str, list[Figures]]:
     """Every tool's figures, round after round, each on a server of its own, in turns."""
-    found: dict[str, list[Figures]] = {name: [] for name in commands}
-    for number in range(ROUNDS):
-        order = list(commands) if number % 2 == 0 else list(commands)[::-1]
+    tools = ["terrace", *(name for name in setup.peers if name in commands)]
+    found: dict[str, list[Figures]] = {name: [] for name in tools}
+    for number in range(setup.rounds):
+        order = tools if number % 2 == 0 else tools[::-1]
         for name in order:
             with server(setup) as (url, model):
                 figures = TOOLS[name](commands[name], url, model, setup, 1000 + number)

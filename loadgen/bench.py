@@ -16,7 +16,7 @@ from loadgen.client import Client, Target
 from loadgen.driver import Driver, Load
 from loadgen.errors import UsageError
 from loadgen.measure import Objectives, merged
-from loadgen.prompts import IdPrompter, Prompter, TextPrompter
+from loadgen.prompts import WORDS, IdPrompter, Prompter, TextPrompter
 from loadgen.records import Outcome
 from loadgen.report import make_document
 from loadgen.scrape import scrape, server_section
@@ -24,6 +24,7 @@ from loadgen.spread import Spread
 from loadgen.workload import RandomLengths, Workload, described, make_workload
 
 CALIBRATION_WORDS = 50
+"""In one prompt; all words that prompts are made of are counted."""
 WARMUP = RandomLengths(Spread(128), Spread(8))
 WARMUP_CONCURRENCY = 4
 Progress = Callable[[str, Driver], None]
@@ -159,10 +160,11 @@ async def _calibrate(client: Client, settings: Settings) -> Prompter:
         if settings.chat:
             raise UsageError("--token-ids: chat messages are text; leave out --chat")
         return IdPrompter(*settings.token_ids)
-    one, more = [await _ask(client, TextPrompter().make("calibration", n)) for n in (1, CALIBRATION_WORDS)]
-    if not one.prompt_tokens or not more.prompt_tokens:
+    parts = [WORDS[at : at + CALIBRATION_WORDS] for at in range(0, len(WORDS), CALIBRATION_WORDS)]
+    one, *counts = [(await _ask(client, " ".join(words))).prompt_tokens for words in (WORDS[:1], *parts)]
+    if not one or not all(counts):
         return TextPrompter()  # this server does not count: a word is taken for a token
-    return TextPrompter(tokens_per_word=(more.prompt_tokens - one.prompt_tokens) / (CALIBRATION_WORDS - 1))
+    return TextPrompter(tokens_per_word=sum(count - one for count in counts) / (len(WORDS) - len(parts)))
 
 
 async def _ask(client: Client, prompt: str) -> Outcome:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,23 +31,23 @@ class Mooncake:
 
     def sessions(self, make: Prompter, seed: int) -> Iterator[Session]:
         """Requests that are longer than `max_input` are left out, answers are cut to `max_output`."""
-        first_ms: float | None = None
-        for number, (line, row) in enumerate(_rows(self.path)):
-            if number >= self.limit:
-                return
-            try:
-                at_ms, length, output = float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
-                blocks = [int(value) for value in row["hash_ids"]]
-                block_tokens = int(row.get("block_tokens", MOONCAKE_BLOCK_TOKENS))
-            except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"{self.path}, line {line}: not of the Mooncake format: {error!r}") from None
-            first_ms = at_ms if first_ms is None else first_ms
+        asked = sorted(itertools.starmap(self._asked, _rows(self.path)), key=lambda one: one[0])  # a daemon's: by end
+        first_ms = asked[0][0] if asked else 0.0
+        for at_ms, length, output, blocks, block_tokens in asked[: self.limit]:
             length = max(1, round(length * self.scale))
             if length > self.max_input:
                 continue
             prompt = self._prompt(make, seed, blocks, max(1, round(block_tokens * self.scale)), length)
             output = min(self.max_output, max(1, round(output * self.scale)))
             yield Session((Turn(prompt, output),), (at_ms - first_ms) / 1000 / self.speedup)
+
+    def _asked(self, line: int, row: Mapping[str, Any]) -> tuple[float, int, int, list[int], int]:
+        try:
+            blocks = [int(value) for value in row["hash_ids"]]
+            return (float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), blocks,
+                    int(row.get("block_tokens", MOONCAKE_BLOCK_TOKENS)))  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{self.path}, line {line}: not of the Mooncake format: {error!r}") from None
 
     def _prompt(self, make: Prompter, seed: int, blocks: list[int], block_tokens: int, length: int) -> Prompt:
         """One piece a block, the same for the same id; the last is cut to what is left."""

@@ -44,6 +44,7 @@ from server.metrics import Metrics
 from server.models.base import Model
 from server.models.fingerprint import fingerprint, random_digest, weights_digest
 from server.models.weights import checkpoint_files, load_config, load_model, resolve_folder
+from server.recorder import Recorder
 from server.registry import resolve
 from server.runner.runner import TorchRunner
 from server.scheduler.policy import make_policy
@@ -82,6 +83,7 @@ class Daemon:
     metrics: Metrics
     model_name: str
     summary: str
+    recorder: Recorder | None = None
 
     async def open(self) -> None:
         """Take over what the SSD tier still holds, and measure what a step costs."""
@@ -99,6 +101,8 @@ class Daemon:
 
     async def aclose(self) -> None:
         """After the engine: no step and no transfer runs any more, or none that anybody waits for."""
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.close)
         await self.runner.aclose()
         for tier in self.tiers.values():
             await tier.aclose()
@@ -144,6 +148,9 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         pin_ratio=config.kv.pin_ratio,
         wall_offset_s=time.time() - time.monotonic(),
     )
+    recorder = _recorder(config)
+    if recorder is not None:
+        metrics.bind_recorder(recorder.outcomes)
     scheduler = Scheduler(kv, make_policy(config.scheduler.policy), _limits(config, max_model_len))
     runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
     engine = Engine(
@@ -156,6 +163,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         prefetch=config.kv.prefetch,
         flush_s=config.kv.drain_flush_s if SSD in tiers else 0.0,
         nonce=secrets.token_hex(8),
+        recorder=recorder,
     )
     summary = (
         f"model {name}: {model.geometry.layers} layers, {str(model.dtype).removeprefix('torch.')}, context "
@@ -164,7 +172,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         f"attention {backend}"
         + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
-    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary)
+    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder)
 
 
 async def serve(config: Config, disk: OsIo | None = None) -> int:
@@ -350,6 +358,16 @@ def _ssd(config: Config, host: HostArena, identity: bytes, path: Path, disk: OsI
             f"ssd_gib {knobs.ssd_gib:g} holds {ssd.capacity_blocks} blocks; raise --ssd-gib", param="kv.ssd_gib"
         )
     return ssd
+
+
+def _recorder(config: Config) -> Recorder | None:
+    path = config.server.record_path
+    if path is None:
+        return None
+    try:
+        return Recorder(path, config.server.record_max_bytes, config.kv.block_size, time.monotonic())
+    except OSError as error:
+        raise ConfigError(f"cannot record to {path}: {error.strerror}", param="server.record_path") from error
 
 
 async def _calibrate(daemon: Daemon) -> None:

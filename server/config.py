@@ -301,6 +301,13 @@ class ServerConfig(_Section):
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="auto: coloured lines on a terminal, else one JSON object per line."
     )
+    record_path: Path | None = Field(
+        default=None,
+        description="File to record requests in, for replay: times, lengths, keyed block hashes; no text, no token.",
+    )
+    record_max_bytes: Bytes = Field(
+        default=64 * 2**20, ge=2**16, description="At this size the recording moves to PATH.1 and begins anew."
+    )
 
 
 class Config(_Section):

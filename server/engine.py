@@ -23,6 +23,7 @@ from server.kvcache.manager import KVManager
 from server.kvcache.mover import Mover
 from server.kvcache.report import explain, kv_report
 from server.metrics import Metrics
+from server.recorder import Ended, Recorder
 from server.scheduler.request import Request, request_from
 from server.scheduler.scheduler import Scheduler
 from server.types import (
@@ -145,6 +146,7 @@ class Engine:
         prefetch: bool = True,
         flush_s: float = 0.0,
         nonce: str = "",
+        recorder: Recorder | None = None,
     ) -> None:
         """`flush_s`: after a drain's last request, how long the cache may take to be written to the lowest tier.
         `nonce`: different in every process, so that without prefix caching a restart finds nothing either."""
@@ -159,6 +161,7 @@ class Engine:
         self._prefetch = prefetch
         self._flush_s = flush_s
         self._nonce = nonce
+        self._recorder = recorder
         self._flush_until_s: float | None = None
         self._faults: Counter[str] = Counter()
         self._streams: dict[int, Stream] = {}
@@ -447,6 +450,9 @@ class Engine:
             generated_tokens=request.generated,
             served_tokens={tier: blocks * self.kv.layout.block_tokens for tier, blocks in request.served.items()},
         )
+        if self._recorder is not None:
+            prompt = request.tokens[: request.prompt_tokens]
+            self._recorder.record(Ended(request.arrival_s, request.root, prompt, request.generated))
 
 
 def _deepest(request: Request) -> str:

@@ -123,6 +123,7 @@ class Metrics(Collector):
         self._prompt_tokens = self._generated_tokens = 0
         self._served_tokens = dict.fromkeys(TIERS, 0)
         self._ssd: tuple[SsdNumbers, Callable[[], int]] | None = None
+        self._recorded: Mapping[str, int] | None = None
         self._busy_s = self._host_s = 0.0
         self._step_s = {kind: _Histogram(STEP_S) for kind in STEP_KINDS}
         self._batch_tokens = _Histogram(BATCH_TOKENS)
@@ -149,6 +150,10 @@ class Metrics(Collector):
     def bind_ssd(self, numbers: SsdNumbers, disk_bytes: Callable[[], int]) -> None:
         """There is an SSD tier: show what it counts, and what it takes on disk."""
         self._ssd = (numbers, disk_bytes)
+
+    def bind_recorder(self, outcomes: Mapping[str, int]) -> None:
+        """Requests are recorded: show how many were, and how many were left out."""
+        self._recorded = outcomes
 
     def first_token(self, seconds: float, source: str = "none") -> None:
         """A request's first token came `seconds` after it was received; `source` is the slowest tier it drew on."""
@@ -238,6 +243,8 @@ class Metrics(Collector):
         yield http
         yield self._counters("requests_finished", "Requests that ended.", "finish_reason", self._finished)
         yield self._counters("admission_rejections", "Requests refused before queueing.", "reason", self._rejected)
+        if self._recorded is not None:
+            yield self._counters("recorded_requests", "Requests for the recording.", "outcome", self._recorded)
         yield self._counters(
             "preemptions", "Requests that lost their frames.", "action", {"recompute": self._preemptions}
         )

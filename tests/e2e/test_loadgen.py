@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from loadgen import cli
-from tests.e2e.daemon import Served
+from tests.e2e.daemon import Served, ServeProcess, Wait
 
 
-def _run(served: Served, folder: Path, *arguments: str) -> dict:
-    flags = ["--base-url", served.url, "--quiet", "--output", str(folder), *arguments]
+def _bench(url: str, folder: Path, *arguments: str) -> dict:
+    flags = ["--base-url", url, "--quiet", "--output", str(folder), *arguments]
     assert cli.main(flags) in (0, 3)  # 3: this machine was busy with other tests
     return json.loads((folder / "result.json").read_text())
 
@@ -22,7 +23,7 @@ def test_conversations_are_measured_and_their_hits_seen(served: Served, tmp_path
     """Every turn succeeds, later turns hit the cache, and client and server count the same prompt tokens."""
     arguments = ["--workload", "multi-turn", "-P", "turns=3", "-P", "first=100", "-P", "question=10", "-P", "output=5",
                  "-P", "think_s=0.01", "--request-rate", "20", "--num-sessions", "5", "--warmup", "0"]  # fmt: skip
-    document = _run(served, tmp_path, *arguments, *(["--chat"] if chat else []))
+    document = _bench(served.url, tmp_path, *arguments, *(["--chat"] if chat else []))
     ours = document["terrace"]
     assert (document["completed"], document["failed"], document["total_output_tokens"]) == (15, 0, 75)
     assert [row["hit_ratio"] > 0.3 for row in ours["turns"]] == [False, True, True]
@@ -34,7 +35,7 @@ def test_conversations_are_measured_and_their_hits_seen(served: Served, tmp_path
 
 def test_token_ids_make_prompts_of_exact_length(served: Served, tmp_path: Path):
     """With --token-ids every prompt has the length asked for, counted by the server."""
-    document = _run(served, tmp_path, "--token-ids", "0:200", "-P", "input=64", "-P", "output=3",
+    document = _bench(served.url, tmp_path, "--token-ids", "0:200", "-P", "input=64", "-P", "output=3",
                     "--max-concurrency", "3", "--num-sessions", "10")  # fmt: skip
     assert document["input_lens"] == [64] * 10
     assert document["output_lens"] == [3] * 10
@@ -48,3 +49,39 @@ def test_refused_requests_are_counted_and_end_with_code_one(served: Served, tmp_
     errors = json.loads((tmp_path / "result.json").read_text())["terrace"]["errors"]
     assert errors["http_4xx"]["count"] == 3
     assert "5000" in errors["http_4xx"]["example"]
+
+
+def test_a_daemons_recording_is_replayed_with_the_same_hits(tmp_path: Path):
+    """What a daemon recorded of conversations, replayed on it: the same requests and prompt tokens, and prefixes hit as
+    they did; after SIGTERM every request is in the file, and no word of any."""
+    path = tmp_path / "traffic.jsonl"
+    flags = ["demo", "--threads=1", "--device-gib=64MiB", f"--record-path={path}"]
+    with ServeProcess(tmp_path / "log", *flags) as daemon:
+        daemon.ready()
+        first = _bench(daemon.url, tmp_path / "one", "--workload=multi-turn", "-P", "turns=3", "-P", "first=200", "-P",
+                       "question=40", "-P", "output=2", "-P", "think_s=0.05", "--request-rate=20", "--num-sessions=4",
+                       "--token-ids=300:900")  # fmt: skip
+        Wait().until(lambda: len(path.read_bytes().splitlines()) >= 12, "the recording has what was asked")
+        copy = tmp_path / "copy.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [row for row in rows if row["input_length"] >= 200]
+        copy.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        again = _bench(daemon.url, tmp_path / "two", "--workload=mooncake", "-P", f"path={copy}", "--token-ids=300:900")
+        assert daemon.stop(signal.SIGTERM) == 0
+    assert again["completed"] == first["completed"] == 12
+    assert again["total_input_tokens"] == first["total_input_tokens"]
+    hits = [document["terrace"]["cache"]["hit_ratio"] for document in (first, again)]
+    assert hits[0] > 0.4
+    assert hits[1] == pytest.approx(hits[0], abs=0.1)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {frozenset(row) for row in rows} == {
+        frozenset({"timestamp", "input_length", "output_length", "hash_ids", "block_tokens"})
+    }
+    assert sum(row["input_length"] >= 200 for row in rows) == 24
+
+
+def test_where_nothing_can_be_recorded_the_daemon_does_not_start(tmp_path: Path):
+    """A recording into a folder is refused with the name of the setting and the path."""
+    with ServeProcess(tmp_path / "log", "demo", f"--record-path={tmp_path}") as daemon:
+        assert daemon.process.wait(60) == 2
+        assert f"cannot record to {tmp_path}: not a regular file" in daemon.said()
