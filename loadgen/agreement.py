@@ -54,7 +54,7 @@ class Setup:
     output: int
     concurrency: int | None = None
     rate: float | None = None
-    rounds: int = 3
+    rounds: int = 2
     peers: tuple[str, ...] = ("vllm", "guidellm")
 
 
@@ -62,8 +62,8 @@ SCRIPT = {"ttft": 0.15, "itl": 0.015, "sigma": 0.3}
 SETUPS = (
     Setup("scripted server, closed loop of 8", SCRIPT, 160, 128, 64, concurrency=8),
     Setup("scripted server, 8 requests/s", SCRIPT, 160, 128, 64, rate=8.0),
-    Setup("daemon, closed loop of 1", None, 40, 1500, 64, concurrency=1, rounds=9, peers=("vllm",)),
-    Setup("daemon, 2 requests/s", None, 40, 1500, 64, rate=2.0, rounds=9, peers=("vllm",)),
+    Setup("daemon, closed loop of 1", None, 40, 1500, 64, concurrency=1, rounds=5, peers=("vllm",)),
+    Setup("daemon, 2 requests/s", None, 40, 1500, 64, rate=2.0, rounds=5, peers=("vllm",)),
 )
 """The daemon shares two cores with the tool. guidellm's own processes slow it by a tenth: what it sees is true, and not
 what the others see."""

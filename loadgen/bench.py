@@ -74,6 +74,10 @@ class Result:
     outcomes: list[Outcome]
 
     @property
+    def interrupted(self) -> bool:
+        return bool(self.document["terrace"]["client"]["interrupted"])
+
+    @property
     def valid(self) -> bool:
         return bool(self.document["terrace"]["client"]["valid"])
 
@@ -93,6 +97,8 @@ async def run(settings: Settings, progress: Progress | None = None) -> Result:
             show = None if progress is None else _progress_of(progress, f"{repeat + 1}/{settings.repeats}")
             driver = Driver(client, make_load(settings, workload, prompter, settings.seed + repeat), progress=show)
             runs.append(await driver.run())
+            if runs[-1].interrupted:
+                break
         after = await scrape(settings.base_url, settings.api_key)
     finally:
         client.close()
@@ -201,7 +207,10 @@ def main_loop() -> Any:
     return uvloop.new_event_loop
 
 
-def run_sync(settings: Settings, progress: Progress | None = None) -> Result:
-    """`run`, with an event loop of its own."""
+def run_sync(settings: Settings, progress: Progress | None = None, *, partial: bool = False) -> Result:
+    """`run`, with an event loop of its own. After Ctrl-C: KeyboardInterrupt, or with `partial` what there is."""
     with asyncio.Runner(loop_factory=main_loop()) as runner:
-        return runner.run(run(settings, progress))
+        result = runner.run(run(settings, progress))
+    if result.interrupted and not partial:
+        raise KeyboardInterrupt
+    return result

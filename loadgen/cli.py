@@ -1,7 +1,7 @@
 """`terrace bench`: measure a server, sweep to its knee, compare two results, run this repository's own claims.
 
 Exit codes: 0 done, 1 requests failed or an objective or comparison was missed, 2 what was asked for cannot work, 3 the
-client was at its limit and the figures are not the server's.
+client was at its limit and the figures are not the server's, 130 interrupted (what was over by then is reported).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"terrace bench: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("terrace bench: interrupted; nothing was written", file=sys.stderr)
+        print("terrace bench: interrupted", file=sys.stderr)
         return 130
 
 
@@ -139,7 +139,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _run(args: argparse.Namespace) -> int:
     settings, console = _settings(args), Console()
-    result = measured(settings, console, quiet=args.quiet)
+    result = measured(settings, console, quiet=args.quiet, partial=True)
     report.show(result.document, console)
     if args.output is not None:
         save(args.output, result, console)
@@ -148,6 +148,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _code(result: Result, min_goodput: float | None) -> int:
     document = result.document
+    if result.interrupted:
+        return 130
     if not result.valid:
         return 3
     if min_goodput is not None:
@@ -158,16 +160,16 @@ def _code(result: Result, min_goodput: float | None) -> int:
     return 1 if document["failed"] else 0
 
 
-def measured(settings: Settings, console: Console, *, quiet: bool) -> Result:
-    """One benchmark, with a line that shows how it goes on when somebody looks."""
+def measured(settings: Settings, console: Console, *, quiet: bool, partial: bool = False) -> Result:
+    """One benchmark, with a line that shows how it goes on when somebody looks. `partial` as in `bench.run_sync`."""
     if quiet or not console.is_terminal:
-        return bench.run_sync(settings)
+        return bench.run_sync(settings, partial=partial)
     with Live(console=console, transient=True, auto_refresh=False) as live:
 
         def progress(name: str, driver: Driver) -> None:
             live.update(_progress_line(name, driver), refresh=True)
 
-        return bench.run_sync(settings, progress)
+        return bench.run_sync(settings, progress, partial=partial)
 
 
 def _progress_line(name: str, driver: Driver) -> str:

@@ -55,6 +55,8 @@ class Run:
     """What a punctual event loop is late by all the same."""
     invalid: list[str] = field(default_factory=list)
     """Why its figures are the client's and not the server's; empty: they are not."""
+    interrupted: bool = False
+    """It was cancelled: only requests that were over by then are in it."""
 
 
 class Driver:
@@ -80,6 +82,7 @@ class Driver:
         self._gate: asyncio.Semaphore | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
+        self._interrupted = False
 
     @property
     def now_s(self) -> float:
@@ -87,7 +90,8 @@ class Driver:
         return self._clock() - self._start_s
 
     async def run(self) -> Run:
-        """Until every session is over. Cancelled: what was in flight is cancelled too."""
+        """Until every session is over, or until it is cancelled: then what was in flight is given up, and the others
+        are the result."""
         source = itertools.islice(self._load.sessions, self._load.count)
         ahead = list(itertools.islice(source, AHEAD))
         open_loop = self._load.arrivals is not None or (bool(ahead) and ahead[0].start_s is not None)
@@ -106,11 +110,16 @@ class Driver:
                 await asyncio.gather(*workers)
             while self._tasks:
                 await asyncio.wait(self._tasks)
+        except asyncio.CancelledError:
+            self._interrupted = True
         finally:
             gc.enable()
             ticker.cancel()
             for task in self._tasks:
                 task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._interrupted:
+            self.outcomes = [outcome for outcome in self.outcomes if outcome.end_s > 0]
         if self._failure is not None:
             raise self._failure
         busy_s = self._clock() - self._start_s
@@ -217,8 +226,10 @@ class Driver:
     def _result(self, cpu_share: float) -> Run:
         first_s = min((o.scheduled_s for o in self.outcomes), default=0.0)
         last_s = max((o.end_s for o in self.outcomes), default=0.0)
-        run = Run(self.outcomes, last_s - first_s, self._lag_s, cpu_share)
+        run = Run(self.outcomes, last_s - first_s, self._lag_s, cpu_share, interrupted=self._interrupted)
         run.invalid = faults_of(run, capped=self._gate is not None)
+        if self._interrupted:
+            run.invalid.insert(0, f"interrupted after {self.now_s:.0f} s; requests in flight are left out")
         return run
 
 

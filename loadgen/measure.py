@@ -135,6 +135,7 @@ def client_section(run: Run) -> dict[str, Any]:
     from_sent |= distribution("e2el", [(o.last_s - o.sent_s) * 1e3 for o in good])
     return {
         "valid": not run.invalid,
+        "interrupted": run.interrupted,
         "invalid_because": run.invalid,
         "lateness_ms": _spread(late_ms),
         "loop_lag_ms": _spread([lag * 1e3 for lag in run.lag_s]),

@@ -52,6 +52,7 @@ def make_document(
         [lag for run in runs for lag in run.lag_s],
         sum(run.cpu_share for run in runs) / len(runs),
         invalid=[reason for run in runs for reason in run.invalid],
+        interrupted=any(run.interrupted for run in runs),
     )
     repeats = [summarize(run, objectives) for run in runs]
     document: dict[str, Any] = {

@@ -165,7 +165,10 @@ def _round(settings: Settings, arm: Arm, url: str, number_of: int) -> Result:
     asked = replace(settings, base_url=url, seed=1000 * number_of, label=arm.name)
     if arm.beside is None:
         return bench.run_sync(asked)
-    return asyncio.run(_beside(asked, replace(arm.beside, base_url=url, seed=1000 * number_of + 1)))
+    result = asyncio.run(_beside(asked, replace(arm.beside, base_url=url, seed=1000 * number_of + 1)))
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
 async def _beside(settings: Settings, other: Settings) -> Result:

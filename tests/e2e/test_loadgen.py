@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,28 @@ def test_refused_requests_are_counted_and_end_with_code_one(served: Served, tmp_
     errors = json.loads((tmp_path / "result.json").read_text())["terrace"]["errors"]
     assert errors["http_4xx"]["count"] == 3
     assert "5000" in errors["http_4xx"]["example"]
+
+
+def test_ctrl_c_reports_on_what_was_over(served: Served, tmp_path: Path):
+    """A run that would take an hour is interrupted: exit code 130, a result with the requests that were over, no error
+    among them."""
+    command = [sys.executable, "-m", "loadgen", "--base-url", served.url, "--request-rate=20", "--duration=3600", "-P",
+               "input=20", "-P", "output=2", "--output", str(tmp_path)]  # fmt: skip
+    with served.client() as http:
+        before = _finished(http.get("/metrics").text)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        Wait().until(lambda: _finished(http.get("/metrics").text) > before + 20, "requests are answered")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert document["completed"] > 0
+    assert document["failed"] == 0
+    assert "interrupted" in document["terrace"]["client"]["invalid_because"][0]
+
+
+def _finished(metrics: str) -> float:
+    lines = [line for line in metrics.splitlines() if line.startswith("terrace_requests_finished_total{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def test_a_daemons_recording_is_replayed_with_the_same_hits(tmp_path: Path):

@@ -82,6 +82,27 @@ def test_waiting_for_a_slot_counts_as_latency():
     assert run.invalid == []
 
 
+@pytest.mark.parametrize("concurrency", [None, 3])
+def test_an_interrupted_run_reports_what_was_over(concurrency: int | None):
+    """Cancelled after a second, open or closed loop: the finished requests are the result, which says so, and what was
+    in flight is neither an error nor a latency."""
+
+    async def go() -> Run:
+        load = Load(prompts(100), 100, None if concurrency else constant(10.0), max_concurrency=concurrency)
+        client, _ = client_of(lambda body, now: spoken(0.1, 0.25))
+        task = asyncio.create_task(Driver(client, load, asyncio.get_running_loop().time, lambda: 0.0).run())
+        await asyncio.sleep(1.01)
+        task.cancel()
+        return await task
+
+    run = run_virtual(go())
+    shown = summarize(run, NO_LIMITS)
+    assert run.interrupted
+    assert "interrupted after 1 s" in run.invalid[0]
+    assert (shown["completed"], shown["failed"]) == (8 if concurrency is None else 12, 0)
+    assert latencies_ms(run.outcomes)["ttft"] == pytest.approx([100.0] * shown["completed"])
+
+
 def test_a_closed_loop_keeps_so_many_sessions_and_loses_none():
     """Twenty sessions, four at once: all are sent, never more than four together, each when one before it ended."""
     run = run_virtual(_drive(Load(prompts(20), 20, max_concurrency=4), lambda body, now: spoken(0.1, 0.2)))
