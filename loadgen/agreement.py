@@ -32,11 +32,14 @@ from loadgen import bench, report
 from loadgen.bench import Settings
 from loadgen.daemon import Served
 from loadgen.errors import UsageError
+from loadgen.prompts import TextPrompter
 from loadgen.selftest import scripted_server
 
 RESULT = Path(__file__).parent / "results" / "agreement.json"
 TOKENIZER = Path(__file__).parent.parent / "server" / "demo" / "model"
 """The peers make their prompts with one."""
+DEMO_TOKENS_PER_WORD = 3.1
+"""Roughly, of the demo model's tokenizer."""
 GOAL = 0.03
 Figures = dict[str, float]
 """Means over a run: `ttft` and `tpot` in ms, `requests` and `tokens` (of output) per second."""
@@ -60,22 +63,21 @@ class Setup:
 
 SCRIPT = {"ttft": 0.15, "itl": 0.015, "sigma": 0.3}
 SETUPS = (
-    Setup("scripted server, closed loop of 8", SCRIPT, 160, 128, 64, concurrency=8),
-    Setup("scripted server, 8 requests/s", SCRIPT, 160, 128, 64, rate=8.0),
-    Setup("daemon, closed loop of 1", None, 40, 1500, 64, concurrency=1, rounds=5, peers=("vllm",)),
-    Setup("daemon, 2 requests/s", None, 40, 1500, 64, rate=2.0, rounds=5, peers=("vllm",)),
+    Setup("scripted server, closed loop of 8", SCRIPT, 100, 128, 64, concurrency=8),
+    Setup("scripted server, 8 requests/s", SCRIPT, 100, 128, 64, rate=8.0),
+    Setup("daemon, closed loop of 1", None, 30, 1500, 64, concurrency=1, rounds=7, peers=("vllm",)),
+    Setup("daemon, 2 requests/s", None, 30, 1500, 64, rate=2.0, rounds=5, peers=("vllm",)),
 )
 """The daemon shares two cores with the tool. guidellm's own processes slow it by a tenth: what it sees is true, and not
 what the others see."""
 
 
-def ours(command: Sequence[str], url: str, model: str, setup: Setup, seed: int) -> Figures:
+def ours(command: Sequence[str], url: str, model: str, setup: Setup, prompts: Path) -> Figures:
     """`terrace bench`, in this process."""
     del command
     settings = Settings(
-        base_url=url, model=model, parameters={"input": str(setup.input), "output": str(setup.output)},
-        sessions=setup.requests, request_rate=setup.rate, arrivals="constant", max_concurrency=setup.concurrency,
-        warmup=0, seed=seed,
+        base_url=url, model=model, workload="jsonl", parameters={"path": str(prompts), "output": str(setup.output)},
+        sessions=None, request_rate=setup.rate, arrivals="constant", max_concurrency=setup.concurrency, warmup=0,
     )  # fmt: skip
     result = bench.run_sync(settings)
     if not result.valid:
@@ -83,24 +85,24 @@ def ours(command: Sequence[str], url: str, model: str, setup: Setup, seed: int) 
     return _keys_of_vllm(result.document)
 
 
-def vllm(command: Sequence[str], url: str, model: str, setup: Setup, seed: int) -> Figures:
+def vllm(command: Sequence[str], url: str, model: str, setup: Setup, prompts: Path) -> Figures:
     """`vllm bench serve`."""
     how = ["--max-concurrency", str(setup.concurrency)] if setup.concurrency else ["--burstiness", "1e9"]
     with tempfile.TemporaryDirectory() as folder:
         _called([
             *command, "bench", "serve", "--backend", "openai", "--base-url", url, "--model", model,
-            "--tokenizer", str(TOKENIZER), "--dataset-name", "random", "--random-input-len", str(setup.input),
-            "--random-output-len", str(setup.output), "--num-prompts", str(setup.requests), "--ignore-eos",
-            "--request-rate", str(setup.rate or "inf"), *how, "--seed", str(seed), "--num-warmups", "0",
-            "--ready-check-timeout-sec", "0", "--disable-tqdm", "--save-result", "--result-dir", folder,
-            "--result-filename", "result.json",
+            "--tokenizer", str(TOKENIZER), "--dataset-name", "custom", "--dataset-path", str(prompts),
+            "--skip-chat-template", "--disable-shuffle", "--custom-output-len", str(setup.output), "--ignore-eos",
+            "--num-prompts", str(setup.requests), "--request-rate", str(setup.rate or "inf"), *how,
+            "--num-warmups", "0", "--ready-check-timeout-sec", "0", "--disable-tqdm", "--save-result",
+            "--result-dir", folder, "--result-filename", "result.json",
         ])  # fmt: skip
         return _keys_of_vllm(json.loads((Path(folder) / "result.json").read_text()))
 
 
-def guidellm(command: Sequence[str], url: str, model: str, setup: Setup, seed: int) -> Figures:
-    """`guidellm run`, with the prompts of its own seed: no server sees two of its runs."""
-    del seed
+def guidellm(command: Sequence[str], url: str, model: str, setup: Setup, prompts: Path) -> Figures:
+    """`guidellm run`, with prompts of its own: as long as the others, and the scripted server does not read them."""
+    del prompts
     how = f"kind=concurrent,streams={setup.concurrency}" if setup.concurrency else f"kind=constant,rate={setup.rate:g}"
     lengths = f"prompt_tokens={setup.input},output_tokens={setup.output}"
     with tempfile.TemporaryDirectory() as folder:
@@ -147,9 +149,20 @@ def server(setup: Setup) -> Iterator[tuple[str, str]]:
             yield url, "scripted"
 
 
-TOOLS: dict[str, Callable[[Sequence[str], str, str, Setup, int], Figures]] = {
+TOOLS: dict[str, Callable[[Sequence[str], str, str, Setup, Path], Figures]] = {
     "terrace": ours, "vllm": vllm, "guidellm": guidellm,
 }  # fmt: skip
+
+
+@contextmanager
+def prompts_of(setup: Setup, number: int) -> Iterator[Path]:
+    """A file with the prompts of a round: what both tools send, in this order."""
+    make = TextPrompter(vary=number, tokens_per_word=DEMO_TOKENS_PER_WORD)
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        for n in range(setup.requests):
+            file.write(json.dumps({"prompt": make.make(n, setup.input)}) + "\n")
+        file.flush()
+        yield Path(file.name)
 
 
 def measured(setup: Setup, commands: dict[str, Sequence[str]], console: Console) -> dict[str, list[Figures]]:
@@ -158,22 +171,25 @@ def measured(setup: Setup, commands: dict[str, Sequence[str]], console: Console)
     found: dict[str, list[Figures]] = {name: [] for name in tools}
     for number in range(setup.rounds):
         order = tools if number % 2 == 0 else tools[::-1]
-        for name in order:
-            with server(setup) as (url, model):
-                figures = TOOLS[name](commands[name], url, model, setup, 1000 + number)
-            found[name].append(figures)
-            shown = ", ".join(f"{key} {value:.2f}" for key, value in figures.items())
-            console.print(f"{setup.name}, round {number + 1}, {name}: {shown}", highlight=False, soft_wrap=True)
+        with prompts_of(setup, number) as prompts:
+            for name in order:
+                with server(setup) as (url, model):
+                    figures = TOOLS[name](commands[name], url, model, setup, prompts)
+                found[name].append(figures)
+                shown = ", ".join(f"{key} {value:.2f}" for key, value in figures.items())
+                console.print(f"{setup.name}, round {number + 1}, {name}: {shown}", highlight=False, soft_wrap=True)
     return found
 
 
 def compared(found: dict[str, list[Figures]]) -> list[dict[str, Any]]:
-    """Per peer and figure: the median of the rounds of both, and how far apart they are."""
+    """Per peer and figure: the medians over the rounds, and the median of how far apart the two were in a round."""
     rows = []
     for peer in [name for name in found if name != "terrace"]:
-        for key in ("ttft", "tpot", "requests", "tokens"):
-            mine, other = (statistics.median(run[key] for run in found[name]) for name in ("terrace", peer))
-            rows.append({"peer": peer, "figure": key, "terrace": mine, "theirs": other, "apart": mine / other - 1})
+        for key in UNITS:
+            mine, theirs = ([run[key] for run in found[name]] for name in ("terrace", peer))
+            apart = statistics.median(one / other - 1 for one, other in zip(mine, theirs, strict=True))
+            rows.append({"peer": peer, "figure": key, "terrace": statistics.median(mine),
+                         "theirs": statistics.median(theirs), "apart": apart})  # fmt: skip
     return rows
 
 

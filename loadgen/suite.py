@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from loadgen import bench, plots, report, selftest
+from loadgen import agreement, bench, plots, report, selftest
 from loadgen.bench import Result, Settings
 from loadgen.claims import CLAIMS, Arm, Claim, Goal
 from loadgen.daemon import Served
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 MARKS = {
     part: (f"<!-- {part}: made by `terrace bench suite --table` -->", f"<!-- /{part} -->")
-    for part in ("suite", "selftest")
+    for part in ("suite", "selftest", "agreement")
 }
 """Between them lies a table of the documentation."""
 HEAVY = ("itls", "start_times", "errors")
@@ -261,7 +261,11 @@ def table(documents: Sequence[Mapping[str, Any]]) -> str:
 
 def renewed(text: str) -> str:
     """`text` with the tables between its marks made anew from the kept results."""
-    for part, made in (("suite", table(load(RESULTS))), ("selftest", selftest.table())):
+    for part, made in (
+        ("suite", table(load(RESULTS))),
+        ("selftest", selftest.table()),
+        ("agreement", agreement.table()),
+    ):
         begin, end = MARKS[part]
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)
