@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     claims.add_argument("names", nargs="*", metavar="NAME", help="only these; default: all")
     claims.add_argument("--quick", action="store_true", help="a minute instead of many: proves that it runs")
     claims.add_argument("--output", type=Path, metavar="DIR", help="where results go [loadgen/results]")
-    claims.add_argument("--table", action="store_true", help="only renew the tables in loadgen/README.md")
+    claims.add_argument("--table", action="store_true", help="only renew the tables in loadgen/README.md and the page")
     claims.set_defaults(run=_suite)
     itself = actions.add_parser("selftest", help="judge this client: its truth and its reach", allow_abbrev=False)
     itself.add_argument("--quick", action="store_true", help="seconds instead of minutes: proves that it runs")

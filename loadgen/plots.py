@@ -14,7 +14,7 @@ import numpy as np
 
 from loadgen.measure import LATENCIES, PERCENTILES, latencies_ms, ttft_s
 from loadgen.records import Outcome
-from loadgen.report import TITLES, cache_lines, number, with_interval
+from loadgen.report import TITLES, as_command, cache_lines, number, with_interval
 
 SOURCES = ("computed", "device", "dram", "ssd")
 COLOURS = {"computed": "#9aa5b1", "device": "#2a9d8f", "dram": "#4c78a8", "ssd": "#e08e45"}
@@ -44,6 +44,7 @@ def html(document: Mapping[str, Any], plots: Mapping[str, tuple[str, str]]) -> s
         latencies=[(TITLES[name], _cells(document, name)) for name in LATENCIES],
         columns=["mean", "median", *(f"p{p:g}" for p in PERCENTILES[1:])],
         cache_lines=cache_lines(document),
+        as_command=as_command,
     )
 
 

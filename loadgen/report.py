@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,27 @@ def _samples(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "start_times": [round(o.sent_s, 6) for o in ordered],
         "errors": [f"{o.error}: {o.detail}" if o.error else "" for o in ordered],
     }
+
+
+def as_command(settings: Mapping[str, Any]) -> str:
+    """What one would type for this load, but for the server."""
+    flags = {"--num-sessions": settings["sessions"], "--duration": settings["duration_s"],
+             "--request-rate": settings["request_rate"], "--ramp-to": settings["ramp_to"],
+             "--max-concurrency": settings["max_concurrency"], "--warmup": settings["warmup"],
+             "--seed": settings["seed"] or None}  # fmt: skip
+    if settings["arrivals"] != "poisson":
+        flags["--arrivals"] = settings["arrivals"]
+    if settings["arrivals"] == "gamma":
+        flags["--burstiness"] = settings["burstiness"]
+    if settings["token_ids"]:
+        flags["--token-ids"] = ":".join(map(str, settings["token_ids"]))
+    if settings["body"]:
+        flags["--body"] = json.dumps(settings["body"])
+    words = ["terrace", "bench", "--workload", settings["workload"]]
+    words += [word for key, value in settings["parameters"].items() for word in ("-P", f"{key}={value}")]
+    words += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
+    words += ["--chat"] * settings["chat"] + ["--no-ignore-eos"] * (not settings["ignore_eos"])
+    return shlex.join(words)
 
 
 def environment() -> dict[str, Any]:

@@ -15,6 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 Scrape = dict[Sample, float]
 
+REMARKED_BLOCKS = 8
+"""Fewer that were computed although a tier had them are worth no remark: near break-even either is right."""
+
 
 async def scrape(base_url: str, api_key: str | None = None) -> Scrape | None:
     """All counters, histogram sums and counts of the server, and its gauges; None when it shows no metrics."""
@@ -98,7 +101,7 @@ def remarks(server: Mapping[str, Any]) -> list[str]:
     reasons = {"slower_than_recompute": "it was too slow", "deadline": "it missed its deadline"}
     for key, blocks in server["declined_blocks"].items():
         tier, reason = key.split(" to ", 1)
-        if blocks:
+        if blocks >= REMARKED_BLOCKS:
             why = reasons.get(reason, reason.replace("_", " "))
             said.append(f"{blocks:.0f} blocks that the {tier} tier had were computed all the same: {why}")
     if server["moves_failed"]:

@@ -28,7 +28,6 @@ from loadgen.errors import UsageError
 from loadgen.measure import ttft_s
 from loadgen.report import number
 
-ROUNDS = 3
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 MARKS = {
@@ -193,10 +192,11 @@ def _said(claim: Claim, arm: Arm, number_of: int, result: Result, console: Conso
 
 
 def main(names: Sequence[str], *, quick: bool, output: Path | None, table: bool) -> int:
-    """Measure the named claims, all by default; 1 when a goal is missed. `table`: only renew the documentation."""
+    """Measure the named claims, all by default; 1 when a goal is missed. `table`: only renew README and page."""
     folder = output or RESULTS
     if table:
         README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
+        (RESULTS / "report.html").write_text(page(load(RESULTS)), encoding="utf-8")
         return 0
     unknown = set(names) - {claim.name for claim in CLAIMS}
     if unknown:
@@ -209,7 +209,7 @@ def main(names: Sequence[str], *, quick: bool, output: Path | None, table: bool)
     for claim in CLAIMS:
         if names and claim.name not in names:
             continue
-        found = measure(claim.quick() if quick else claim, 1 if quick else ROUNDS, console)
+        found = measure(claim.quick() if quick else claim, 1 if quick else claim.rounds, console)
         document = found.document(quick)
         (folder / f"{claim.name}.json").write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
         for verdict in document["verdicts"]:
@@ -235,7 +235,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def page(documents: Sequence[Mapping[str, Any]]) -> str:
     """One self-contained page about all claims."""
     drawn = {document["claim"]: plots.ttft_by_arm(document) for document in documents}
-    return plots.rendered("suite.html.j2", documents=documents, plots=drawn, verdict_line=verdict_line)
+    return plots.rendered("suite.html.j2", documents=documents, plots=drawn, verdict_line=verdict_line,
+                          as_command=report.as_command)  # fmt: skip
 
 
 def table(documents: Sequence[Mapping[str, Any]]) -> str:

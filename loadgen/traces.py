@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,33 @@ from loadgen.prompts import Prompter, joined
 from loadgen.records import Prompt, Session, Turn
 
 MOONCAKE_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One request of a trace in Mooncake's format."""
+
+    at_ms: float
+    input_tokens: int
+    output_tokens: int
+    blocks: list[int]
+    """A number per block of the prompt, the same for the same prefix; the last may be a part of a block."""
+    block_tokens: int
+
+
+def read_mooncake(path: str) -> list[Recorded]:
+    """All requests of a trace, in the order in which they came: a daemon records them in the order in which they ended.
+    UsageError names the line that is none."""
+    found = []
+    for line, row in _rows(path):
+        try:
+            blocks = [int(value) for value in row["hash_ids"]]
+            lengths = int(row["input_length"]), int(row["output_length"])
+            block_tokens = int(row.get("block_tokens", MOONCAKE_BLOCK_TOKENS))
+            found.append(Recorded(float(row["timestamp"]), *lengths, blocks, block_tokens))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path}, line {line}: not of the Mooncake format: {error!r}") from None
+    return sorted(found, key=lambda one: one.at_ms)
 
 
 @dataclass(frozen=True)
@@ -31,23 +57,14 @@ class Mooncake:
 
     def sessions(self, make: Prompter, seed: int) -> Iterator[Session]:
         """Requests that are longer than `max_input` are left out, answers are cut to `max_output`."""
-        asked = sorted(itertools.starmap(self._asked, _rows(self.path)), key=lambda one: one[0])  # a daemon's: by end
-        first_ms = asked[0][0] if asked else 0.0
-        for at_ms, length, output, blocks, block_tokens in asked[: self.limit]:
-            length = max(1, round(length * self.scale))
+        recorded = read_mooncake(self.path)[: self.limit]
+        for one in recorded:
+            length = max(1, round(one.input_tokens * self.scale))
             if length > self.max_input:
                 continue
-            prompt = self._prompt(make, seed, blocks, max(1, round(block_tokens * self.scale)), length)
-            output = min(self.max_output, max(1, round(output * self.scale)))
-            yield Session((Turn(prompt, output),), (at_ms - first_ms) / 1000 / self.speedup)
-
-    def _asked(self, line: int, row: Mapping[str, Any]) -> tuple[float, int, int, list[int], int]:
-        try:
-            blocks = [int(value) for value in row["hash_ids"]]
-            return (float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), blocks,
-                    int(row.get("block_tokens", MOONCAKE_BLOCK_TOKENS)))  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{self.path}, line {line}: not of the Mooncake format: {error!r}") from None
+            prompt = self._prompt(make, seed, one.blocks, max(1, round(one.block_tokens * self.scale)), length)
+            output = min(self.max_output, max(1, round(one.output_tokens * self.scale)))
+            yield Session((Turn(prompt, output),), (one.at_ms - recorded[0].at_ms) / 1000 / self.speedup)
 
     def _prompt(self, make: Prompter, seed: int, blocks: list[int], block_tokens: int, length: int) -> Prompt:
         """One piece a block, the same for the same id; the last is cut to what is left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import shlex
 import statistics
 import xml.etree.ElementTree
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from loadgen import cli, compare, plots, report, selftest, suite
 from loadgen.arrivals import arrivals
-from loadgen.bench import Result
+from loadgen.bench import Result, Settings
 from loadgen.claims import CLAIMS
 from loadgen.driver import Run
 from loadgen.errors import UsageError
@@ -28,8 +29,7 @@ from loadgen.workload import CONTROLS, WORKLOADS, make_workload
 TEXT = TextPrompter()
 EXACT = IdPrompter(10, 1000)
 GIVEN = {"mooncake": {"path": "none"}, "jsonl": {"path": "none"}}
-SETTINGS = {"api": "openai", "model": "m", "workload": "random", "parameters": {}, "arrivals": "poisson", "seed": 0,
-            "request_rate": 1.0}  # fmt: skip
+SETTINGS = Settings(sessions=20, request_rate=1.0).shown() | {"model": "m"}
 
 
 def _times(kind: str, count: int, **options: Any) -> list[float]:
@@ -253,14 +253,25 @@ def test_a_tier_that_does_not_help_is_named():
     before = parse('terrace_kv_tier_up{tier="ssd"} 1\nterrace_kv_integrity_failures_total{tier="ssd"} 0\n')
     after = parse(
         'terrace_kv_tier_up{tier="ssd"} 0\nterrace_kv_integrity_failures_total{tier="ssd"} 2\n'
-        'terrace_kv_restore_declined_blocks_total{tier="ssd",reason="slower_than_recompute"} 7\n'
+        'terrace_kv_restore_declined_blocks_total{tier="ssd",reason="slower_than_recompute"} 70\n'
     )
     section = server_section(before, after)
     assert section is not None
     said = " / ".join(section["remarks"])
-    for part in ("ssd tier is switched off", "7 blocks that the ssd tier had", "2 blocks were refused"):
+    for part in ("ssd tier is switched off", "70 blocks that the ssd tier had", "2 blocks were refused"):
         assert part in said
     assert server_section(None, after) is None
+
+
+def test_a_report_says_what_to_type_for_the_same_load():
+    """The command of a result is parsed back to the very settings that made it."""
+    given = ["--workload=multi-turn", "-P", "turns=3", "--request-rate=2", "--num-sessions=7", "--arrivals=gamma",
+             "--burstiness=0.5", "--chat", "--no-ignore-eos", "--token-ids=3:9", '--body={"a": "b c"}', "--seed=4",
+             "--warmup=1", "--max-concurrency=3"]  # fmt: skip
+    first = cli._settings(cli._parser().parse_args(["run", *given]))
+    words = shlex.split(report.as_command(first.shown()))
+    assert words[:2] == ["terrace", "bench"]
+    assert cli._settings(cli._parser().parse_args(["run", *words[2:]])) == first
 
 
 def test_a_counter_that_was_reset_counts_from_zero():
