@@ -6,8 +6,9 @@ Each flag names a command that is installed somewhere, with its own environment.
 constant rate, on a scripted server (log-normal latencies, the same for everybody) and on the daemon with the demo
 model.
 
-The peers' own formulas: vLLM's TPOT is ours, its TTFT counts from the sending. guidellm calls our TPOT
-`inter_token_latency`; its `time_per_output_token` divides the whole latency by all tokens, and is not compared.
+The peers' own formulas: vLLM's TPOT is ours, its TTFT counts from the sending, and at a constant rate its clock starts
+one gap before the first request. guidellm calls our TPOT `inter_token_latency`; its `time_per_output_token` divides the
+whole latency by all tokens, and is not compared.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ SETUPS = (
     Setup("scripted server, closed loop of 8", SCRIPT, 100, 128, 64, concurrency=8),
     Setup("scripted server, 8 requests/s", SCRIPT, 100, 128, 64, rate=8.0),
     Setup("daemon, closed loop of 1", None, 30, 1500, 64, concurrency=1, rounds=7, peers=("vllm",)),
-    Setup("daemon, 2 requests/s", None, 30, 1500, 64, rate=2.0, rounds=5, peers=("vllm",)),
+    Setup("daemon, 2 requests/s", None, 80, 1500, 64, rate=2.0, rounds=3, peers=("vllm",)),
 )
 """The daemon shares two cores with the tool. guidellm's own processes slow it by a tenth: what it sees is true, and not
 what the others see."""
@@ -217,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadgen.agreement", description=__doc__.splitlines()[0])
     parser.add_argument("--vllm", metavar="COMMAND", help="such as `vllm`, or `/venv/bin/python -m ...`")
     parser.add_argument("--guidellm", metavar="COMMAND")
+    parser.add_argument("--only", default="", metavar="TEXT", help="loads whose name has this; the others stay")
     parser.add_argument("--output", type=Path, default=RESULT, metavar="FILE")
     args = parser.parse_args(argv)
     peers = {name: shlex.split(given) for name in ("vllm", "guidellm") if (given := getattr(args, name))}
@@ -224,7 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name a peer: --vllm, --guidellm, or both")
     console = Console()
     loads: list[dict[str, Any]] = []
+    if args.only and args.output.is_file():
+        loads = json.loads(args.output.read_text(encoding="utf-8"))["loads"]
     for setup in SETUPS:
+        if args.only not in setup.name:
+            continue
+        loads = [load for load in loads if load["name"] != setup.name]
         found = measured(setup, {"terrace": [], **peers}, console)
         loads.append({"name": setup.name, "rounds": found, "rows": compared(found)})
     document = {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "environment": report.environment(),
