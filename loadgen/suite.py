@@ -35,7 +35,7 @@ MARKS = {
     for part in ("suite", "selftest", "agreement")
 }
 """Between them lies a table of the documentation."""
-HEAVY = ("itls", "start_times", "errors")
+HEAVY, HEAVY_OF_OURS = ("itls", "start_times", "errors"), ("timeline", "repeats", "formulas")
 """Left out of the kept result: its size, and not what a claim rests on."""
 SETTLE_S = 1.0
 
@@ -71,8 +71,14 @@ class Found:
             "failed": sum(result.document["failed"] for result in results),
             "invalid": [why for result in results for why in result.document["terrace"]["client"]["invalid_because"]],
             "remarks": remarks(results),
-            "rounds": [{k: v for k, v in result.document.items() if k not in HEAVY} for result in results],
+            "rounds": [kept(result.document) for result in results],
         }
+
+
+def kept(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a round's result is kept."""
+    ours = {key: value for key, value in document["terrace"].items() if key not in HEAVY_OF_OURS}
+    return {key: value for key, value in document.items() if key not in HEAVY} | {"terrace": ours}
 
 
 def counted(claim: Claim, result: Result) -> list[Any]:
