@@ -166,6 +166,8 @@ async def _calibrate(client: Client, settings: Settings) -> Prompter:
         if settings.chat:
             raise UsageError("--token-ids: chat messages are text; leave out --chat")
         return IdPrompter(*settings.token_ids)
+    if settings.workload == "jsonl":
+        return TextPrompter()  # it brings its own prompts
     parts = [WORDS[at : at + CALIBRATION_WORDS] for at in range(0, len(WORDS), CALIBRATION_WORDS)]
     one, *counts = [(await _ask(client, " ".join(words))).prompt_tokens for words in (WORDS[:1], *parts)]
     if not one or not all(counts):
