@@ -105,12 +105,18 @@ def _can_plot() -> bool:
 
 def _figure(plot: Callable[[Any], None]) -> tuple[str, bytes]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     plot(axes)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":  # 1, 2, 5, 10, 20 ... and not 2 x 10^1
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg")
     figure.savefig(png, format="png", dpi=130)
