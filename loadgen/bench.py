@@ -201,7 +201,7 @@ def _progress_of(progress: Progress, name: str) -> Callable[[Driver], None]:
 
 
 def main_loop() -> Any:
-    """uvloop's event loop where it is installed: it takes twice the chunks per second. None for asyncio's own."""
+    """uvloop's event loop where it is installed, as it spends less on each chunk. None for asyncio's own."""
     try:
         import uvloop
     except ImportError:

@@ -1,6 +1,6 @@
 """An HTTP/1.1 client for streamed completions, so lean that it is not what a load test measures.
 
-One event loop, one asyncio protocol per connection, httptools' parser; a chunk costs about 15 us. The arrival time of a
+One event loop, one asyncio protocol per connection, httptools' parser; a chunk costs about 10 us. The arrival time of a
 chunk is taken when the loop hands its bytes over, before anything is parsed. Connections are kept and used again, the
 last one first.
 """

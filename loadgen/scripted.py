@@ -28,7 +28,7 @@ NAP_S = 0.001
 due, but watches the clock."""
 
 
-PROMPT = {"ttft": 0.001, "itl": 0.0}
+AT_ONCE = {"ttft": 0.001, "itl": 0.0}
 """Requests that bring no script are answered at once."""
 
 
@@ -73,7 +73,7 @@ class Scripted:
     """The server: one queue of what is due, one timer. Loop thread."""
 
     def __init__(
-        self, stall: tuple[float, float] | None = None, default: Mapping[str, float] = MappingProxyType(PROMPT)
+        self, stall: tuple[float, float] | None = None, default: Mapping[str, float] = MappingProxyType(AT_ONCE)
     ) -> None:
         """`stall`: from and until when, seconds after the first scripted request. `default`: `ttft`, `itl` and `sigma`
         of requests without a script; the n-th of them always gets the same latencies."""
@@ -161,7 +161,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m loadgen.scripted")
     parser.add_argument("--stall", type=float, nargs=2, metavar=("FROM", "UNTIL"))
-    parser.add_argument("--default", type=json.loads, default=PROMPT, metavar="JSON")
+    parser.add_argument("--default", type=json.loads, default=AT_ONCE, metavar="JSON")
     args = parser.parse_args()
     allow_open_files()
     gc.disable()  # its pauses would be the server's
