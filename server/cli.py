@@ -1,4 +1,4 @@
-"""The command line: `terrace serve|config|cache|bench`. Flags come from the configuration tree: none can be missing.
+"""The command line: `terrace serve|config|cache|bench|simulate`. Flags come from the configuration: none is missing.
 
 Knows argparse and exit codes; refuses to know what a daemon is made of (`build.py` does, imported only to serve, so
 that `--help` answers at once). Exit codes: 0 done, 1 the work failed, 2 the configuration or environment cannot work.
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None, disk: Any = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         return int(importlib.import_module("loadgen.cli").main(arguments[1:]))
+    if arguments[:1] == ["simulate"]:
+        return int(importlib.import_module("server.sim.simulate").main(arguments[1:]))
     arguments = ["--help-all" if a == "--help=all" else a for a in arguments]
     args, unknown = _parser(help_all="--help-all" in arguments).parse_known_args(arguments)
     if unknown:
@@ -103,6 +105,7 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
         act.set_defaults(run=_cache)
 
     commands.add_parser("bench", help="measure a server, compare results; terrace bench --help", add_help=False)
+    commands.add_parser("simulate", help="replay a trace on other sizes and policies", add_help=False)
     return parser
 
 

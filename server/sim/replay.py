@@ -1,0 +1,254 @@
+"""Replays a trace through the production engine on virtual time: only the device, the links and the clock are modelled.
+
+Blocks of the trace are blocks of the cache: a prompt is made of its block ids, each repeated, so hashing, matching,
+eviction, spilling, loading and scheduling run as they do in the daemon, and only tokens are not computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from server.engine import Engine, GenerateSpec, Stream
+from server.errors import InvalidRequest, Overloaded
+from server.kvcache.manager import KVManager, TierSpec
+from server.kvcache.mover import Mover
+from server.kvcache.report import kv_report
+from server.kvcache.tiers.base import Move, Recovered
+from server.metrics import Metrics
+from server.scheduler.policy import make_policy
+from server.scheduler.scheduler import Limits, Scheduler
+from server.sim.clock import VirtualLoop, run_virtual
+from server.sim.profile import Link, Profile
+from server.types import (
+    DEVICE,
+    DRAM,
+    SSD,
+    BlockLayout,
+    KvReport,
+    Note,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TierFault,
+    TierName,
+    TokenEvent,
+)
+
+IN_FLIGHT_BYTES = 512 * 2**20
+RUN_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request of a trace. `blocks` are ids of 31 bits, one per block of the prompt, the last maybe in part."""
+
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """Frames per tier, 0 for none, and what each evicts by."""
+
+    device: int
+    dram: int = 0
+    ssd: int = 0
+    eviction: str = "lru"
+
+    def specs(self, in_flight: int) -> list[TierSpec]:
+        sizes = ((DEVICE, self.device), (DRAM, self.dram), (SSD, self.ssd))
+        return [TierSpec(name, frames, self.eviction, in_flight) for name, frames in sizes if frames]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One daemon to replay on."""
+
+    profile: Profile
+    tiers: Tiers
+    block_tokens: int
+    policy: str = "fcfs"
+    max_running: int = 256
+    step_tokens: int = 8192
+
+
+@dataclass(slots=True)
+class Served:
+    """What became of one request. Seconds after its arrival; None: not admitted."""
+
+    asked: Asked
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    queue_s: float = 0.0
+    cached_tokens: int = 0
+    by_tier: dict[TierName, int] = field(default_factory=dict)
+    refused: str | None = None
+
+    @property
+    def tpot_s(self) -> float | None:
+        if self.e2e_s is None or self.ttft_s is None or self.asked.output_tokens < 2:
+            return None
+        return (self.e2e_s - self.ttft_s) / (self.asked.output_tokens - 1)
+
+
+@dataclass(slots=True)
+class Replay:
+    """The outcome of a replay."""
+
+    served: list[Served]
+    kv: KvReport
+    seconds: float
+    """Virtual time from the first arrival to the last token."""
+    busy_s: float
+    """Of the device."""
+    steps: int
+    preemptions: int
+
+
+def replay(setup: Setup, asked: Sequence[Asked]) -> Replay:
+    """Run the whole trace, in order of arrival."""
+    loop = VirtualLoop(max_iterations=1 << 62)
+    return run_virtual(_Replayer(setup, loop).run(asked), loop, cpu_limit_s=1e9)
+
+
+class _Replayer:
+    def __init__(self, setup: Setup, loop: VirtualLoop) -> None:
+        self._setup, self._loop = setup, loop
+        profile = setup.profile
+        # One layer, one head of one byte: whatever makes up the bytes of a token.
+        layout = BlockLayout(1, 1, 1, profile.kv_bytes_per_token // 2, setup.block_tokens)
+        in_flight = min(256, max(4, IN_FLIGHT_BYTES // layout.block_bytes))
+        guesses = [(layout.block_bytes / link.bytes_per_s, link.latency_s) for link in (profile.dram, profile.ssd_read)]
+        specs = setup.tiers.specs(in_flight)
+        self.kv = KVManager(layout, specs, b"replay", guesses=guesses[: len(specs) - 1])
+        limits = Limits(setup.max_running, max(setup.step_tokens, setup.max_running), setup.step_tokens, 1 << 30,
+                        1 << 60, (setup.tiers.device - 1) * setup.block_tokens)  # fmt: skip
+        self.scheduler = Scheduler(self.kv, make_policy(setup.policy), limits)
+        self.runner = CostRunner(profile, loop)
+        tiers = {
+            DEVICE: RateTier(DEVICE, setup.tiers.device, layout.block_bytes, profile.dram, profile.dram, loop),
+            SSD: RateTier(SSD, setup.tiers.ssd, layout.block_bytes, profile.ssd_read, profile.ssd_write, loop),
+        }
+        mover = Mover(tiers, run_blocks=max(1, RUN_BYTES // layout.block_bytes))
+        self.engine = Engine(self.scheduler, self.runner, mover, Metrics("replay"), loop.time)
+        for tokens in (64, setup.step_tokens):  # as the daemon measures itself when it starts
+            self.kv.planner.step.observe(tokens, profile.prefill_s(0, tokens))
+
+    async def run(self, asked: Sequence[Asked]) -> Replay:
+        engine = asyncio.create_task(self.engine.run(), name="engine")
+        await asyncio.sleep(0)
+        streams: list[tuple[Served, Stream | None]] = []
+        for one in asked:
+            if one.at_s > self._loop.time():
+                await asyncio.sleep(one.at_s - self._loop.time())
+            streams.append(self._submit(one))
+        await self.engine.drain(1e9)
+        await engine
+        seconds = max((self._over(served, stream) for served, stream in streams), default=0.0)
+        everyone = [served for served, _ in streams]
+        return Replay(everyone, kv_report(self.kv), seconds, self.runner.busy_s, self.runner.steps,
+                      self.scheduler.preemptions)  # fmt: skip
+
+    def _submit(self, asked: Asked) -> tuple[Served, Stream | None]:
+        served = Served(asked)
+        spec = GenerateSpec(
+            prompt_of(asked, self._setup.block_tokens), SamplingParams(asked.output_tokens, temperature=0.0)
+        )
+        try:
+            stream = self.engine.submit(spec)
+        except (InvalidRequest, Overloaded) as error:
+            served.refused = str(error)
+            return served, None
+        stream.deliver = _ignore  # type: ignore[method-assign] # nobody reads the tokens
+        return served, stream
+
+    def _over(self, served: Served, stream: Stream | None) -> float:
+        if stream is None:
+            return 0.0
+        request = stream.request
+        assert request.first_token_s is not None
+        assert request.last_token_s is not None
+        served.ttft_s = request.first_token_s - request.arrival_s
+        served.e2e_s = request.last_token_s - request.arrival_s
+        served.queue_s = (request.admitted_s or request.arrival_s) - request.arrival_s
+        served.cached_tokens = request.cached_tokens or 0
+        served.by_tier = dict(stream.cached_by_tier)
+        return request.last_token_s
+
+
+def _ignore(event: TokenEvent) -> None:
+    del event
+
+
+def prompt_of(asked: Asked, block_tokens: int) -> array[int]:
+    """Token ids that make the blocks of a request what the trace says they are."""
+    tokens = array("i")
+    for block in asked.blocks:
+        tokens.extend(array("i", [block]) * block_tokens)
+    del tokens[asked.prompt_tokens :]
+    return tokens
+
+
+class CostRunner:
+    """A StepRunner that only takes the time that a step would. Answers are below zero and nobody's but a request's own:
+    in a trace no prompt holds what was answered before."""
+
+    def __init__(self, profile: Profile, loop: VirtualLoop) -> None:
+        self.busy_s = 0.0
+        self.steps = 0
+        self._profile, self._loop = profile, loop
+
+    async def run(self, plan: StepPlan) -> StepResult:
+        started_s = self._loop.now_s
+        seconds = self._profile.step_s(plan.rows)
+        self.busy_s += seconds
+        self.steps += 1
+        await asyncio.sleep(seconds)
+        nothing = [None] * len(plan.rows)
+        tokens = [None if row.sample is None else -1 - row.request_id for row in plan.rows]
+        return StepResult(plan.id, tokens, nothing, nothing, started_s, self._loop.now_s)
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""
+
+
+class RateTier:
+    """A tier whose blocks arrive one after the other at a link's rate; both directions at the same time."""
+
+    def __init__(
+        self, name: TierName, frames: int, block_bytes: int, read: Link, write: Link, loop: VirtualLoop
+    ) -> None:
+        self.name = name
+        self.capacity_blocks = frames
+        self._loop = loop
+        self._block_bytes = block_bytes
+        self._links = {"read": read, "write": write}
+        self._free_s = {"read": 0.0, "write": 0.0}
+
+    async def open(self) -> Recovered:
+        return Recovered()
+
+    async def write(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
+        """Host to tier."""
+        return await self._carry("write", len(moves))
+
+    async def read(self, moves: Sequence[Move]) -> Sequence[TierFault | None]:
+        """Tier to host."""
+        return await self._carry("read", len(moves))
+
+    def note(self, notes: Sequence[Note]) -> None:
+        """Nothing outlives a replay."""
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""
+
+    async def _carry(self, way: str, blocks: int) -> list[TierFault | None]:
+        link, now = self._links[way], self._loop.now_s
+        self._free_s[way] = max(now, self._free_s[way]) + blocks * self._block_bytes / link.bytes_per_s
+        await asyncio.sleep(self._free_s[way] + link.latency_s - now)
+        return [None] * blocks
