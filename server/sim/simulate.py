@@ -35,6 +35,8 @@ from server.sim.replay import Asked, Replay, Served, Setup, Tiers, replay
 UNITS = {"": 2**30, "gib": 2**30, "tib": 2**40, "mib": 2**20, "gb": 10**9, "tb": 10**12}
 SIZE = re.compile(r"([0-9.]+)\s*(%|blocks|[a-z]*)")
 DEVICE_MIN = 8
+FILE_WIDTH = 200
+"""Characters of a line where no terminal says how wide it is."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 what was asked for cannot work."""
     args = _parser().parse_args(argv)
     try:
-        return _simulate(args, Console())
+        return _simulate(args, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
     except (TerraceError, UsageError) as error:
         print(f"terrace simulate: error: {error}", file=sys.stderr)
         return 2
