@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.engine import Engine, GenerateSpec, Stream
@@ -22,6 +22,7 @@ from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
 from server.sim.clock import VirtualLoop, run_virtual
 from server.sim.profile import Link, Profile
+from server.sim.stalls import Stalls
 from server.types import (
     DEVICE,
     DRAM,
@@ -39,6 +40,7 @@ from server.types import (
 
 IN_FLIGHT_BYTES = 512 * 2**20
 RUN_BYTES = 64 * 2**20
+TOO_LONG = "longer than the device tier"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,12 @@ class Served:
     asked: Asked
     ttft_s: float | None = None
     e2e_s: float | None = None
-    queue_s: float = 0.0
+    stalls_s: Mapping[str, float] = field(default_factory=dict)
+    """`ttft_s` by cause; see `stalls.py`."""
     cached_tokens: int = 0
     by_tier: dict[TierName, int] = field(default_factory=dict)
     refused: str | None = None
+    """Why, in words that do not differ from request to request."""
 
     @property
     def tpot_s(self) -> float | None:
@@ -106,6 +110,8 @@ class Replay:
     """Virtual time from the first arrival to the last token."""
     busy_s: float
     """Of the device."""
+    idle_loading_s: float
+    """How long the device rested while admitted requests waited for their blocks."""
     steps: int
     preemptions: int
 
@@ -129,7 +135,8 @@ class _Replayer:
         limits = Limits(setup.max_running, max(setup.step_tokens, setup.max_running), setup.step_tokens, 1 << 30,
                         1 << 60, (setup.tiers.device - 1) * setup.block_tokens)  # fmt: skip
         self.scheduler = Scheduler(self.kv, make_policy(setup.policy), limits)
-        self.runner = CostRunner(profile, loop)
+        self.stalls = Stalls(self.scheduler)
+        self.runner = CostRunner(profile, loop, self.stalls)
         tiers = {
             DEVICE: RateTier(DEVICE, setup.tiers.device, layout.block_bytes, profile.dram, profile.dram, loop),
             SSD: RateTier(SSD, setup.tiers.ssd, layout.block_bytes, profile.ssd_read, profile.ssd_write, loop),
@@ -151,8 +158,8 @@ class _Replayer:
         await engine
         seconds = max((self._over(served, stream) for served, stream in streams), default=0.0)
         everyone = [served for served, _ in streams]
-        return Replay(everyone, kv_report(self.kv), seconds, self.runner.busy_s, self.runner.steps,
-                      self.scheduler.preemptions)  # fmt: skip
+        return Replay(everyone, kv_report(self.kv), seconds, self.runner.busy_s, self.stalls.idle_s,
+                      self.runner.steps, self.scheduler.preemptions)  # fmt: skip
 
     def _submit(self, asked: Asked) -> tuple[Served, Stream | None]:
         served = Served(asked)
@@ -161,8 +168,11 @@ class _Replayer:
         )
         try:
             stream = self.engine.submit(spec)
-        except (InvalidRequest, Overloaded) as error:
-            served.refused = str(error)
+        except InvalidRequest:
+            served.refused = TOO_LONG
+            return served, None
+        except Overloaded as error:
+            served.refused = str(error.code)
             return served, None
         stream.deliver = _ignore  # type: ignore[method-assign] # nobody reads the tokens
         return served, stream
@@ -175,7 +185,7 @@ class _Replayer:
         assert request.last_token_s is not None
         served.ttft_s = request.first_token_s - request.arrival_s
         served.e2e_s = request.last_token_s - request.arrival_s
-        served.queue_s = (request.admitted_s or request.arrival_s) - request.arrival_s
+        served.stalls_s = self.stalls.of(request)
         served.cached_tokens = request.cached_tokens or 0
         served.by_tier = dict(stream.cached_by_tier)
         return request.last_token_s
@@ -198,17 +208,19 @@ class CostRunner:
     """A StepRunner that only takes the time that a step would. Answers are below zero and nobody's but a request's own:
     in a trace no prompt holds what was answered before."""
 
-    def __init__(self, profile: Profile, loop: VirtualLoop) -> None:
+    def __init__(self, profile: Profile, loop: VirtualLoop, stalls: Stalls) -> None:
         self.busy_s = 0.0
         self.steps = 0
-        self._profile, self._loop = profile, loop
+        self._profile, self._loop, self._stalls = profile, loop, stalls
 
     async def run(self, plan: StepPlan) -> StepResult:
         started_s = self._loop.now_s
         seconds = self._profile.step_s(plan.rows)
         self.busy_s += seconds
         self.steps += 1
+        self._stalls.start(plan, started_s)
         await asyncio.sleep(seconds)
+        self._stalls.end(self._loop.now_s)
         nothing = [None] * len(plan.rows)
         tokens = [None if row.sample is None else -1 - row.request_id for row in plan.rows]
         return StepResult(plan.id, tokens, nothing, nothing, started_s, self._loop.now_s)

@@ -31,6 +31,7 @@ from server.scheduler.policy import POLICIES as SCHEDULING
 from server.sim import bounds
 from server.sim.profile import PRESETS, load_profile
 from server.sim.replay import Asked, Replay, Served, Setup, Tiers, replay
+from server.sim.stalls import CAUSES
 
 UNITS = {"": 2**30, "gib": 2**30, "tib": 2**40, "mib": 2**20, "gb": 10**9, "tb": 10**12}
 SIZE = re.compile(r"([0-9.]+)\s*(%|blocks|[a-z]*)")
@@ -140,7 +141,7 @@ def figures(found: Replay, setup: Setup, slo_ms: Mapping[str, float]) -> dict[st
         "hit_by_tier": hits,
         **_distribution("ttft", ttft),
         **_distribution("tpot", tpot),
-        "queue_s": sum(one.queue_s for one in good),
+        "stalls_s": {cause: sum(one.stalls_s[cause] for one in good) for cause in CAUSES},
         "met": met / len(found.served),
         "goodput": met / found.seconds if found.seconds else 0.0,
         "virtual_s": found.seconds,
