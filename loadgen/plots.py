@@ -1,43 +1,32 @@
-"""report.html, one file with everything in it, and its plots as PNG. Plots need matplotlib (`pip install
-'terrace[plots]'`); without it the page has the tables only.
-"""
+"""report.html, one file with everything in it, and its plots as PNG."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from loadgen.measure import LATENCIES, PERCENTILES, latencies_ms, ttft_s
+from loadgen.page import COLOURS, Plot, can_plot, figure, rendered, save
 from loadgen.records import Outcome
-from loadgen.report import TITLES, as_command, cache_lines, number, with_interval
+from loadgen.report import TITLES, as_command, cache_lines, with_interval
 
 SOURCES = ("computed", "device", "dram", "ssd")
-COLOURS = {"computed": "#9aa5b1", "device": "#2a9d8f", "dram": "#4c78a8", "ssd": "#e08e45"}
-SIZE = (6.4, 3.0)
 PAGES = Path(__file__).parent
 
 
 def write(folder: Path, document: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[Path]:
     """report.html and, with matplotlib, one PNG per plot; the paths."""
     drawn = draw(document, outcomes)
-    paths = []
-    for name, (_, _, png) in drawn.items():
-        paths.append(folder / f"{name}.png")
-        paths[-1].write_bytes(png)
-    page = folder / "report.html"
-    page.write_text(html(document, {name: (title, svg) for name, (title, svg, _) in drawn.items()}), encoding="utf-8")
-    return [page, *paths]
+    return save(folder, "report.html", html(document, drawn), drawn)
 
 
-def html(document: Mapping[str, Any], plots: Mapping[str, tuple[str, str]]) -> str:
+def html(document: Mapping[str, Any], plots: Mapping[str, Plot]) -> str:
     """The page of one result."""
     return rendered(
-        "report.html.j2",
+        PAGES / "report.html.j2",
         d=document,
         ours=document["terrace"],
         plots=plots,
@@ -48,24 +37,16 @@ def html(document: Mapping[str, Any], plots: Mapping[str, tuple[str, str]]) -> s
     )
 
 
-def rendered(template: str, **values: Any) -> str:
-    """A page of this package. Everything that a server or a person wrote is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["number"] = number
-    text, style = (PAGES.joinpath(name).read_text(encoding="utf-8") for name in (template, "report.css"))
-    return environment.from_string(text).render(style=style, **values)
-
-
 def _cells(document: Mapping[str, Any], name: str) -> list[str]:
     intervals = document["terrace"]["confidence_95"]
     keys = [f"mean_{name}_ms", f"median_{name}_ms", *(f"p{p:g}_{name}_ms" for p in PERCENTILES[1:])]
     return [with_interval(document[key], intervals.get(key)) for key in keys]
 
 
-def draw(document: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, tuple[str, str, bytes]]:
-    """{file name: (title, SVG, PNG)}; nothing without matplotlib."""
+def draw(document: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Plot]:
+    """By file name; nothing without matplotlib."""
     good = [outcome for outcome in outcomes if outcome.error is None]
-    if not _can_plot() or not good:
+    if not can_plot() or not good:
         return {}
     plots: list[tuple[str, str, Callable[[Any], None]]] = [
         ("ttft", "TTFT by where the prompt's KV came from", lambda axes: _ttft(axes, good)),
@@ -76,12 +57,12 @@ def draw(document: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, 
         plots.append(("turns", "By turn", lambda axes: _turns(axes, document["terrace"]["turns"])))
     if (document["terrace"]["server"] or {}).get("prompt_tokens_by_source"):
         plots.append(("sources", "Prompt tokens by what provided their KV", lambda axes: _sources(axes, document)))
-    return {name: (title, *_figure(plot)) for name, title, plot in plots}
+    return {name: figure(title, plot) for name, title, plot in plots}
 
 
 def ttft_by_arm(document: Mapping[str, Any]) -> str:
     """SVG of the distribution of TTFT of every arm of a claim, all rounds together; empty without matplotlib."""
-    if not _can_plot():
+    if not can_plot():
         return ""
 
     def plot(axes: Any) -> None:
@@ -91,37 +72,7 @@ def ttft_by_arm(document: Mapping[str, Any]) -> str:
         axes.set(xlabel="TTFT of all requests, ms", ylabel="share", xscale="log", ylim=(0, 1.02))
         axes.legend(frameon=False, fontsize=8)
 
-    return _figure(plot)[0]
-
-
-def _can_plot() -> bool:
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    return True
-
-
-def _figure(plot: Callable[[Any], None]) -> tuple[str, bytes]:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    plot(axes)
-    for axis in (axes.xaxis, axes.yaxis):
-        if axis.get_scale() == "log":  # 1, 2, 5, 10, 20 ... and not 2 x 10^1
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
-    svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg")
-    figure.savefig(png, format="png", dpi=130)
-    text = svg.getvalue()
-    return text[text.index("<svg") :], png.getvalue()
+    return figure("", plot).svg
 
 
 def slowest_source(outcome: Outcome) -> str:

@@ -26,6 +26,7 @@ from loadgen.claims import CLAIMS, Arm, Claim, Goal
 from loadgen.daemon import Served
 from loadgen.errors import UsageError
 from loadgen.measure import ttft_s
+from loadgen.page import rendered
 from loadgen.report import number
 
 RESULTS = Path(__file__).parent / "results"
@@ -241,7 +242,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def page(documents: Sequence[Mapping[str, Any]]) -> str:
     """One self-contained page about all claims."""
     drawn = {document["claim"]: plots.ttft_by_arm(document) for document in documents}
-    return plots.rendered("suite.html.j2", documents=documents, plots=drawn, verdict_line=verdict_line,
+    return rendered(plots.PAGES / "suite.html.j2", documents=documents, plots=drawn, verdict_line=verdict_line,
                           as_command=report.as_command)  # fmt: skip
 
 

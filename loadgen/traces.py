@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loadgen.errors import UsageError
@@ -34,13 +35,21 @@ def read_mooncake(path: str) -> list[Recorded]:
     found = []
     for line, row in _rows(path):
         try:
-            blocks = [int(value) for value in row["hash_ids"]]
-            lengths = int(row["input_length"]), int(row["output_length"])
-            block_tokens = int(row.get("block_tokens", MOONCAKE_BLOCK_TOKENS))
-            found.append(Recorded(float(row["timestamp"]), *lengths, blocks, block_tokens))
-        except (KeyError, TypeError, ValueError) as error:
+            found.append(_recorded(row))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"{path}, line {line}: not of the Mooncake format: {error!r}") from None
     return sorted(found, key=lambda one: one.at_ms)
+
+
+def _recorded(row: dict[str, Any]) -> Recorded:
+    blocks = [int(value) for value in row["hash_ids"]]
+    block_tokens = int(row.get("block_tokens", MOONCAKE_BLOCK_TOKENS))
+    one = Recorded(float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), blocks, block_tokens)
+    if not math.isfinite(one.at_ms):
+        raise ValueError("timestamp is not a time")
+    if one.input_tokens < 1 or one.output_tokens < 0 or block_tokens < 1:
+        raise ValueError("a length is below what it can be")
+    return one
 
 
 @dataclass(frozen=True)
@@ -109,14 +118,22 @@ class Jsonl:
 def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of a file of JSON lines, gzipped or not."""
     try:
-        with gzip.open(path, "rt") if path.endswith(".gz") else Path(path).open(encoding="utf-8") as file:
+        opened = gzip.open if path.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UsageError(f"{path}, line {number}: not an object")
-                    yield number, row
-    except OSError as error:
-        raise UsageError(f"-P path={path}: {error.strerror or error}") from None
+                    yield number, _object(path, number, line)
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
+        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not text") from None
+
+
+def _object(path: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
     except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(f"{path}, line {number}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UsageError(f"{path}, line {number}: not an object")
+    return row

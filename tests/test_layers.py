@@ -34,8 +34,8 @@ LAYERS = [
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 BASE = {"types", "errors", "registry"}
 
-LOADGEN_FILES = {"server/sim/simulate.py"}
-"""It reads the traces that load tests replay, and shows figures as they do."""
+LOADGEN_FILES = {"server/sim/simulate.py", "server/sim/summary.py", "server/sim/page.py"}
+"""They read the traces that load tests replay, and show figures as those do."""
 CLOCKED = {"cli", "cachectl", "build", "sim", "bench", "demo"}
 TORCH = {"models", "runner", "build", "bench", "demo", "kernels"}
 TORCH_FILES = {"server/kvcache/arena.py", "server/kvcache/codec.py", "server/kvcache/tiers/device.py"}

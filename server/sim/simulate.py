@@ -12,37 +12,48 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 
 from loadgen.errors import UsageError
+from loadgen.measure import Objectives
+from loadgen.report import environment
 from loadgen.traces import read_mooncake
 from server.errors import ConfigError, TerraceError
 from server.kvcache.eviction import POLICIES as EVICTION
 from server.scheduler.policy import POLICIES as SCHEDULING
-from server.sim import bounds
+from server.sim import bounds, page, summary
 from server.sim.profile import PRESETS, load_profile
 from server.sim.replay import Asked, Replay, Served, Setup, Tiers, replay
 from server.sim.stalls import CAUSES
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+FORMAT = 1
+"""Of simulation.json."""
 UNITS = {"": 2**30, "gib": 2**30, "tib": 2**40, "mib": 2**20, "gb": 10**9, "tb": 10**12}
 SIZE = re.compile(r"([0-9.]+)\s*(%|blocks|[a-z]*)")
 DEVICE_MIN = 8
-FILE_WIDTH = 200
+"""Blocks: fewer hold no request worth the name."""
+FILE_WIDTH = 120
 """Characters of a line where no terminal says how wide it is."""
 
 
 @dataclass(frozen=True)
 class What:
-    """One combination. Sizes as typed: `80`, `80GiB`, `4TB`, `500blocks`, or `5%` of the trace's distinct blocks."""
+    """One combination. Sizes as typed: `80`, `80GiB`, `4TB`, `500blocks`, or `5%` of the trace's distinct blocks.
+    `load`: arrivals come at so much of what this daemon can do; 0: at the trace's own times."""
 
     profile: str = "h200-8b"
     device: str = "80GiB"
@@ -50,18 +61,41 @@ class What:
     ssd: str = "0"
     eviction: str = "lru"
     policy: str = "fcfs"
-    speedup: float = 1.0
     max_running: int = 256
     step_tokens: int = 8192
+    speedup: float = 1.0
+    load: float = 0.0
+
+
+HELP = {
+    "profile": ("NAME", f"model and machine: {', '.join(PRESETS)}, or a JSON file"),
+    "device": ("SIZE", "for KV: 80GiB, 4TB, 500blocks, or 5%% of the trace's distinct blocks"),
+    "dram": ("SIZE", "DRAM tier"),
+    "ssd": ("SIZE", "SSD tier"),
+    "eviction": ("NAME", ", ".join(sorted(EVICTION))),
+    "policy": ("NAME", f"scheduling: {', '.join(sorted(SCHEDULING))}"),
+    "max_running": ("N", "requests running at once"),
+    "step_tokens": ("N", "tokens per step"),
+    "speedup": ("X", "shrink the time between requests"),
+    "load": ("X", "stretch it so that the work is X times what this daemon can do; 0: do not"),
+}
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace in memory."""
+    """A trace in memory. Times count from the first request; blocks are numbered from 0."""
 
     asked: list[Asked]
     block_tokens: int
     distinct: int
+
+    @property
+    def span_s(self) -> float:
+        return self.asked[-1].at_s
+
+
+class NoWayDown(ConfigError):
+    """An SSD tier without one of DRAM above it. In a sweep such a combination is left out."""
 
 
 def load_trace(path: str, limit: int | None = None) -> Trace:
@@ -74,11 +108,13 @@ def load_trace(path: str, limit: int | None = None) -> Trace:
         raise ConfigError(f"{path} has blocks of {' and '.join(map(str, sorted(sizes)))} tokens", param="trace")
     start_ms, block_tokens = rows[0].at_ms, sizes.pop()
     number: dict[int, int] = {}
-    asked = [
-        Asked((row.at_ms - start_ms) / 1e3, row.input_tokens, max(1, row.output_tokens),
-              [number.setdefault(block, len(number)) for block in row.blocks])
-        for row in rows
-    ]  # fmt: skip
+    asked = []
+    for row in rows:
+        if len(row.blocks) != -(-row.input_tokens // block_tokens):
+            raise ConfigError(f"{path}, the request at {row.at_ms:g} ms: {len(row.blocks)} hash_ids for "
+                              f"{row.input_tokens} tokens in blocks of {block_tokens}", param="trace")  # fmt: skip
+        blocks = [number.setdefault(block, len(number)) for block in row.blocks]
+        asked.append(Asked((row.at_ms - start_ms) / 1e3, row.input_tokens, max(1, row.output_tokens), blocks))
     return Trace(asked, block_tokens, len(number))
 
 
@@ -105,47 +141,79 @@ def setup_of(what: What, trace: Trace) -> Setup:
     if sizes["device"] < DEVICE_MIN:
         raise ConfigError(f"--device {what.device} is {sizes['device']} blocks of {block_bytes} bytes; give it more")
     if sizes["ssd"] and not sizes["dram"]:
-        raise ConfigError("--ssd needs --dram: blocks go to SSD by way of DRAM")
+        raise NoWayDown("--ssd needs --dram: blocks go to SSD by way of DRAM", param="ssd")
     for name, value, known in (("eviction", what.eviction, EVICTION), ("policy", what.policy, SCHEDULING)):
         if value not in known:
             raise ConfigError(f"--{name} {value}: there are {', '.join(sorted(known))}", param=name)
+    for name in ("max_running", "step_tokens", "speedup", "load"):
+        value = getattr(what, name)
+        if not isfinite(value) or value < 0 or (value == 0 and name != "load"):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0", param=name)
+    if what.load and what.speedup != 1:
+        raise ConfigError("--load sets when requests come; leave --speedup away", param="load")
+    if what.load and not trace.span_s:
+        raise ConfigError("--load: all requests of the trace come at the same time", param="load")
     return Setup(profile, Tiers(**sizes, eviction=what.eviction), trace.block_tokens, what.policy, what.max_running,
                  what.step_tokens)  # fmt: skip
 
 
-def run(what: What, trace: Trace, slo_ms: Mapping[str, float]) -> dict[str, Any]:
-    """Replay one combination; its figures."""
+# --- one combination -------------------------------------------------------------------------------------------------
+
+
+def daemon_of(what: What) -> What:
+    """Whose capacity is meant by `load`: the same machine and sizes with the first policies there were, so that all
+    policies of a sweep get the same arrivals."""
+    return What(what.profile, what.device, what.dram, what.ssd, "lru", "fcfs", what.max_running, what.step_tokens)
+
+
+def work_s(daemon: What, trace: Trace) -> float:
+    """How long a daemon takes for the whole trace when it need never wait for the next request."""
+    return replay(setup_of(daemon, trace), [replace(one, at_s=0.0) for one in trace.asked]).seconds
+
+
+def run(job: tuple[What, float | None], trace: Trace, slo_ms: Mapping[str, float]) -> dict[str, Any]:
+    """Replay one combination, with its daemon's `work_s` where a load is wanted; its figures."""
+    what, work = job
     setup = setup_of(what, trace)
-    asked = trace.asked
-    if what.speedup != 1:
-        asked = [replace(one, at_s=one.at_s / what.speedup) for one in asked]
+    stretch = 1 / what.speedup if work is None else work / what.load / trace.span_s
+    asked = trace.asked if stretch == 1 else [replace(one, at_s=one.at_s * stretch) for one in trace.asked]
     started_s = time.perf_counter()
     found = replay(setup, asked)
-    return {**asdict(what), **figures(found, setup, slo_ms), "wall_s": time.perf_counter() - started_s}
+    tiers = setup.tiers
+    return {
+        **asdict(what),
+        "blocks": {"device": tiers.device, "dram": tiers.dram, "ssd": tiers.ssd},
+        "capacity_requests_per_s": None if work is None else len(asked) / work,
+        **figures(found, setup, slo_ms),
+        "wall_s": time.perf_counter() - started_s,
+    }
 
 
 def figures(found: Replay, setup: Setup, slo_ms: Mapping[str, float]) -> dict[str, Any]:
-    """What a replay shows: milliseconds, shares of prompt tokens, bytes."""
+    """What a replay shows: milliseconds, shares of prompt tokens, bytes. Refused requests count as refused only, and as
+    not having met the SLO."""
     good = [one for one in found.served if one.refused is None]
-    prompt = sum(one.asked.prompt_tokens for one in good)
+    prompt = sum(one.asked.prompt_tokens for one in good) or 1
     hits = {name: sum(one.by_tier.get(name, 0) for one in good) / prompt for name in ("device", "dram", "ssd")}
-    ttft = [one.ttft_s for one in good if one.ttft_s is not None]
-    tpot = [one.tpot_s for one in good if one.tpot_s is not None]
     block_bytes = setup.profile.kv_bytes_per_token * setup.block_tokens
     moved = {f"{hop.source}>{hop.target}": hop.moved_blocks * block_bytes for hop in found.kv.hops}
     met = sum(_met(one, slo_ms) for one in good)
+    seconds = found.seconds or 1.0
     return {
         "requests": len(found.served),
         "refused": len(found.served) - len(good),
+        "refused_because": dict(Counter(one.refused for one in found.served if one.refused is not None)),
         "hit": sum(hits.values()),
         "hit_by_tier": hits,
-        **_distribution("ttft", ttft),
-        **_distribution("tpot", tpot),
+        **_distribution("ttft", [one.ttft_s for one in good if one.ttft_s is not None]),
+        **_distribution("tpot", [one.tpot_s for one in good if one.tpot_s is not None]),
+        **_distribution("e2el", [one.e2e_s for one in good if one.e2e_s is not None]),
         "stalls_s": {cause: sum(one.stalls_s[cause] for one in good) for cause in CAUSES},
         "met": met / len(found.served),
-        "goodput": met / found.seconds if found.seconds else 0.0,
+        "goodput": met / seconds,
         "virtual_s": found.seconds,
-        "device_busy": found.busy_s / found.seconds if found.seconds else 0.0,
+        "device_busy": found.busy_s / seconds,
+        "device_idle_loading": found.idle_loading_s / seconds,
         "steps": found.steps,
         "preemptions": found.preemptions,
         "moved_bytes": moved,
@@ -175,70 +243,65 @@ def limits(trace: Trace, capacity: int) -> dict[str, float]:
     return {name: count * trace.block_tokens / prompt for name, count in blocks.items()}
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
+# --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 what was asked for cannot work."""
-    args = _parser().parse_args(argv)
-    try:
-        return _simulate(args, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
-    except (TerraceError, UsageError) as error:
-        print(f"terrace simulate: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def simulate(chosen: Sequence[What], trace: Trace, slo_ms: Mapping[str, float], jobs: int = 1) -> list[dict[str, Any]]:
+    """A row per combination, `jobs` processes at once. ConfigError before anything is replayed if one cannot be."""
+    tiers = [setup_of(what, trace).tiers for what in chosen]
+    daemons = list(dict.fromkeys(daemon_of(what) for what in chosen if what.load))
+    measured = dict(zip(daemons, _each(partial(work_s, trace=trace), daemons, jobs, "capacity"), strict=True))
+    work = [(what, measured[daemon_of(what)] if what.load else None) for what in chosen]
+    rows = _each(partial(run, trace=trace, slo_ms=slo_ms), work, jobs, "replay")
+    capacities = [one.device + one.dram + one.ssd for one in tiers]
+    known = {capacity: limits(trace, capacity) for capacity in set(capacities)}
+    for row, capacity in zip(rows, capacities, strict=True):
+        row["limits"] = known[capacity]
+    return rows
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="terrace simulate", description=(__doc__ or "").partition("\n\n")[2],
-                                     allow_abbrev=False)  # fmt: skip
-    parser.add_argument("trace", metavar="TRACE", help="Mooncake JSON lines, also gzipped; see serve --record-path")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
-    helps = {"profile": f"{', '.join(PRESETS)} or a JSON file", "device": "80GiB, 5%% or 500blocks",
-             "eviction": ", ".join(sorted(EVICTION)), "policy": ", ".join(sorted(SCHEDULING)),
-             "speedup": "shrink the time between requests", "max_running": "requests running at once",
-             "step_tokens": "tokens per step"}  # fmt: skip
-    for name, default in asdict(What()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=type(default), default=default,
-                            metavar=name.upper(), help=f"{helps.get(name, '')} [{default}]")  # fmt: skip
-    parser.add_argument("--sweep", action="append", default=[], metavar="NAME=A,B,C",
-                        help="all of these instead of one; repeat for all combinations")  # fmt: skip
-    parser.add_argument("--slo", nargs="+", default=[], metavar="NAME:MS", help="such as ttft:2000 tpot:50")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="combinations at once [1]")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write simulation.json there")
-    return parser
+def _each(work: Callable[[Item], Result], items: Sequence[Item], jobs: int, label: str) -> list[Result]:
+    """In order, with a bar on a terminal."""
+    console = Console(stderr=True)
+
+    def gathered(results: Iterable[Result]) -> list[Result]:
+        quiet = not console.is_terminal or not items
+        return list(track(results, label, len(items), console=console, transient=True, disable=quiet))
+
+    if jobs == 1 or len(items) < 2:
+        return gathered(map(work, items))
+    with ProcessPoolExecutor(min(jobs, len(items))) as pool:
+        return gathered(pool.map(work, items))
 
 
-def _simulate(args: argparse.Namespace, console: Console) -> int:
+def document_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked for and found; what simulation.json holds."""
     trace = load_trace(args.trace, args.limit)
     base = What(**{field.name: getattr(args, field.name) for field in fields(What)})
-    chosen = combinations(base, args.sweep)
-    for what in chosen:
-        setup_of(what, trace)  # what cannot work is known before an hour has passed
-    work = partial(run, trace=trace, slo_ms=slo(args.slo))
-    if args.jobs > 1:
-        with ProcessPoolExecutor(args.jobs) as pool:
-            rows = list(pool.map(work, chosen))
-    else:
-        rows = [work(what) for what in chosen]
-    for what, row in zip(chosen, rows, strict=True):
-        tiers = setup_of(what, trace).tiers
-        row["limits"] = limits(trace, tiers.device + tiers.dram + tiers.ssd)
-    show(rows, swept(chosen), console)
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        path = args.output / "simulation.json"
-        path.write_text(json.dumps({"trace": Path(args.trace).name, "rows": rows}) + "\n", encoding="utf-8")
-        console.print(f"written: {path}", highlight=False)
-    return 0
-
-
-def slo(texts: Sequence[str]) -> dict[str, float]:
-    """`ttft:2000 tpot:50`, milliseconds."""
-    from loadgen.measure import Objectives
-
-    return dict(Objectives.parse(texts).limits_ms)
+    chosen, left_out = possible(combinations(base, args.sweep), trace)
+    slo_ms = dict(Objectives.parse(args.slo).limits_ms)
+    rows = simulate(chosen, trace, slo_ms, args.jobs)
+    names = swept(chosen)
+    return {
+        "format": FORMAT,
+        "date": time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
+        "trace": {
+            "name": Path(args.trace).name,
+            "requests": len(trace.asked),
+            "prompt_tokens": sum(one.prompt_tokens for one in trace.asked),
+            "output_tokens": sum(one.output_tokens for one in trace.asked),
+            "span_s": trace.span_s,
+            "block_tokens": trace.block_tokens,
+            "distinct_blocks": trace.distinct,
+        },
+        "options": {**asdict(base), "limit": args.limit, "sweep": args.sweep, "slo_ms": slo_ms},
+        "profiles": {name: asdict(load_profile(name)) for name in dict.fromkeys(what.profile for what in chosen)},
+        "swept": names,
+        "left_out": [summary.named(asdict(what), names) for what in left_out],
+        "findings": summary.findings(rows, names),
+        "rows": rows,
+        "environment": environment(),
+    }
 
 
 def combinations(base: What, sweeps: Sequence[str]) -> list[What]:
@@ -257,28 +320,84 @@ def combinations(base: What, sweeps: Sequence[str]) -> list[What]:
     return [replace(base, **dict(chosen)) for chosen in itertools.product(*axes)]
 
 
+def possible(wanted: Sequence[What], trace: Trace) -> tuple[list[What], list[What]]:
+    """Those that can be, and those with an SSD tier and no DRAM above it. ConfigError for any other mistake, or if
+    none can be."""
+    left_out: dict[What, NoWayDown] = {}
+    for what in wanted:
+        try:
+            setup_of(what, trace)
+        except NoWayDown as error:
+            left_out[what] = error
+    if len(left_out) == len(wanted):
+        raise left_out[wanted[0]]
+    return [what for what in wanted if what not in left_out], list(left_out)
+
+
 def swept(chosen: Sequence[What]) -> list[str]:
     """The names of what differs between the combinations."""
     return [field.name for field in fields(What) if len({getattr(what, field.name) for what in chosen}) > 1]
 
 
-def show(rows: Sequence[Mapping[str, Any]], names: Sequence[str], console: Console) -> None:
-    """The table: a row per combination."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = [*names, "hit", "device", "dram", "ssd", "optimal", "infinite", "TTFT mean", "p50", "p99", "TPOT p99",
-               "met", "busy", "SSD GB written", "refused"]  # fmt: skip
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in rows:
-        hits = [f"{share:.1%}" for share in (row["hit"], *row["hit_by_tier"].values(), *row["limits"].values())]
-        times = [_ms(row[key]) for key in ("mean_ttft_ms", "p50_ttft_ms", "p99_ttft_ms", "p99_tpot_ms")]
-        others = [f"{row['met']:.1%}", f"{row['device_busy']:.0%}", f"{row['ssd_written_bytes'] / 1e9:,.0f}"]
-        table.add_row(*(str(row[name]) for name in names), *hits, *times, *others, str(row["refused"]))
-    console.print(table)
+# --- the command line ------------------------------------------------------------------------------------------------
 
 
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f} ms" if value >= 100 else f"{value:.1f} ms"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 what was asked for cannot work."""
+    args = _parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False, soft_wrap=False)
+    try:
+        document = document_of(args)
+        summary.show(document, console)
+        if args.output is not None:
+            for path in write(args.output, document):
+                console.print(f"written: {path}", soft_wrap=True)
+        return 0
+    except (TerraceError, UsageError) as error:
+        print(f"terrace simulate: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def write(folder: Path, document: Mapping[str, Any]) -> list[Path]:
+    """simulation.json, simulation.html and, with matplotlib, one PNG per plot; the paths. ConfigError if not there."""
+    path = folder / "simulation.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return [path, *page.write(folder, document)]
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error.strerror}", param="output") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="terrace simulate", description=(__doc__ or "").partition("\n\n")[2], allow_abbrev=False,
+        usage="%(prog)s TRACE [--device SIZE] [--dram SIZE] [--ssd SIZE] [--sweep NAME=A,B,C] ... [--output DIR]",
+        epilog="example: terrace simulate traffic.jsonl --sweep dram=0,256GiB,512GiB --sweep ssd=0,4TB --slo ttft:2000",
+    )  # fmt: skip
+    parser.add_argument("trace", metavar="TRACE", help="JSON lines, also gzipped; `serve --record-path` writes them")
+    parser.add_argument("--sweep", action="append", default=[], metavar="NAME=A,B,C",
+                        help="all of these instead of one; more than once for all combinations")  # fmt: skip
+    parser.add_argument("--slo", nargs="+", default=[], metavar="NAME:MS", help="such as ttft:2000 tpot:50")
+    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N requests")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="combinations at once [1]")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write simulation.json, simulation.html and plots")
+    group = parser.add_argument_group("what can be swept, and its value where it is not")
+    for name, default in asdict(What()).items():
+        metavar, text = HELP[name]
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, type=type(default), default=default,
+                           metavar=metavar, help=f"{text} [{default:g}]" if isinstance(default, float)
+                           else f"{text} [{default}]")  # fmt: skip
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
 
 
 if __name__ == "__main__":

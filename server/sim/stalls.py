@@ -1,14 +1,8 @@
 """Where the time up to a request's first token goes, seen from outside: from the steps that run and the requests that
 are not in them. Nothing in the production code knows that it is watched.
 
-    queue      arrival to admission: no place among the running, no room on the device, or a prefix that another computes
-    loading    admitted, but in no step: its blocks are on their way up
-    turn       admitted, but in no step: others filled it
-    computing  in a step, however small its part of it
-    preempted  from when its blocks were taken to when it computes or loads again
-
-They sum to the time to first token. The scheduler plans in no time, so all time is either that of a step or that of the
-device at rest; at rest, whoever was admitted waits for blocks, or the scheduler would have planned a step.
+The causes sum to the time to first token. The scheduler plans in no time, so all time is either that of a step or that
+of the device at rest; at rest, whoever was admitted waits for blocks, or the scheduler would have planned a step.
 """
 
 from __future__ import annotations
@@ -20,7 +14,13 @@ from server.scheduler.request import Request
 from server.scheduler.scheduler import Scheduler
 from server.types import RequestId, StepPlan
 
-CAUSES = ("queue", "loading", "turn", "computing", "preempted")
+CAUSES = {
+    "queue": "not admitted yet: no place, no room on the device, or somebody else computes its prefix",
+    "loading": "admitted, but in no step: its blocks are on their way up",
+    "turn": "admitted, but in no step: others filled it",
+    "computing": "in a step, however small its part of it",
+    "preempted": "from when its blocks were taken to when it computes or loads again",
+}
 
 
 @dataclass(slots=True)
