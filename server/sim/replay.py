@@ -22,7 +22,7 @@ from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
 from server.sim.clock import VirtualLoop, run_virtual
 from server.sim.profile import Link, Profile
-from server.sim.stalls import Stalls
+from server.sim.stalls import CAUSES, Stalls
 from server.types import (
     DEVICE,
     DRAM,
@@ -86,7 +86,7 @@ class Served:
     asked: Asked
     ttft_s: float | None = None
     e2e_s: float | None = None
-    stalls_s: Mapping[str, float] = field(default_factory=dict)
+    stalls_s: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
     """`ttft_s` by cause; see `stalls.py`."""
     cached_tokens: int = 0
     by_tier: dict[TierName, int] = field(default_factory=dict)

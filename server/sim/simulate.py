@@ -281,7 +281,7 @@ def document_of(args: argparse.Namespace) -> dict[str, Any]:
     chosen, left_out = possible(combinations(base, args.sweep), trace)
     slo_ms = dict(Objectives.parse(args.slo).limits_ms)
     rows = simulate(chosen, trace, slo_ms, args.jobs)
-    names = swept(chosen)
+    names = swept(chosen, args.sweep)
     return {
         "format": FORMAT,
         "date": time.strftime("%Y%m%d-%H%M%S", time.gmtime()),
@@ -305,19 +305,22 @@ def document_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def combinations(base: What, sweeps: Sequence[str]) -> list[What]:
-    """`base` with every combination of what the sweeps name."""
+    """`base` with every combination of what the sweeps name; each once."""
+    axes = [[(name, value) for value in values] for name, values in map(_axis, sweeps)]
+    return list(dict.fromkeys(replace(base, **dict(chosen)) for chosen in itertools.product(*axes)))
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    """`dram=0,256GiB`: the name, and the values of the type that it has."""
     kinds: dict[str, type[Any]] = {name: type(value) for name, value in asdict(What()).items()}
-    axes: list[list[tuple[str, Any]]] = []
-    for text in sweeps:
-        name, _, values = text.partition("=")
-        name = name.replace("-", "_")
-        if name not in kinds or not values:
-            raise ConfigError(f"--sweep {text}: must look like dram=0,256GiB; there are {', '.join(kinds)}")
-        try:
-            axes.append([(name, kinds[name](value)) for value in values.split(",")])
-        except ValueError as error:
-            raise ConfigError(f"--sweep {text}: {error}") from None
-    return [replace(base, **dict(chosen)) for chosen in itertools.product(*axes)]
+    name, _, values = text.partition("=")
+    name = name.replace("-", "_")
+    if name not in kinds or not values:
+        raise ConfigError(f"--sweep {text}: must look like dram=0,256GiB; there are {', '.join(kinds)}")
+    try:
+        return name, [kinds[name](value) for value in values.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--sweep {text}: {error}") from None
 
 
 def possible(wanted: Sequence[What], trace: Trace) -> tuple[list[What], list[What]]:
@@ -334,9 +337,10 @@ def possible(wanted: Sequence[What], trace: Trace) -> tuple[list[What], list[Wha
     return [what for what in wanted if what not in left_out], list(left_out)
 
 
-def swept(chosen: Sequence[What]) -> list[str]:
-    """The names of what differs between the combinations."""
-    return [field.name for field in fields(What) if len({getattr(what, field.name) for what in chosen}) > 1]
+def swept(chosen: Sequence[What], sweeps: Sequence[str]) -> list[str]:
+    """The names of what differs between the combinations, in the order in which they were given."""
+    given = dict.fromkeys(_axis(text)[0] for text in sweeps)
+    return [name for name in given if len({getattr(what, name) for what in chosen}) > 1]
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -374,7 +378,8 @@ def write(folder: Path, document: Mapping[str, Any]) -> list[Path]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="terrace simulate", description=(__doc__ or "").partition("\n\n")[2], allow_abbrev=False,
-        usage="%(prog)s TRACE [--device SIZE] [--dram SIZE] [--ssd SIZE] [--sweep NAME=A,B,C] ... [--output DIR]",
+        usage="%(prog)s TRACE [--device SIZE] [--dram SIZE] [--ssd SIZE]\n"
+        "                        [--sweep NAME=A,B,C] ... [--output DIR] [...]",
         epilog="example: terrace simulate traffic.jsonl --sweep dram=0,256GiB,512GiB --sweep ssd=0,4TB --slo ttft:2000",
     )  # fmt: skip
     parser.add_argument("trace", metavar="TRACE", help="JSON lines, also gzipped; `serve --record-path` writes them")

@@ -103,7 +103,7 @@ def _share(*path: str) -> Callable[[Row], str]:
 
 
 def _number(key: str, scale: float = 1.0) -> Callable[[Row], str]:
-    return lambda row: number(None if row[key] is None else row[key] * scale)
+    return lambda row: "0" if row[key] == 0 else number(None if row[key] is None else row[key] * scale)
 
 
 def _stall(cause: str) -> Callable[[Row], str]:
@@ -128,40 +128,42 @@ def findings(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
     for row in rows:
         groups.setdefault(tuple(row[name] for name in loads), []).append(row)
     for group in groups.values():
-        prefix = f"At {named(group[0], loads)}: " if loads else ""
-        said += [prefix + sentence for sentence in _compared(group, names)]
+        said += _compared(group, names, f"At {named(group[0], loads)}, from" if loads else "From")
     return said
 
 
-def _compared(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+def _compared(rows: Sequence[Row], names: Sequence[str], start: str) -> list[str]:
     """Sentences about rows that are asked the same. A step differs from the first row in one name."""
     base = rows[0]
     served = [row for row in rows[1:] if row["mean_ttft_ms"] is not None]
     if base["mean_ttft_ms"] is None or not served:
         return []
-    changed = {id(row): [name for name in names if row[name] != base[name]] for row in served}
     served.sort(key=lambda row: row["mean_ttft_ms"])
+    changed = {id(row): [name for name in names if row[name] != base[name]] for row in served}
     steps = [row for row in served if len(changed[id(row)]) == 1]
-    said = []
-    if steps:
-        best, *others = steps
-        worth = best["mean_ttft_ms"] <= WORTH * base["mean_ttft_ms"]
-        head = (
-            "the best single step is" if worth else "no single step makes the mean TTFT noticeably shorter; nearest is"
-        )
-        said.append(f"From {named(base, names)} {head} {_step(best, base, changed[id(best)])}.")
-        said += [f"{_step(row, base, changed[id(row)])}." for row in others]
+    told = {id(row): f"{_step(row, base, changed[id(row)])}." for row in served}
+    start = f"{start} {named(base, names)}"
+    if not steps or steps[0]["mean_ttft_ms"] > WORTH * base["mean_ttft_ms"]:
+        said = [f"{start} no single step shortens the mean TTFT by {1 - WORTH:.0%} or more."]
+        said += [told[id(row)] for row in steps]
+    else:
+        said = [f"{start} the best single step is {told[id(steps[0])]}", *(told[id(row)] for row in steps[1:])]
     if len(changed[id(served[0])]) > 1:
-        said.append(f"The best of all is {_step(served[0], base, changed[id(served[0])])}.")
+        said.append(f"The best of all is {told[id(served[0])]}")
     return said
 
 
 def _step(row: Row, base: Row, names: Sequence[str]) -> str:
-    """`dram=512GiB: mean TTFT 0.61 x (7.4 s instead of 12.1 s), 1.9 x the hits (...), ...`."""
-    ratio = row["mean_ttft_ms"] / base["mean_ttft_ms"]
-    parts = [f"mean TTFT {ratio:.2f} x ({_time(row['mean_ttft_ms'])} instead of {_time(base['mean_ttft_ms'])})"]
-    change = f"{percent(row['hit'])} % instead of {percent(base['hit'])} %"
-    parts.append(f"{row['hit'] / base['hit']:.2g} x the hits ({change})" if base["hit"] else f"hits {change}")
+    """`dram=512GiB: mean TTFT 0.61 x (7.4 s instead of 12.1 s), p99 0.70 x, 1.9 x the hits (...), ...`."""
+    ratio, tail = (row[key] / base[key] for key in ("mean_ttft_ms", "p99_ttft_ms"))
+    times = f"{_time(row['mean_ttft_ms'])} instead of {_time(base['mean_ttft_ms'])}"
+    parts = [f"mean TTFT {ratio:.2f} x ({times}), p99 {tail:.2f} x"]
+    now, before = percent(row["hit"]), percent(base["hit"])
+    if now == before:
+        parts.append(f"as many hits ({now} %)")
+    else:
+        factor = f"{row['hit'] / base['hit']:.2g} x the hits" if base["hit"] else "hits"
+        parts.append(f"{factor} ({now} % instead of {before} %)")
     if row["met"] != base["met"]:
         parts.append(f"SLO met by {percent(row['met'])} % instead of {percent(base['met'])} %")
     written = (row["ssd_written_bytes"] - base["ssd_written_bytes"]) / 1e9

@@ -1,8 +1,7 @@
-"""Replays of traces on virtual time: what they must agree with, and the command line around them."""
+"""Replays of traces on virtual time: what they must agree with, and where the time goes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, combinations
@@ -11,12 +10,12 @@ from random import Random
 
 import pytest
 
-from server.cli import main
 from server.kvcache.eviction import POLICIES
 from server.sim import bounds
 from server.sim.profile import PRESETS
-from server.sim.replay import Asked, Replay, Setup, Tiers, prompt_of, replay
+from server.sim.replay import TOO_LONG, Asked, Replay, Setup, Tiers, prompt_of, replay
 from server.sim.simulate import load_trace
+from server.sim.stalls import CAUSES
 
 BLOCK = 16
 PROFILE = replace(PRESETS["h200-8b"], token_s=1e-3)
@@ -155,51 +154,45 @@ def test_hit_rates_on_public_traces_are_the_published_ones(
         assert bounds.optimal(trace.asked, 512, capacity) / asked == pytest.approx(optimal, abs=0.01)
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tiers", [Tiers(24, 48, 400), Tiers(40, 400), Tiers(40)], ids=str)
+@pytest.mark.parametrize("step_tokens", [16, 8192])
+def test_stalls_sum_to_the_time_to_the_first_token(tiers: Tiers, step_tokens: int):
+    """In a crowd, with long answers that preempt each other, for every request: no second is lost or counted twice."""
+    asked = [replace(one, output_tokens=60 + one.output_tokens) for one in _sessions(1, gap_s=0.01)]
+    found = replay(Setup(PROFILE, tiers, BLOCK, max_running=8, step_tokens=step_tokens), asked)
+    assert found.preemptions > 0
+    for one in found.served:
+        assert sum(one.stalls_s.values()) == pytest.approx(one.ttft_s or 0.0, rel=1e-9)
+        assert min(one.stalls_s.values()) >= 0
+    assert sum(one.stalls_s["queue"] for one in found.served) > 0
 
 
-def _file(tmp_path: Path, asked: list[Asked]) -> str:
-    path = tmp_path / "trace.jsonl"
-    rows = [{"timestamp": one.at_s * 1e3, "input_length": one.prompt_tokens, "output_length": one.output_tokens,
-             "hash_ids": list(one.blocks), "block_tokens": BLOCK} for one in asked]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+def test_every_cause_of_a_stall_is_told_apart():
+    """Three tiers, small steps, long answers: some wait for a place, for blocks, for their turn, after preemption."""
+    rng = Random(1)
+    asked = [replace(one, output_tokens=rng.randint(50, 120)) for one in _sessions(1, gap_s=0.01)]
+    found = replay(Setup(PROFILE, Tiers(24, 48, 400), BLOCK, max_running=8, step_tokens=16), asked)
+    assert all(sum(one.stalls_s[cause] for one in found.served) > 0 for cause in CAUSES)
 
 
-def test_a_sweep_prints_a_row_per_combination(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Sizes as bytes, shares and blocks; figures also as JSON, with both limits beside them."""
-    trace = _file(tmp_path, _sessions(6))
-    arguments = ["simulate", trace, "--device=24blocks", "--sweep=dram=0,50%,1GiB", "--sweep=eviction=lru,s3fifo",
-                 "--slo", "ttft:1000", f"--output={tmp_path / 'out'}"]  # fmt: skip
-    assert main(arguments) == 0
-    assert "infinite" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "out" / "simulation.json").read_text())["rows"]
-    assert [(row["dram"], row["eviction"]) for row in rows][:3] == [("0", "lru"), ("0", "s3fifo"), ("50%", "lru")]
-    assert rows[0]["hit"] <= rows[2]["hit"] <= rows[4]["hit"] <= rows[4]["limits"]["infinite"] + 1e-9
-    assert all(row["met"] == 1.0 for row in rows)
+def test_a_device_at_rest_while_blocks_are_loaded_is_seen():
+    """A prompt that lies in DRAM as a whole, and nothing else to do: it loads, then computes its one token."""
+    prompts = [tuple(range(first, first + 41)) for first in (0, 1000, 0)]
+    asked = [Asked(100.0 * n, 40 * BLOCK + 1, 1, blocks) for n, blocks in enumerate(prompts)]
+    found = replay(Setup(PROFILE, Tiers(42, 400), BLOCK), asked)
+    again = found.served[2]
+    assert again.by_tier["dram"] > 30 * BLOCK
+    assert again.stalls_s["loading"] == pytest.approx(found.idle_loading_s)
+    assert again.stalls_s["loading"] > 30 * BLOCK * PROFILE.kv_bytes_per_token / PROFILE.dram.bytes_per_s
+    assert found.served[0].stalls_s["computing"] == pytest.approx(found.served[0].ttft_s)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--device=none"], "--device none: must look like"),
-        (["--device=1blocks"], "give it more"),
-        (["--ssd=1TB"], "--ssd needs --dram"),
-        (["--eviction=best"], "there are cost"),
-        (["--profile=tpu"], "h200-8b"),
-        (["--sweep=colour=red"], "there are profile"),
-        (["--sweep=speedup=fast"], "--sweep speedup=fast"),
-        (["--slo", "speed:1"], "ttft, tpot and e2el"),
-    ],
-)
-def test_what_cannot_be_simulated_is_one_line(
-    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-):
-    """A mistake on the command line is named before anything is replayed; exit code 2."""
-    assert main(["simulate", _file(tmp_path, _sessions(7)), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.startswith("terrace simulate: error: ")
+def test_a_request_longer_than_the_device_is_refused():
+    """It is counted with its reason, and the others are served."""
+    asked = _sessions(3)[:5]
+    asked.insert(2, Asked(asked[1].at_s, 100 * BLOCK, 1, tuple(range(7000, 7100))))
+    found = _replayed(asked, Tiers(40))
+    assert [one.refused for one in found.served] == [None, None, TOO_LONG, None, None, None]
 
 
 def test_a_prompt_is_made_of_its_blocks():
