@@ -13,6 +13,8 @@ from server.sim.summary import Column, Row
 
 WIDTH, HEAD, LINE = 6.4, 1.05, 0.27
 """Inches: of a plot, of what is around its bars, and of a bar."""
+LOG_FROM = 20
+"""Times are on a logarithmic axis where the longest is more than so many times the shortest."""
 CAUSE_COLOURS = dict(zip(CAUSES, ("#9aa5b1", "#e08e45", "#e9c46a", "#2a9d8f", "#c0504d"), strict=True))
 
 
@@ -114,7 +116,11 @@ def _ttft(axes: Any, rows: Sequence[Row]) -> None:
     for key, mark, colour in marks:
         values = [row[f"{key}_ttft_ms"] / 1e3 for _, row in shown]
         axes.plot(values, at, mark, color=COLOURS[colour], ms=6, label=key)
-    axes.set(xlabel="s", xscale="log")
+    times = [row[f"{key}_ttft_ms"] for _, row in shown for key in ("p50", "p99")]
+    if times and max(times) > LOG_FROM * min(times):
+        axes.set(xlabel="s", xscale="log")
+    else:
+        axes.set(xlabel="s", xlim=(0, None))
     _legend(axes, 4)
 
 

@@ -352,10 +352,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False, soft_wrap=False)
     try:
         document = document_of(args)
+        written = [] if args.output is None else write(args.output, document)
         summary.show(document, console)
-        if args.output is not None:
-            for path in write(args.output, document):
-                console.print(f"written: {path}", soft_wrap=True)
+        for path in written:
+            console.print(f"written: {path}", soft_wrap=True)
         return 0
     except (TerraceError, UsageError) as error:
         print(f"terrace simulate: error: {error}", file=sys.stderr)

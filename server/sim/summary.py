@@ -148,7 +148,8 @@ def _compared(rows: Sequence[Row], names: Sequence[str], start: str) -> list[str
         said += [told[id(row)] for row in steps]
     else:
         said = [f"{start} the best single step is {told[id(steps[0])]}", *(told[id(row)] for row in steps[1:])]
-    if len(changed[id(served[0])]) > 1:
+    nearest = steps[0]["mean_ttft_ms"] if steps else base["mean_ttft_ms"]
+    if len(changed[id(served[0])]) > 1 and served[0]["mean_ttft_ms"] <= WORTH * nearest:
         said.append(f"The best of all is {told[id(served[0])]}")
     return said
 

@@ -143,6 +143,13 @@ def test_steps_that_buy_nothing_are_not_praised():
     assert summary.findings(rows[:1], []) == []
 
 
+def test_more_of_everything_is_not_advised_where_one_step_does_as_well():
+    """The best of all is named only if it is better than the best step."""
+    rows = [_found(100.0, 0.1, dram="0", ssd="0"), _found(50.0, 0.2, dram="1TiB", ssd="0"),
+            _found(49.9, 0.2, dram="1TiB", ssd="4TB")]  # fmt: skip
+    assert len(summary.findings(rows, ["dram", "ssd"])) == 1
+
+
 # --- load ------------------------------------------------------------------------------------------------------------
 
 
