@@ -109,26 +109,27 @@ def _hits(axes: Any, rows: Sequence[Row]) -> None:
 def _ttft(axes: Any, rows: Sequence[Row]) -> None:
     shown = [(position, row) for position, row in enumerate(rows) if row["mean_ttft_ms"] is not None]
     at = [position for position, _ in shown]
-    axes.hlines(
-        at, *([row[f"{key}_ttft_ms"] / 1e3 for _, row in shown] for key in ("p50", "p99")), color="#c3ccd5", lw=3
-    )
+    unit, scale = summary.time_unit(rows)
+    ends = ([row[f"{key}_ttft_ms"] * scale for _, row in shown] for key in ("p50", "p99"))
+    axes.hlines(at, *ends, color="#c3ccd5", lw=3)
     marks = (("p50", "o", "device"), ("mean", "D", "computed"), ("p90", "s", "dram"), ("p99", "^", "ssd"))
     for key, mark, colour in marks:
-        values = [row[f"{key}_ttft_ms"] / 1e3 for _, row in shown]
+        values = [row[f"{key}_ttft_ms"] * scale for _, row in shown]
         axes.plot(values, at, mark, color=COLOURS[colour], ms=6, label=key)
     times = [row[f"{key}_ttft_ms"] for _, row in shown for key in ("p50", "p99")]
     if times and max(times) > LOG_FROM * min(times):
-        axes.set(xlabel="s", xscale="log")
+        axes.set(xlabel=unit, xscale="log")
     else:
-        axes.set(xlabel="s", xlim=(0, None))
+        axes.set(xlabel=unit, xlim=(0, None))
     _legend(axes, 4)
 
 
 def _stalls(axes: Any, rows: Sequence[Row]) -> None:
-    causes = {cause: [row["stalls_s"][cause] / max(1, row["requests"] - row["refused"]) for row in rows]
+    unit, scale = summary.time_unit(rows)
+    causes = {cause: [row["stalls_s"][cause] * 1e3 * scale / max(1, row["requests"] - row["refused"]) for row in rows]
               for cause in CAUSES}  # fmt: skip
     _stacked(axes, causes, CAUSE_COLOURS)
-    axes.set(xlabel="s", xlim=(0, None))
+    axes.set(xlabel=unit, xlim=(0, None))
     _legend(axes, 5)
 
 

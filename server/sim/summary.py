@@ -38,7 +38,7 @@ def columns(document: Mapping[str, Any]) -> list[Column]:
     tiers = [tier for tier in ("device", "dram", "ssd") if any(row["blocks"][tier] for row in rows)]
     found += [Column("", tier, _share("hit_by_tier", tier)) for tier in tiers]
     found += [Column("", name, _share("limits", name)) for name in ("optimal", "infinite")]
-    unit, scale = _unit(rows)
+    unit, scale = time_unit(rows)
     found.append(Column(f"TTFT {unit}", "mean", _number("mean_ttft_ms", scale)))
     found += [Column("", name, _number(f"{name}_ttft_ms", scale)) for name in ("p50", "p99")]
     found.append(Column("TPOT", "p99 ms", _number("p99_tpot_ms")))
@@ -54,7 +54,7 @@ def columns(document: Mapping[str, Any]) -> list[Column]:
 
 def stall_columns(document: Mapping[str, Any]) -> list[Column]:
     """Where the time to the first token went, a row per combination."""
-    unit, scale = _unit(document["rows"])
+    unit, scale = time_unit(document["rows"])
     found = [*_names(document), Column("TTFT", f"mean {unit}", _number("mean_ttft_ms", scale))]
     first, *others = CAUSES
     found.append(Column("of which, %", first, _stall(first)))
@@ -110,7 +110,7 @@ def _stall(cause: str) -> Callable[[Row], str]:
     return lambda row: percent(stall_share(row, cause))
 
 
-def _unit(rows: Sequence[Row]) -> tuple[str, float]:
+def time_unit(rows: Sequence[Row]) -> tuple[str, float]:
     """In which times to first token are shown, and how many of it are a millisecond."""
     longest = max((row["p99_ttft_ms"] for row in rows if row["p99_ttft_ms"] is not None), default=0.0)
     return ("s", 1e-3) if longest >= SECONDS_FROM_MS else ("ms", 1.0)
