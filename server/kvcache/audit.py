@@ -113,16 +113,20 @@ def flights_are_sound(kv: KVManager) -> None:
 
 def _links(books: TierBooks) -> None:
     pins: Counter[FrameId] = Counter()
+    kids: Counter[FrameId] = Counter()
     for frame in books.find.values():
         above = books.above[frame]
         if above != NOWHERE:
             known = books.parents[frame]  # recovered blocks know it by `above` alone
             _require(known in (None, books.hashes[above]), f"{books.name}: a block hangs on a stranger")
+            kids[above] += 1
             if not books.ranked[frame]:
                 pins[above] += 1
     for frame in range(books.pool.capacity):
         _require(books.pins[frame] == pins[frame],
                  f"{books.name}: {books.pins[frame]} pins counted, {pins[frame]} are there")  # fmt: skip
+        _require(books.kids[frame] == kids[frame],
+                 f"{books.name}: {books.kids[frame]} children counted, {kids[frame]} are there")  # fmt: skip
 
 
 def suffix_first(kv: KVManager) -> None:
@@ -130,13 +134,12 @@ def suffix_first(kv: KVManager) -> None:
     for books in kv.levels:
         ranked = list(books.policy.victims())
         _require(len(ranked) == len(set(ranked)) == len(books.policy), f"{books.name}: the policy's books differ")
-        fit = {value for value, frame in books.find.items() if books.may_go(frame)}
+        fit = {frame for frame in books.find.values() if books.may_go(frame)}
         _require(set(ranked) == fit, f"{books.name}: {len(fit)} blocks may go, {len(ranked)} are ranked")
-        _require(fit == {v for v, f in books.find.items() if books.ranked[f]}, f"{books.name}: ranks are off")
+        _require(fit == {f for f in books.find.values() if books.ranked[f]}, f"{books.name}: ranks are off")
         _links(books)
         yielded: set[FrameId] = set()
-        for value in ranked:
-            frame = books.find[value]
+        for frame in ranked:
             _require(books.above[frame] not in yielded, f"{books.name}: the policy yields a parent before its child")
             yielded.add(frame)
 

@@ -21,16 +21,18 @@ import numpy as np
 
 from server.kvcache.eviction import make_policy
 from server.kvcache.pool import FramePool
+from server.kvcache.reuse import ReuseModel
 from server.types import BlockHash, FrameId, TierName
 
 NOWHERE = -1
 
 
 class TierBooks:
-    def __init__(self, name: TierName, frames: int, eviction: str) -> None:
+    def __init__(self, name: TierName, frames: int, eviction: str, reuse: ReuseModel | None = None) -> None:
+        """`reuse`: what all tiers know about when blocks are used again."""
         self.name = name
+        self.reuse = reuse or ReuseModel()
         self.pool = FramePool(frames)
-        self.policy = make_policy(eviction, frames)
         self.find: dict[BlockHash, FrameId] = {}
         self.hashes: list[BlockHash | None] = [None] * frames
         self.parents: list[BlockHash | None] = [None] * frames
@@ -40,7 +42,13 @@ class TierBooks:
         self.hits = array("i", bytes(4 * frames))
         self.holds = array("i", bytes(4 * frames))
         self.pins = array("i", bytes(4 * frames))
+        self.kids = array("i", bytes(4 * frames))
+        """How many blocks hang on this one here."""
         self.above = array("i", [NOWHERE]) * frames
+        self.kind = array("h", bytes(2 * frames))
+        """What sort of request used this block last, see `ReuseModel.kind`."""
+        self.used_s = array("d", bytes(8 * frames))
+        """When that request ended."""
         self.ready = bytearray(frames)
         self.ranked = bytearray(frames)
         self.transient = bytearray(frames)
@@ -49,6 +57,7 @@ class TierBooks:
         """Where blocks that were fetched early came from, until somebody uses them."""
         self.kept: set[BlockHash] = set()
         self.evicted: Counter[str] = Counter({"capacity": 0, "corrupt": 0, "admin": 0})
+        self.policy = make_policy(eviction, self)
 
     @property
     def available(self) -> int:
@@ -68,8 +77,8 @@ class TierBooks:
         if short > 0:
             if short > len(self.policy):
                 return None
-            for value in list(islice(self.policy.victims(), short)):
-                self.drop(self.find[value], "capacity")
+            for frame in list(islice(self.policy.victims(), short)):
+                self.drop(frame, "capacity")
         frames = self.pool.take(count)
         for frame in frames:
             self.holds[frame] = 1
@@ -94,6 +103,7 @@ class TierBooks:
         self.hashes[frame], self.parents[frame] = value, parent
         self.depth[frame] = self.reach[frame] = depth
         self.hits[frame], self.ready[frame] = hits, ready
+        self.kind[frame], self.used_s[frame] = 0, self.reuse.now_s
         above = self.find.get(parent) if parent is not None else None
         if above is not None:
             self.hang(frame, above)
@@ -103,6 +113,7 @@ class TierBooks:
         assert self.holds[frame], "only a block that may not go is hung up"
         assert self.above[frame] == NOWHERE, f"{self.name}: a block hangs on something already"
         self.above[frame] = above
+        self.kids[above] += 1
         self.pins[above] += 1
         self._unrank(above)
 
@@ -114,10 +125,12 @@ class TierBooks:
         assert not self.holds[frame], f"{self.name}: a block is dropped while somebody holds it"
         if reason != "capacity":
             self._orphan_children(frame)
-            self.pins[frame] = 0
+            self.pins[frame] = self.kids[frame] = 0
+        if above != NOWHERE:
+            self.kids[above] -= 1
         if self.ranked[frame]:
             self.ranked[frame] = 0
-            (self.policy.on_evict if reason == "capacity" else self.policy.on_remove)(value)
+            (self.policy.on_evict if reason == "capacity" else self.policy.on_remove)(frame)
         elif above != NOWHERE:
             self.pins[above] -= 1
         del self.find[value]
@@ -175,13 +188,21 @@ class TierBooks:
             self.kept.remove(value)
             self._rank(self.find[value])
 
-    def refresh(self, values: Sequence[BlockHash]) -> None:
-        """A whole chain was just used: the policy hears of it again, child before parent."""
-        for value in reversed(values):
+    def refresh(self, values: Sequence[BlockHash], hits: Sequence[int] = (), kind: int | None = None) -> None:
+        """A whole chain was just used, with so many `hits` for each block where it was found and by a request of this
+        `kind`: the policy hears of it again, child before parent."""
+        most = 0
+        for position, value in reversed(list(enumerate(values))):
             frame = self.find.get(value)
-            if frame is not None and self.ranked[frame]:
-                self.policy.on_remove(value)
-                self.policy.on_insert(value, self.hits[frame], self.reach[frame])
+            if frame is None:
+                continue
+            if kind is not None:
+                self.kind[frame], self.used_s[frame] = kind, self.reuse.now_s
+                most = max(most, hits[position], self.hits[frame])  # of a parent that was computed anew: its child's
+                self.hits[frame] = most
+            if self.ranked[frame]:
+                self.policy.on_remove(frame)
+                self.hits[frame] = self.policy.on_insert(frame)
 
     def landed(self, frame: FrameId) -> None:
         """The bytes are all there; the transfer's hold is still the caller's."""
@@ -196,10 +217,8 @@ class TierBooks:
 
     def _rank(self, frame: FrameId) -> None:
         while frame != NOWHERE and not self.ranked[frame] and self.may_go(frame):
-            value = self.hashes[frame]
-            assert value is not None
             self.ranked[frame] = 1
-            self.hits[frame] = self.policy.on_insert(value, self.hits[frame], self.reach[frame])
+            self.hits[frame] = self.policy.on_insert(frame)
             child, frame = frame, self.above[frame]
             if frame != NOWHERE:
                 self.pins[frame] -= 1
@@ -209,10 +228,8 @@ class TierBooks:
 
     def _unrank(self, frame: FrameId) -> None:
         while frame != NOWHERE and self.ranked[frame]:
-            value = self.hashes[frame]
-            assert value is not None
             self.ranked[frame] = 0
-            self.policy.on_remove(value)
+            self.policy.on_remove(frame)
             frame = self.above[frame]
             if frame != NOWHERE:
                 self.pins[frame] += 1
@@ -231,11 +248,13 @@ class TierBooks:
             np.frombuffer(column, np.int32)[rows] = np.asarray(values, np.int32)
         for flags in (self.ready, self.ranked):
             np.frombuffer(flags, np.uint8)[rows] = 1
+        hanging = np.asarray([parent for parent in above if parent != NOWHERE], np.int64)
+        np.add.at(np.frombuffer(self.kids, np.int32), hanging, 1)
         by_frame, insert, reach = self.hashes, self.policy.on_insert, self.reach  # one loop for all three is slower
         for frame, value in zip(frames, hashes, strict=True):
             by_frame[frame] = value
         for frame, parent in zip(frames, above, strict=True):
             if parent != NOWHERE and reach[frame] > reach[parent]:
                 reach[parent] = reach[frame]
-        for frame, value in zip(frames, hashes, strict=True):
-            insert(value, 0, reach[frame])
+        for frame in frames:
+            insert(frame)

@@ -1,22 +1,27 @@
 """The eviction seam: in which order do the evictable blocks of one tier go?
 
-A policy ranks; it moves no bytes and frees no frames. The books guarantee: `on_insert` when a block may go from now on
-(ready, held by nobody), `on_remove` when it may not any more, `on_evict` when it goes for want of room; along a chain
-the child's `on_insert` comes before its parent's; a parent has at least its child's `hits` and `reach`; and a parent is
-inserted anew whenever a child of it was. The policy guarantees suffix first: `victims` yields no block before an
+A policy ranks frames; it moves no bytes and frees nothing. It reads the columns of its tier's books and changes none.
+The books guarantee: `on_insert` when the block in a frame may go from now on (ready, held by nobody), `on_remove` when
+it may not any more, `on_evict` when it goes for want of room; along a chain the child's `on_insert` comes before its
+parent's; a parent has at least its child's `hits` and `reach`; a parent is inserted anew whenever a child of it was;
+and `kids` is right when any of these is called. The policy guarantees suffix first: `victims` yields no block before an
 evictable block that hangs on it. The caller stops iterating before it changes anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from server.registry import resolve
-from server.types import BlockHash
+from server.types import FrameId
+
+if TYPE_CHECKING:
+    from server.kvcache.books import TierBooks
 
 POLICIES = {
     "cost": "server.kvcache.policies.cost:CostAware",
+    "learned": "server.kvcache.policies.learned:Learned",
     "lru": "server.kvcache.policies.lru:LRU",
     "s3fifo": "server.kvcache.policies.s3fifo:S3FIFO",
     "slru": "server.kvcache.policies.slru:SegmentedLRU",
@@ -24,18 +29,18 @@ POLICIES = {
 
 
 class EvictionPolicy(Protocol):
-    def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
-        """`hits`: how often it was matched. `reach`: depth of the deepest block that ever rested on it. Returns the
-        hits it counts as having, at least `hits`: a policy may remember it from before it was evicted."""
+    def on_insert(self, frame: FrameId) -> int:
+        """Returns the hits that the block counts as having, at least those in the books: a policy may remember it from
+        before it was evicted."""
         ...
 
-    def on_remove(self, key: BlockHash) -> None: ...
-    def on_evict(self, key: BlockHash) -> None: ...
-    def victims(self) -> Iterator[BlockHash]: ...
+    def on_remove(self, frame: FrameId) -> None: ...
+    def on_evict(self, frame: FrameId) -> None: ...
+    def victims(self) -> Iterator[FrameId]: ...
     def __len__(self) -> int: ...
 
 
-def make_policy(name: str, capacity: int) -> EvictionPolicy:
-    """A fresh policy for a tier of `capacity` frames, by its name in `POLICIES`; ConfigError names those there are."""
-    policy: EvictionPolicy = resolve("eviction", POLICIES, name)(capacity)
+def make_policy(name: str, books: TierBooks) -> EvictionPolicy:
+    """A fresh policy for the tier of these books, by its name in `POLICIES`; ConfigError names those there are."""
+    policy: EvictionPolicy = resolve("eviction", POLICIES, name)(books)
     return policy

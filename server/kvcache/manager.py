@@ -22,9 +22,10 @@ from server.kvcache.block import Lease
 from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.hashing import chain_root
 from server.kvcache.planner import Planner, WriteBudget
+from server.kvcache.reuse import ReuseModel, kind_of
 from server.kvcache.tiers.base import Recovered
 from server.kvcache.traffic import Traffic
-from server.types import DEVICE, BlockHash, BlockLayout, Note, TierFault, TierName, Transfer
+from server.types import DEVICE, BlockHash, BlockLayout, FrameId, Note, TierFault, TierName, Transfer
 
 FIRST_GUESS = (0.001, 0.001)
 """Seconds per block and latency of a hop that nobody measured yet."""
@@ -36,6 +37,16 @@ SPILL_GRACE_S = 0.2
 LATE_ALREADY = -1.0
 ALL = 1 << 40
 """More blocks than any request has."""
+
+
+@dataclass(frozen=True, slots=True)
+class _UsedChain:
+    """Blocks of a request that ended, how often each was found up to now, and what sort of request it was."""
+
+    values: list[BlockHash]
+    hits: list[int]
+    kind: int
+    transient: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +79,8 @@ class KVManager:
         tier k+1 to tier k until they were measured. `wall_offset_s`: Unix time minus `now`, for what outlives us."""
         assert tiers[0].name == DEVICE, f"the first tier is the device, not {tiers[0].name!r}"
         self.layout = layout
-        self.levels = [TierBooks(tier.name, tier.frames, tier.eviction) for tier in tiers]
+        self.reuse = ReuseModel()
+        self.levels = [TierBooks(tier.name, tier.frames, tier.eviction, self.reuse) for tier in tiers]
         self.tiers = {books.name: books for books in self.levels}
         self.device = self.levels[0]
         hops = len(tiers) - 1
@@ -89,7 +101,7 @@ class KVManager:
         )
         self.pin_blocks_max = int(pin_ratio * self.levels[-1].pool.capacity)
         self.recovered_blocks = 0
-        self._used_chains: list[tuple[list[BlockHash], bool]] = []
+        self._used_chains: list[_UsedChain] = []
         self._wall_offset_s = wall_offset_s
         self._fingerprint = fingerprint
         self._expiries: list[tuple[float, BlockHash]] = []
@@ -128,6 +140,7 @@ class KVManager:
         Then `join` puts into the table what came, and `compute_until` says how far to compute meanwhile. `floor_s`: how
         long the step takes that is run before anything that was sent for can be used. Call `release` exactly once.
         """
+        self.reuse.now_s = now
         lease, device = Lease(), self.device
         self.leases.add(lease)
         frames = []
@@ -300,37 +313,55 @@ class KVManager:
                 return  # on its way up: sealing is tried again at the next block
             lease.sealed = position + 1
 
-    def release(self, lease: Lease) -> None:
-        """Let go of every block: shared ones stay cached until evicted, private ones are freed at once."""
+    def asked(self, hashes: Sequence[BlockHash], now: float) -> None:
+        """A request arrived that could use these blocks."""
+        self.reuse.asked(hashes, now)
+
+    def release(self, lease: Lease, *, answered: int | None = 0) -> None:
+        """Let go of every block: shared ones stay cached until evicted, private ones are freed at once. `answered`:
+        tokens that the request generated; None: it never ran."""
         assert not lease.released, "a lease is released exactly once"
         lease.released = True
         self.leases.remove(lease)
         for position in list(lease.loads):
             self.traffic.leave(lease, position)
         device, frames = self.device, lease.table.view().tolist()
-        values = [value for frame in frames[: lease.sealed] if (value := device.hashes[frame]) is not None]
+        if answered is not None:
+            self._note_use(lease, frames[: lease.sealed], answered)
         device.give_back(frames[lease.sealed :])
         for position in sorted(lease.tail, reverse=True):
             device.unhold(lease.tail[position][0])
         for frame in reversed(frames[: lease.sealed]):
             device.unhold(frame)
+
+    def _note_use(self, lease: Lease, frames: Sequence[FrameId], answered: int) -> None:
+        """A request ends: its blocks are of its kind from now on, here at once and in the tiers below soon."""
+        device, now = self.device, self.reuse.now_s
+        new = len(frames) - lease.served.total()
+        kind = kind_of(max(0, new * self.layout.block_tokens - answered), answered)
+        for frame in frames:
+            device.kind[frame], device.used_s[frame] = kind, now
+        values = [value for frame in frames if (value := device.hashes[frame]) is not None]
+        assert len(values) == len(frames), "what is sealed has a name"
+        chain = _UsedChain(values, [device.hits[frame] for frame in frames], kind, lease.retention.transient)
+        self.reuse.left(values, chain.hits, kind)
         if len(self.levels) > 1:
-            self._used_chains.append((values, lease.retention.transient))
+            self._used_chains.append(chain)
 
     def _catch_up(self) -> None:
         """What nobody waits for: a chain that was released is recent in the tiers below, too."""
-        for values, transient in self._used_chains:
-            self._used(values, transient)
+        for chain in self._used_chains:
+            self._used(chain)
         self._used_chains.clear()
 
-    def _used(self, values: Sequence[BlockHash], transient: bool) -> None:
-        """The chain `values` was just used: it is recent in every tier, and what lacks a copy below is spilled
-        again."""
+    def _used(self, chain: _UsedChain) -> None:
+        """This chain was just used: it is recent in every tier, and what lacks a copy below is spilled again."""
+        values = chain.values
         for level, books in enumerate(self.levels[1:]):
-            books.refresh(values)
+            books.refresh(values, chain.hits, chain.kind)
             above = self.levels[level]
             for value in values:
-                if not transient and value in above.find:
+                if not chain.transient and value in above.find:
                     above.transient[above.find[value]] = 0
                 if value not in books.find and value in above.find:
                     self.traffic.spill(value, level)
@@ -362,6 +393,7 @@ class KVManager:
     def plan_transfers(self, now: float, *, prefilling: bool = False) -> list[Transfer]:
         """Transfers to start now: loads first, a request waits for them; then spills, nobody does, and while a prompt
         is computed they are put off for a moment."""
+        self.reuse.now_s = now
         self._catch_up()
         self.traffic.put_off_spills(SPILL_GRACE_S * prefilling)
         while self._expiries and self._expiries[0][0] <= now:
@@ -474,7 +506,7 @@ class KVManager:
             for books in self.levels:
                 frame = books.find.get(value)
                 if frame is not None and books.may_go(frame):
-                    self._drop(books, value)
+                    self._drop(books, frame)
             gone += known and not self.knows(value)
         return gone
 
@@ -482,13 +514,14 @@ class KVManager:
         """Drop every copy that nobody holds; how many."""
         count = 0
         for books in self.levels:
-            for value in list(books.policy.victims()):
-                self._drop(books, value)
+            for frame in list(books.policy.victims()):
+                self._drop(books, frame)
                 count += 1
         return count
 
-    def _drop(self, books: TierBooks, value: BlockHash) -> None:
-        frame = books.find[value]
+    def _drop(self, books: TierBooks, frame: FrameId) -> None:
+        value = books.hashes[frame]
+        assert value is not None, "only a filed block is dropped"
         if books is self.levels[-1] and len(self.levels) > 2:
             self.traffic.notes.append(Note("drop", value, frame))
         books.drop(frame, "admin")

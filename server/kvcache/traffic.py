@@ -275,6 +275,8 @@ class Traffic:
                 (queue.early if early else queue.urgent).appendleft(load)
                 return
             target.file(frames[0], load.hash, load.parent, load.depth, ready=False)
+            origin = source.find[load.hash]
+            target.kind[frames[0]], target.used_s[frames[0]] = source.kind[origin], source.used_s[origin]
             load.stage = Stage.FLYING
             self.planner.up[hop].started(now)
             places = (source.name, source.find[load.hash]), (target.name, frames[0])
@@ -468,6 +470,7 @@ class Traffic:
         source.hold(origin)
         below.file(frame, value, parent, depth, ready=False, hits=source.hits[origin])
         below.transient[frame] = source.transient[origin]
+        below.kind[frame], below.used_s[frame] = source.kind[origin], source.used_s[origin]
         self.planner.down[hop].started(now)
         places = (source.name, origin), (below.name, frame)
         planned.append(self._start(value, parent, depth, places, hop, None, now))

@@ -106,6 +106,7 @@ class Scheduler:
             raise Overloaded(f"{self.queued_tokens} prompt tokens are waiting; try again later", retry_after_s=1)
         self.requests[request.id] = request
         extend_hashes(request.hashes, request.root, request.tokens, self._block_tokens)
+        self.kv.asked(self.reusable(request), request.arrival_s)
         self._enqueue(request)
 
     def abort(self, id: RequestId, now: float) -> None:
@@ -289,7 +290,7 @@ class Scheduler:
         wanted = self._missing_blocks(request) + reserve
         if self.kv.available_blocks - promised < wanted:
             request.needed_blocks = wanted + room - (self.kv.available_blocks - promised)
-            self.kv.release(request.lease)
+            self.kv.release(request.lease, answered=None)
             request.lease = None
             return False
         request.lease.retention = request.retention
@@ -406,7 +407,7 @@ class Scheduler:
 
     def _retire(self, request: Request, now: float) -> None:
         assert request.lease is not None
-        self.kv.release(request.lease)
+        self.kv.release(request.lease, answered=request.generated)
         request.lease = None
         self._unclaim(request, request.claimed)
         self._retired.append(request.id)

@@ -66,14 +66,15 @@ def optimal(asked: Sequence[Asked], block_tokens: int, capacity: int) -> int:
 
 
 def by_policy(asked: Sequence[Asked], block_tokens: int, capacity: int, eviction: str) -> int:
-    """Blocks found by one tier of the KV manager with this eviction policy."""
-    kv = KVManager(BlockLayout(1, 1, 1, 1, 1), [TierSpec(DEVICE, capacity, eviction)], b"bounds")
+    """Blocks found by one tier of the KV manager with this eviction policy, if every request were over at once."""
+    kv = KVManager(BlockLayout(1, 1, 1, 1, block_tokens), [TierSpec(DEVICE, capacity, eviction)], b"bounds")
     hits = 0
-    for number, chain in enumerate(chains(asked, block_tokens)):
-        hashes: list[BlockHash] = [block.to_bytes(8) for block in chain[:capacity]]
-        lease = kv.admit(hashes, float(number))
+    for one, chain in zip(asked, chains(asked, block_tokens), strict=True):
+        hashes: list[BlockHash] = [block.to_bytes(8, "little") for block in chain[:capacity]]
+        kv.asked(hashes, one.at_s)
+        lease = kv.admit(hashes, one.at_s)
         hits += len(lease.table)
-        kv.grow(lease, len(hashes))
+        kv.grow(lease, len(hashes) * block_tokens)
         kv.seal(lease, hashes, len(hashes))
-        kv.release(lease)
+        kv.release(lease, answered=one.output_tokens)
     return hits

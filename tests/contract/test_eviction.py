@@ -17,7 +17,7 @@ from server.errors import ConfigError
 from server.kvcache import audit
 from server.kvcache.block import Lease
 from server.kvcache.books import TierBooks
-from server.kvcache.eviction import POLICIES, EvictionPolicy, make_policy
+from server.kvcache.eviction import POLICIES
 from server.kvcache.manager import KVManager
 from server.types import BlockHash, FrameId
 from tests.property.core import cached_blocks, come, land, make_kv, visit
@@ -33,10 +33,25 @@ def chain(length: int) -> list[BlockHash]:
     return [bytes([number]) for number in range(length)]
 
 
-def let_go(policy: EvictionPolicy, keys: list[BlockHash], hits: int = 0) -> None:
-    """As a lease does when it ends: the child before its parent."""
-    for key in reversed(keys):
-        policy.on_insert(key, hits, len(keys) - 1)
+def booked(name: str, frames: int, keys: list[BlockHash], hits: int = 0) -> TierBooks:
+    """Books in which a request with these blocks came and went."""
+    books = TierBooks("dram", frames, name)
+    let_go(books, keys, hits)
+    return books
+
+
+def let_go(books: TierBooks, keys: list[BlockHash], hits: int = 0) -> None:
+    """A request with these blocks comes and goes."""
+    held = come_to(books, keys, match=False)
+    assert held is not None
+    for frame in held.frames:
+        books.hits[frame] = max(books.hits[frame], hits)
+    leave(books, held)
+
+
+def order(books: TierBooks) -> list[BlockHash]:
+    """The blocks that may go, the first to go first."""
+    return [key for frame in books.policy.victims() if (key := books.hashes[frame]) is not None]
 
 
 def replay(kv: KVManager, history: History) -> None:
@@ -60,47 +75,44 @@ def replay(kv: KVManager, history: History) -> None:
 @every_policy
 def test_knows_exactly_what_was_inserted(name: str):
     """It yields every block that was inserted and not removed, each once, and its length is their number."""
-    policy, keys = make_policy(name, 8), chain(6)
-    let_go(policy, keys)
-    assert sorted(policy.victims()) == keys
-    for left, key in enumerate(keys):
-        assert len(policy) == 6 - left
-        (policy.on_remove if left % 2 else policy.on_evict)(key)
-        assert key not in list(policy.victims())
-    assert len(policy) == 0
-    assert list(policy.victims()) == []
+    keys = chain(6)
+    books = booked(name, 8, keys)
+    assert sorted(order(books)) == keys
+    for left, key in enumerate(reversed(keys)):
+        assert len(books.policy) == 6 - left
+        books.drop(books.find[key], "admin" if left % 2 else "capacity")
+        assert key not in order(books)
+    assert len(books.policy) == 0
+    assert order(books) == []
 
 
 @every_policy
 def test_yields_a_child_before_its_parent(name: str):
     """A chain that was let go leaves from its end."""
-    policy, keys = make_policy(name, 8), chain(5)
-    let_go(policy, keys)
-    assert list(policy.victims()) == list(reversed(keys))
+    keys = chain(5)
+    assert order(booked(name, 8, keys)) == list(reversed(keys))
 
 
 @every_policy
 def test_asking_for_victims_changes_nothing(name: str):
     """`victims` may be called and given up half-way as often as one likes."""
-    policy = make_policy(name, 8)
-    let_go(policy, chain(5))
-    next(iter(policy.victims()))
-    assert list(policy.victims()) == list(policy.victims())
-    assert len(policy) == 5
+    books = booked(name, 8, chain(5))
+    next(iter(books.policy.victims()))
+    assert order(books) == order(books)
+    assert len(books.policy) == 5
 
 
 @every_policy
 def test_a_removed_block_may_come_back(name: str):
     """A block that was in use and is let go again is evictable again, once, and counts no fewer hits than it had."""
-    policy, keys = make_policy(name, 8), chain(3)
-    let_go(policy, keys)
-    for key in keys:
-        policy.on_remove(key)
-    let_go(policy, keys, hits=2)
-    policy.on_remove(keys[0])
-    assert policy.on_insert(keys[0], 2, 2) >= 2
-    assert len(policy) == 3
-    assert list(policy.victims()) == list(reversed(keys))
+    keys = chain(3)
+    books = booked(name, 8, keys)
+    let_go(books, keys, hits=2)
+    books.hold(books.find[keys[0]])
+    assert order(books) == [keys[2], keys[1]]
+    books.unhold(books.find[keys[0]])
+    assert all(books.hits[books.find[key]] >= 2 for key in keys)
+    assert order(books) == list(reversed(keys))
 
 
 @every_policy
@@ -155,18 +167,18 @@ def leave(books: TierBooks, held: Held) -> None:
 
 def drop_some_leaf(books: TierBooks, number: int) -> None:
     """As an operator does: some block that may go and that nothing hangs on, wherever the policy ranks it."""
-    leaves = [frame for key in books.policy.victims() if (frame := books.find[key]) not in books.above]
+    leaves = [frame for frame in books.policy.victims() if frame not in books.above]
     if leaves:
         books.drop(leaves[number % len(leaves)], "admin")
 
 
 def check_order(books: TierBooks) -> None:
-    keys = list(books.policy.victims())
-    ranked = {key for key, frame in books.find.items() if books.ranked[frame]}
-    assert len(keys) == len(books.policy) == len(ranked)
-    assert set(keys) == ranked
-    place = {books.find[key]: number for number, key in enumerate(keys)}
-    assert all(place[frame] < place.get(books.above[frame], len(keys)) for frame in place)
+    frames = list(books.policy.victims())
+    ranked = {frame for frame in books.find.values() if books.ranked[frame]}
+    assert len(frames) == len(books.policy) == len(ranked)
+    assert set(frames) == ranked
+    place = {frame: number for number, frame in enumerate(frames)}
+    assert all(place[frame] < place.get(books.above[frame], len(frames)) for frame in place)
 
 
 forest = st.lists(
@@ -225,41 +237,42 @@ def test_what_was_found_again_is_kept():
 
 def test_s3fifo_remembers_what_it_evicted():
     """A block that comes back soon after it was evicted is no newcomer."""
-    policy = make_policy("s3fifo", 10)
+    books = TierBooks("dram", 10, "s3fifo")
     for number in range(3):
-        assert policy.on_insert(bytes([number]), 0, 0) == 0
-    policy.on_evict(b"\0")
-    assert policy.on_insert(b"\0", 0, 0) == 1
-    assert list(policy.victims())[-1] == b"\0"
+        let_go(books, [bytes([number])])
+    books.drop(books.find[b"\0"], "capacity")
+    let_go(books, [b"\0"])
+    assert books.hits[books.find[b"\0"]] == 1
+    assert order(books)[-1] == b"\0"
 
 
-def test_cost_aware_remembers_how_often_a_block_was_used():
+@pytest.mark.parametrize("name", ["cost", "learned"])
+def test_how_often_a_block_was_used_is_remembered(name: str):
     """A block that comes back soon after it was evicted counts its uses from before, and its return as one more."""
-    policy = make_policy("cost", 1)
-    policy.on_insert(b"often", 4, 0)
-    policy.on_evict(b"often")
-    assert policy.on_insert(b"often", 0, 0) == 5
-    policy.on_evict(b"often")
-    policy.on_insert(b"other", 0, 0)
-    policy.on_evict(b"other")
-    assert policy.on_insert(b"often", 0, 0) == 0
+    books = TierBooks("dram", 1, name)
+    for key, hits, counted in ((b"often", 4, 4), (b"often", 0, 5), (b"other", 0, 0), (b"often", 0, 0)):
+        let_go(books, [key], hits)
+        assert books.hits[books.find[key]] == counted
+        books.drop(books.find[key], "capacity")
 
 
 def test_cost_aware_keeps_what_much_rests_on():
     """Of two blocks that were used as often, the one with the longer chain behind it stays; in the end both go."""
-    policy = make_policy("cost", 10)
-    policy.on_insert(b"long", 0, 2000)
-    policy.on_insert(b"short", 0, 0)
-    assert next(iter(policy.victims())) == b"short"
+    books = TierBooks("dram", 2010, "cost")
+    long = [b"long%d" % depth for depth in range(2000)]
+    let_go(books, long)
+    for key in reversed(long[1:]):
+        books.drop(books.find[key], "admin")
+    let_go(books, [b"short"])
+    assert order(books)[0] == b"short"
     for number in range(40):
-        key = bytes([number])
-        policy.on_insert(key, 0, 0)
-        victim = next(iter(policy.victims()))
-        policy.on_evict(victim)
-        if victim == b"long":
+        let_go(books, [bytes([number])])
+        victim = order(books)[0]
+        books.drop(books.find[victim], "capacity")
+        if victim == long[0]:
             break
     assert number > 5
-    assert b"long" not in list(policy.victims())
+    assert long[0] not in order(books)
 
 
 TRACES = Path(__file__).parents[2].parent / "shared" / "traces"
@@ -309,4 +322,4 @@ def test_hit_rates_on_public_traces(trace: str, capacity: int, lru: float, s3fif
 def test_an_unknown_policy_is_named_with_those_there_are():
     """A typing error in the configuration gets an answer that helps."""
     with pytest.raises(ConfigError, match=r"unknown eviction 'lur'; did you mean 'lru'\?"):
-        make_policy("lur", 1)
+        TierBooks("dram", 1, "lur")

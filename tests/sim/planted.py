@@ -35,7 +35,13 @@ BUGS = [
     # --- frames and holds
     Bug("a held frame may be evicted", f"{BOOKS}.may_go", "or self.holds[frame] ", "", (SIM, KV, STEPS)),
     Bug("a parent may go before its child", f"{BOOKS}.may_go", " or self.pins[frame]", "", (SIM, KV)),
-    Bug("a chain is refreshed parent first", f"{BOOKS}.refresh", "in reversed(values)", "in values", (SIM, KV, STEPS)),
+    Bug(
+        "a chain is refreshed parent first",
+        f"{BOOKS}.refresh",
+        "in reversed(list(enumerate(values)))",
+        "in enumerate(values)",
+        (SIM, KV, STEPS),
+    ),
     Bug("a failed block stays filed", f"{BOOKS}.unhold", "and not self.ready[frame]", "and False", (SIM, KV)),
     Bug("a parent keeps its rank when a child comes", f"{BOOKS}.hang", "self._unrank(above)", "pass", (SIM,)),
     Bug("a pinned block may go", f"{BOOKS}.may_go", "value not in self.kept", "True", (KV,)),

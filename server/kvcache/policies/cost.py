@@ -15,43 +15,52 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from server.types import BlockHash
+from server.types import BlockHash, FrameId
+
+if TYPE_CHECKING:
+    from server.kvcache.books import TierBooks
 
 DEPTH_DOUBLES = 256
 """Blocks of depth at which the loss has doubled: about where attention costs as much as the rest of a small model."""
 HITS_MAX = 15
-Entry = tuple[float, int, BlockHash, int]
-"""Priority, number of the insertion (later goes later), block, hits."""
+Entry = tuple[float, int, FrameId, int]
+"""Priority, number of the insertion (later goes later), frame, hits."""
 
 
 class CostAware:
-    def __init__(self, capacity: int) -> None:
-        self._ghosts_max = capacity
+    def __init__(self, books: TierBooks) -> None:
+        self._books = books
+        self._ghosts_max = books.pool.capacity
         self._ghosts: OrderedDict[BlockHash, int] = OrderedDict()
-        self._entries: dict[BlockHash, Entry] = {}
+        self._entries: dict[FrameId, Entry] = {}
         self._heap: list[Entry] = []
         """All of `_entries`, and, until they reach its top or are too many, some that were removed."""
         self._clock = 0.0
         self._sequence = 0
 
-    def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
+    def on_insert(self, frame: FrameId) -> int:
         self._sequence += 1
-        hits = max(hits, self._ghosts.pop(key, 0))
-        priority = self._clock + (1 + min(hits, HITS_MAX)) * (1 + reach / DEPTH_DOUBLES)
-        entry = self._entries[key] = (priority, self._sequence, key, hits)
+        key = self._books.hashes[frame]
+        assert key is not None, "only a filed block is ranked"
+        hits = max(self._books.hits[frame], self._ghosts.pop(key, 0))
+        priority = self._clock + (1 + min(hits, HITS_MAX)) * (1 + self._books.reach[frame] / DEPTH_DOUBLES)
+        entry = self._entries[frame] = (priority, self._sequence, frame, hits)
         heapq.heappush(self._heap, entry)
         return hits
 
-    def on_evict(self, key: BlockHash) -> None:
-        self._clock, _, _, hits = self._entries[key]
+    def on_evict(self, frame: FrameId) -> None:
+        self._clock, _, _, hits = self._entries[frame]
+        key = self._books.hashes[frame]
+        assert key is not None, "only a filed block is evicted"
         self._ghosts[key] = hits + 1  # should it come back, that is one more use
         if len(self._ghosts) > self._ghosts_max:
             self._ghosts.popitem(last=False)
-        self.on_remove(key)
+        self.on_remove(frame)
 
-    def on_remove(self, key: BlockHash) -> None:
-        del self._entries[key]
+    def on_remove(self, frame: FrameId) -> None:
+        del self._entries[frame]
         heap, entries = self._heap, self._entries
         if len(heap) > 2 * len(entries) + 64:
             self._heap = list(entries.values())
@@ -60,7 +69,7 @@ class CostAware:
         while heap and entries.get(heap[0][2]) is not heap[0]:
             heapq.heappop(heap)
 
-    def victims(self) -> Iterator[BlockHash]:
+    def victims(self) -> Iterator[FrameId]:
         """O(log n) for each, from the top of the heap down its smallest branches; the heap stays as it is."""
         heap = self._heap
         edge = [(heap[0], 0)] if heap else []

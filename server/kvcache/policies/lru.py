@@ -5,25 +5,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from server.types import BlockHash
+from server.types import FrameId
+
+if TYPE_CHECKING:
+    from server.kvcache.books import TierBooks
 
 
 class LRU:
-    def __init__(self, capacity: int) -> None:
-        """`capacity` decides nothing here."""
-        self._order: OrderedDict[BlockHash, None] = OrderedDict()  # a dict finds its first key in O(deleted)
+    def __init__(self, books: TierBooks) -> None:
+        self._hits = books.hits
+        self._order: OrderedDict[FrameId, None] = OrderedDict()  # a dict finds its first key in O(deleted)
 
-    def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
-        self._order[key] = None
-        return hits
+    def on_insert(self, frame: FrameId) -> int:
+        self._order[frame] = None
+        return self._hits[frame]
 
-    def on_remove(self, key: BlockHash) -> None:
-        del self._order[key]
+    def on_remove(self, frame: FrameId) -> None:
+        del self._order[frame]
 
     on_evict = on_remove
 
-    def victims(self) -> Iterator[BlockHash]:
+    def victims(self) -> Iterator[FrameId]:
         return iter(self._order)
 
     def __len__(self) -> int:

@@ -14,42 +14,51 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from server.types import BlockHash
+from server.types import BlockHash, FrameId
+
+if TYPE_CHECKING:
+    from server.kvcache.books import TierBooks
 
 SMALL_SHARE = 0.1
 """Of the tier's frames, the share that newcomers keep while there is anything else to evict."""
 
 
 class S3FIFO:
-    def __init__(self, capacity: int) -> None:
-        self._small_max = max(1, int(SMALL_SHARE * capacity))
-        self._ghosts_max = capacity
-        self._small: OrderedDict[BlockHash, int] = OrderedDict()
-        self._main: OrderedDict[BlockHash, int] = OrderedDict()
+    def __init__(self, books: TierBooks) -> None:
+        self._books = books
+        self._small_max = max(1, int(SMALL_SHARE * books.pool.capacity))
+        self._ghosts_max = books.pool.capacity
+        self._small: OrderedDict[FrameId, int] = OrderedDict()
+        self._main: OrderedDict[FrameId, int] = OrderedDict()
         self._ghosts: OrderedDict[BlockHash, None] = OrderedDict()
         self._sequence = 0
 
-    def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
+    def on_insert(self, frame: FrameId) -> int:
         self._sequence += 1
+        key, hits = self._books.hashes[frame], self._books.hits[frame]
+        assert key is not None, "only a filed block is ranked"
         if key in self._ghosts:
             del self._ghosts[key]
             hits = max(hits, 1)
-        (self._main if hits else self._small)[key] = self._sequence
+        (self._main if hits else self._small)[frame] = self._sequence
         return hits
 
-    def on_remove(self, key: BlockHash) -> None:
-        (self._main if key in self._main else self._small).pop(key)
+    def on_remove(self, frame: FrameId) -> None:
+        (self._main if frame in self._main else self._small).pop(frame)
 
-    def on_evict(self, key: BlockHash) -> None:
-        if self._main.pop(key, None) is not None:
+    def on_evict(self, frame: FrameId) -> None:
+        if self._main.pop(frame, None) is not None:
             return
-        del self._small[key]
+        del self._small[frame]
+        key = self._books.hashes[frame]
+        assert key is not None, "only a filed block is evicted"
         self._ghosts[key] = None
         if len(self._ghosts) > self._ghosts_max:
             self._ghosts.popitem(last=False)
 
-    def victims(self) -> Iterator[BlockHash]:
+    def victims(self) -> Iterator[FrameId]:
         small, main = iter(self._small.items()), iter(self._main.items())
         left = len(self._small)
         newcomer, old = next(small, None), next(main, None)

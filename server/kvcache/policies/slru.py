@@ -11,37 +11,42 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
+from typing import TYPE_CHECKING
 
-from server.types import BlockHash
+from server.types import FrameId
+
+if TYPE_CHECKING:
+    from server.kvcache.books import TierBooks
 
 PROTECTED_SHARE = 0.8
 """Of the tier's frames at most this share may be protected."""
 
 
 class SegmentedLRU:
-    def __init__(self, capacity: int) -> None:
-        self._protected_max = max(1, int(PROTECTED_SHARE * capacity))
-        self._probation: OrderedDict[BlockHash, None] = OrderedDict()
-        self._protected: OrderedDict[BlockHash, None] = OrderedDict()
+    def __init__(self, books: TierBooks) -> None:
+        self._hits = books.hits
+        self._protected_max = max(1, int(PROTECTED_SHARE * books.pool.capacity))
+        self._probation: OrderedDict[FrameId, None] = OrderedDict()
+        self._protected: OrderedDict[FrameId, None] = OrderedDict()
 
-    def on_insert(self, key: BlockHash, hits: int, reach: int) -> int:
-        if hits:
-            self._protected[key] = None
+    def on_insert(self, frame: FrameId) -> int:
+        if self._hits[frame]:
+            self._protected[frame] = None
             if len(self._protected) > self._protected_max:
                 self._probation[self._protected.popitem(last=False)[0]] = None
         else:
-            self._probation[key] = None
-        return hits
+            self._probation[frame] = None
+        return self._hits[frame]
 
-    def on_remove(self, key: BlockHash) -> None:
-        if key in self._protected:
-            del self._protected[key]
+    def on_remove(self, frame: FrameId) -> None:
+        if frame in self._protected:
+            del self._protected[frame]
         else:
-            del self._probation[key]
+            del self._probation[frame]
 
     on_evict = on_remove
 
-    def victims(self) -> Iterator[BlockHash]:
+    def victims(self) -> Iterator[FrameId]:
         return chain(self._probation, self._protected)
 
     def __len__(self) -> int:

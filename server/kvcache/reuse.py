@@ -1,0 +1,162 @@
+"""When will a block be used again? Learned from what was asked for, for all tiers together. Loop thread only.
+
+Blocks are alike that were found equally often (`hits`) and whose last request was of the same kind: how many tokens of
+its prompt were new, how many it answered. For each such class the model knows, by age since that request ended, which
+share of the blocks that reached this age was asked for before the next (the hazard; those that still wait count as far
+as they got, after Kaplan and Meier, 1958). Classes with few observations lean on all that have as many hits, these on
+all, and those on the guess that a block is the less likely to be used the longer it was not, which is LRU.
+
+From that follows the hit density of a class at an age: the most hits per block and second that keeping the block from
+now on can bring, over all times at which one could give it up (Gittins, 1979; Beckmann et al., LHD, NSDI 2018):
+
+    density(age) = max over t of  P(used within t | not used until age) / E(seconds until used or t | the same)
+
+Only one block of each run of equals in a request is followed, as all of the run come back or stay away together, and at
+most `FOLLOWED_MAX`: when there are too many, every second one is left out, by its hash.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from math import log
+
+import numpy as np
+import numpy.typing as npt
+
+from server.types import BlockHash
+
+HITS_MAX = 4
+"""More count as this many."""
+NEW_KINDS, ANSWER_KINDS = 9, 7
+KINDS = NEW_KINDS * ANSWER_KINDS
+CLASSES = (HITS_MAX + 1) * KINDS
+BINS = 48
+"""Ages: below a second, then each bin 1.28 times as long as the one before, the last from a day on."""
+BIN_GROWTH = 1.28
+FOLLOWED_MAX = 8192
+LEANING = 20.0
+"""How many observations of its own make a class count as much as what it leans on."""
+ENOUGH = 4.0
+"""With fewer it is taken for what it leans on."""
+LEARN_EVERY_S = 5.0
+FADE = 0.999
+"""Weight of what was known, each time that something is learned: half of it is forgotten in an hour or more."""
+EDGES_S = np.concatenate([[0.0], BIN_GROWTH ** np.arange(BINS - 1)])
+WIDTHS_S = np.append(np.diff(EDGES_S), EDGES_S[-1])
+GUESS = np.minimum(0.5, 0.15 * WIDTHS_S / (EDGES_S + WIDTHS_S / 2 + 5.0))
+"""Hazard before anything was observed."""
+_GROWTH_LOG = log(BIN_GROWTH)
+
+
+def bin_of(age_s: float) -> int:
+    """The bin of an age in seconds."""
+    return 0 if age_s < 1 else min(BINS - 1, 1 + int(log(age_s) / _GROWTH_LOG))
+
+
+def kind_of(new_tokens: int, answer_tokens: int) -> int:
+    """Of a request: how many tokens of its prompt were not cached, and how many it answered, each to a factor of 4."""
+    new = min(NEW_KINDS - 1, (new_tokens + 1).bit_length() // 2)
+    answer = min(ANSWER_KINDS - 1, (answer_tokens + 1).bit_length() // 2)
+    return new * ANSWER_KINDS + answer
+
+
+def class_of(hits: int, kind: int) -> int:
+    """The class of a block that was found `hits` times, the last time by a request of this kind."""
+    return min(hits, HITS_MAX) * KINDS + kind
+
+
+class ReuseModel:
+    """`now_s` is set by whoever knows the time; nothing here reads a clock."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.version = 0
+        """Changes whenever `density` does."""
+        self.density: list[float]
+        """By class and bin: element class * BINS + bin. Hits per block and second."""
+        self._followed: OrderedDict[BlockHash, tuple[int, float]] = OrderedDict()
+        self._mask = 0
+        self._returned: npt.NDArray[np.float64] = np.zeros((CLASSES, BINS))
+        self._reached: npt.NDArray[np.float64] = np.zeros((CLASSES, BINS))
+        self._learned_s = -LEARN_EVERY_S
+        self._learn()
+
+    def asked(self, values: Sequence[BlockHash], now: float) -> None:
+        """A request for this chain arrived."""
+        self.now_s = now
+        followed = self._followed
+        for value in values:
+            known = followed.pop(value, None)
+            if known is not None:
+                self._count(known[0], now - known[1], returned=True)
+
+    def left(self, values: Sequence[BlockHash], hits: Sequence[int], kind: int) -> None:
+        """A request of this kind ended now; these are its blocks, found so many times each up to now."""
+        for position, value in enumerate(values):
+            last = position + 1 == len(values) or hits[position + 1] != hits[position]
+            if last and not value[0] & self._mask:
+                self._followed[value] = class_of(hits[position], kind), self.now_s
+                self._followed.move_to_end(value)
+        if len(self._followed) > FOLLOWED_MAX:
+            self._follow_fewer()
+        if self.now_s >= self._learned_s + LEARN_EVERY_S:
+            self._learn()
+
+    def _follow_fewer(self) -> None:
+        """Let go of the oldest half if the oldest are past all bins, else of every second one."""
+        oldest_s = next(iter(self._followed.values()))[1]
+        if self.now_s - oldest_s > EDGES_S[-1] or self._mask == 0xFF:
+            for _ in range(FOLLOWED_MAX // 2):
+                class_, since_s = self._followed.popitem(last=False)[1]
+                self._count(class_, self.now_s - since_s, returned=False)
+        else:
+            self._mask = 2 * self._mask + 1
+            self._followed = OrderedDict((v, known) for v, known in self._followed.items() if not v[0] & self._mask)
+
+    def _count(self, class_: int, age_s: float, *, returned: bool) -> None:
+        reached = bin_of(age_s)
+        self._reached[class_, : reached + returned] += 1
+        if returned:
+            self._returned[class_, reached] += 1
+
+    def _learn(self) -> None:
+        """Hazards and densities from all observations: some 4 ms for a hundred classes."""
+        self._learned_s = self.now_s
+        self._returned *= FADE
+        self._reached *= FADE
+        reached = self._reached + self._waiting()
+        seen = np.flatnonzero(reached[:, 0] >= ENOUGH)
+        by_hits = (HITS_MAX + 1, KINDS, BINS)
+        came_hits, reached_hits = self._returned.reshape(by_hits).sum(1), reached.reshape(by_hits).sum(1)
+        common = (came_hits.sum(0) + LEANING * GUESS) / (reached_hits.sum(0) + LEANING)
+        hits = (came_hits + LEANING * common) / (reached_hits + LEANING)
+        own = (self._returned[seen] + LEANING * hits[seen // KINDS]) / (reached[seen] + LEANING)
+        table = np.repeat(densities(hits), KINDS, axis=0)
+        table[seen] = densities(own)
+        self.density = table.ravel().tolist()
+        self.version += 1
+
+    def _waiting(self) -> npt.NDArray[np.float64]:
+        """How many followed blocks that nobody asked for yet reached the end of each bin."""
+        counts = np.zeros((CLASSES, BINS + 1))
+        if self._followed:
+            classes, since_s = zip(*self._followed.values(), strict=True)
+            ages = np.searchsorted(EDGES_S, self.now_s - np.asarray(since_s), side="right") - 1
+            np.add.at(counts, (np.asarray(classes), np.maximum(ages, 0)), 1)
+        return counts[:, :0:-1].cumsum(1)[:, ::-1]
+
+
+def densities(hazard: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Hit density at the start of each bin, from the hazards of all bins: float64 [classes, BINS] both.
+
+    With `left` the share not used until the start of a bin and `spent` the mean seconds that a block was kept until
+    then: giving up at bin t what was kept from bin a on brings left[a] - left[t] hits in spent[t] - spent[a] seconds.
+    """
+    ones = np.ones((len(hazard), 1))
+    left = np.concatenate([ones, np.cumprod(1 - hazard, axis=1)], axis=1)
+    spent = np.concatenate([0 * ones, np.cumsum((left[:, :-1] + left[:, 1:]) / 2 * WIDTHS_S, axis=1)], axis=1)
+    hits = left[:, :-1, None] - left[:, None, 1:]
+    seconds = spent[:, None, 1:] - spent[:, :-1, None]
+    later = np.triu(np.ones((BINS, BINS), dtype=bool))
+    return np.where(later, hits / np.where(later, seconds, 1.0), 0.0).max(axis=2)
