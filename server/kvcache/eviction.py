@@ -10,8 +10,9 @@ evictable block that hangs on it. The caller stops iterating before it changes a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from server.registry import resolve
 from server.types import FrameId
@@ -28,16 +29,23 @@ POLICIES = {
 }
 
 
-class EvictionPolicy(Protocol):
+class EvictionPolicy(ABC):
+    @abstractmethod
     def on_insert(self, frame: FrameId) -> int:
         """Returns the hits that the block counts as having, at least those in the books: a policy may remember it from
         before it was evicted."""
-        ...
 
+    @abstractmethod
     def on_remove(self, frame: FrameId) -> None: ...
+    @abstractmethod
     def on_evict(self, frame: FrameId) -> None: ...
+    @abstractmethod
     def victims(self) -> Iterator[FrameId]: ...
+    @abstractmethod
     def __len__(self) -> int: ...
+
+    def on_expected(self, frame: FrameId) -> None:  # noqa: B027 - most policies look back only
+        """A waiting request will ask for the chain that ends, in this tier, with this ranked block."""
 
 
 def make_policy(name: str, books: TierBooks) -> EvictionPolicy:

@@ -317,6 +317,20 @@ class KVManager:
         """A request arrived that could use these blocks."""
         self.reuse.asked(hashes, now)
 
+    def expect(self, hashes: Sequence[BlockHash]) -> int:
+        """A request has to wait that will use these blocks: they should be the last to go. The number it returns goes
+        to `expected_no_more`."""
+        number = self.reuse.expect(hashes)
+        for books in self.levels:
+            tip = next((frame for value in reversed(hashes) if (frame := books.find.get(value)) is not None), None)
+            if tip is not None and books.ranked[tip]:
+                books.policy.on_expected(tip)
+        return number
+
+    def expected_no_more(self, hashes: Sequence[BlockHash], number: int) -> None:
+        """The request of `expect` runs now, or was given up."""
+        self.reuse.served(hashes, number)
+
     def release(self, lease: Lease, *, answered: int | None = 0) -> None:
         """Let go of every block: shared ones stay cached until evicted, private ones are freed at once. `answered`:
         tokens that the request generated; None: it never ran."""

@@ -11,6 +11,9 @@ now on can bring, over all times at which one could give it up (Gittins, 1979; B
 
     density(age) = max over t of  P(used within t | not used until age) / E(seconds until used or t | the same)
 
+What waiting requests will ask for is not guessed but known: such blocks are expected, and dearer than all others, the
+more the sooner it is the turn of the first request that waits for them.
+
 Only one block of each run of equals in a request is followed, as all of the run come back or stay away together, and at
 most `FOLLOWED_MAX`: when there are too many, every second one is left out, by its hash.
 """
@@ -46,6 +49,8 @@ EDGES_S = np.concatenate([[0.0], BIN_GROWTH ** np.arange(BINS - 1)])
 WIDTHS_S = np.append(np.diff(EDGES_S), EDGES_S[-1])
 GUESS = np.minimum(0.5, 0.15 * WIDTHS_S / (EDGES_S + WIDTHS_S / 2 + 5.0))
 """Hazard before anything was observed."""
+EXPECTED = [1e6 / 2**length for length in range(BINS)]
+"""Density of what is expected: any numbers that fall and are above all others will do."""
 _GROWTH_LOG = log(BIN_GROWTH)
 
 
@@ -74,8 +79,12 @@ class ReuseModel:
         self.version = 0
         """Changes whenever `density` does."""
         self.density: list[float]
-        """By class and bin: element class * BINS + bin. Hits per block and second."""
+        """By class and bin: element class * BINS + bin. Hits per block and second. Behind the last class, one cell for
+        expected blocks by the bit length of the number of requests that are served before."""
         self._followed: OrderedDict[BlockHash, tuple[int, float]] = OrderedDict()
+        self._expected: dict[BlockHash, list[int]] = {}
+        """By block: how many waiting requests want it, and the number of the first of them."""
+        self._numbered = self._served = 0
         self._mask = 0
         self._returned: npt.NDArray[np.float64] = np.zeros((CLASSES, BINS))
         self._reached: npt.NDArray[np.float64] = np.zeros((CLASSES, BINS))
@@ -91,11 +100,34 @@ class ReuseModel:
             if known is not None:
                 self._count(known[0], now - known[1], returned=True)
 
+    def expect(self, values: Sequence[BlockHash]) -> int:
+        """A request waits that will ask for these blocks. Returns its number, for `served`."""
+        self._numbered += 1
+        for value in values:
+            self._expected.setdefault(value, [0, self._numbered])[0] += 1
+        return self._numbered
+
+    def served(self, values: Sequence[BlockHash], number: int) -> None:
+        """The request that `expect` gave this number does not wait any more."""
+        self._served = max(self._served, number)
+        for value in values:
+            known = self._expected[value]
+            known[0] -= 1
+            if not known[0]:
+                del self._expected[value]
+
+    def cell(self, value: BlockHash, class_: int, used_s: float) -> int:
+        """Element of `density` for this block."""
+        expected = self._expected.get(value)
+        if expected is None:
+            return class_ * BINS + bin_of(self.now_s - used_s)
+        return CLASSES * BINS + min(BINS - 1, max(0, expected[1] - self._served).bit_length())
+
     def left(self, values: Sequence[BlockHash], hits: Sequence[int], kind: int) -> None:
         """A request of this kind ended now; these are its blocks, found so many times each up to now."""
         for position, value in enumerate(values):
             last = position + 1 == len(values) or hits[position + 1] != hits[position]
-            if last and not value[0] & self._mask:
+            if last and not value[0] & self._mask and value not in self._expected:
                 self._followed[value] = class_of(hits[position], kind), self.now_s
                 self._followed.move_to_end(value)
         if len(self._followed) > FOLLOWED_MAX:
@@ -134,7 +166,7 @@ class ReuseModel:
         own = (self._returned[seen] + LEANING * hits[seen // KINDS]) / (reached[seen] + LEANING)
         table = np.repeat(densities(hits), KINDS, axis=0)
         table[seen] = densities(own)
-        self.density = table.ravel().tolist()
+        self.density = table.ravel().tolist() + EXPECTED
         self.version += 1
 
     def _waiting(self) -> npt.NDArray[np.float64]:

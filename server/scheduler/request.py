@@ -29,7 +29,8 @@ class Request:
     `cached_tokens` counts the prompt tokens that came from the cache before any preemption, and `served` their blocks
     by the tier that they were found in. `needed_blocks` is the room
     that the last failed admission wanted. `claimed` are the positions of `hashes` that this request will seal, and
-    `awaits` a hash that another one will. `prompt_logprobs` collects entries until the prompt is done; None when not
+    `awaits` a hash that another one will. `expected`: the blocks that the KV manager keeps for it while it waits, and
+    the number under which it does. `prompt_logprobs` collects entries until the prompt is done; None when not
     wanted.
     """
 
@@ -51,6 +52,7 @@ class Request:
     needed_blocks: int = 0
     claimed: range = range(0)
     awaits: BlockHash | None = None
+    expected: tuple[list[BlockHash], int] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     admitted_s: float | None = None
     first_token_s: float | None = None

@@ -82,6 +82,7 @@ class Scheduler:
         self.preemptions = 0
         self._block_tokens = kv.layout.block_tokens
         self._computing: dict[BlockHash, int] = {}
+        self._came: list[Request] = []
         self._planned_ids: dict[RequestId, StepRow] = {}
         self._retired: list[RequestId] = []
         self._next_plan = 0
@@ -154,7 +155,16 @@ class Scheduler:
                     self._advance(request, draft, now)
         if self.waiting and self.preemptions == preemptions:
             self._admit(draft, now)
+        self._expect_those_that_wait()
         return draft.rows
+
+    def _expect_those_that_wait(self) -> None:
+        """Who came since the last step and could not start: what it will use should still be there then."""
+        for request in self._came:
+            if request.state is RequestState.WAITING and request.expected is None:
+                values = self.reusable(request)
+                request.expected = values, self.kv.expect(values)
+        self._came.clear()
 
     def _by_rank(self, decoding: bool) -> list[Request]:
         return [r for r in self.running if (len(r.tokens) - r.computed_tokens == 1) == decoding]
@@ -429,9 +439,13 @@ class Scheduler:
         request.state = RequestState.WAITING
         self.queued_tokens += len(request.tokens)
         insort(self.waiting, request, key=self.policy.rank)
+        self._came.append(request)
 
     def _dequeue(self, request: Request) -> None:
         position = bisect_left(self.waiting, self.policy.rank(request), key=self.policy.rank)
         assert self.waiting[position] is request, "the waiting queue is in rank order"
         del self.waiting[position]
         self.queued_tokens -= len(request.tokens)
+        if request.expected is not None:
+            self.kv.expected_no_more(*request.expected)
+            request.expected = None

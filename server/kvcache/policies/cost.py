@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from server.kvcache.eviction import EvictionPolicy
 from server.types import BlockHash, FrameId
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ Entry = tuple[float, int, FrameId, int]
 """Priority, number of the insertion (later goes later), frame, hits."""
 
 
-class CostAware:
+class CostAware(EvictionPolicy):
     def __init__(self, books: TierBooks) -> None:
         self._books = books
         self._ghosts_max = books.pool.capacity

@@ -14,7 +14,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from server.kvcache.reuse import BINS, bin_of, class_of
+from server.kvcache.eviction import EvictionPolicy
+from server.kvcache.reuse import BINS, class_of
 from server.types import BlockHash, FrameId
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ MOVES_MAX = 2048
 """And how many at most each time: about a millisecond."""
 
 
-class Learned:
+class Learned(EvictionPolicy):
     def __init__(self, books: TierBooks) -> None:
         self._books = books
         self._reuse = books.reuse
@@ -67,7 +68,16 @@ class Learned:
         self._cell_of[frame] = number
 
     def _number(self, frame: FrameId) -> int:
-        return self._class[frame] * BINS + bin_of(self._reuse.now_s - self._books.used_s[frame])
+        books = self._books
+        key = books.hashes[frame]
+        assert key is not None, "only a filed block is ranked"
+        return self._reuse.cell(key, self._class[frame], books.used_s[frame])
+
+    def on_expected(self, frame: FrameId) -> None:
+        number = self._cell_of[frame]
+        if number != INNER:
+            del self._cells[number][frame]
+            self._put(frame)
 
     def on_remove(self, frame: FrameId) -> None:
         number, self._cell_of[frame] = self._cell_of[frame], UNRANKED
@@ -129,16 +139,16 @@ class Learned:
         return self._order
 
     def _age(self) -> None:
-        now, used_s = self._reuse.now_s, self._books.used_s
+        now = self._reuse.now_s
         if now < self._aged_s + AGE_EVERY_S:
             return
         self._aged_s = now
         moves = 0
         for number in list(self._cells):
-            cell, bin = self._cells[number], number % BINS
+            cell = self._cells[number]
             while cell and moves < MOVES_MAX:
                 frame = next(iter(cell))
-                if bin_of(now - used_s[frame]) == bin:
+                if self._number(frame) == number:
                     break
                 del cell[frame]
                 self._put(frame)

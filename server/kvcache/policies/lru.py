@@ -7,13 +7,14 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from server.kvcache.eviction import EvictionPolicy
 from server.types import FrameId
 
 if TYPE_CHECKING:
     from server.kvcache.books import TierBooks
 
 
-class LRU:
+class LRU(EvictionPolicy):
     def __init__(self, books: TierBooks) -> None:
         self._hits = books.hits
         self._order: OrderedDict[FrameId, None] = OrderedDict()  # a dict finds its first key in O(deleted)

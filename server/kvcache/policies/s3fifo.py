@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from server.kvcache.eviction import EvictionPolicy
 from server.types import BlockHash, FrameId
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ SMALL_SHARE = 0.1
 """Of the tier's frames, the share that newcomers keep while there is anything else to evict."""
 
 
-class S3FIFO:
+class S3FIFO(EvictionPolicy):
     def __init__(self, books: TierBooks) -> None:
         self._books = books
         self._small_max = max(1, int(SMALL_SHARE * books.pool.capacity))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from server.kvcache.eviction import EvictionPolicy
 from server.types import FrameId
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ PROTECTED_SHARE = 0.8
 """Of the tier's frames at most this share may be protected."""
 
 
-class SegmentedLRU:
+class SegmentedLRU(EvictionPolicy):
     def __init__(self, books: TierBooks) -> None:
         self._hits = books.hits
         self._protected_max = max(1, int(PROTECTED_SHARE * books.pool.capacity))
