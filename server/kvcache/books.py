@@ -46,11 +46,13 @@ class TierBooks:
         """How many blocks hang on this one here."""
         self.above = array("i", [NOWHERE]) * frames
         self.kind = array("h", bytes(2 * frames))
-        """What sort of request used this block last, see `ReuseModel.kind`."""
+        """Of what kind this block is, by the request that used it last, see `reuse.kind_of`."""
         self.used_s = array("d", bytes(8 * frames))
         """When that request ended."""
         self.ready = bytearray(frames)
         self.ranked = bytearray(frames)
+        self.pending = bytearray(frames)
+        """1: this block is about to be copied to the tier below."""
         self.transient = bytearray(frames)
         """1: this block was asked not to outlive the process."""
         self.origin: dict[FrameId, TierName] = {}
@@ -136,6 +138,7 @@ class TierBooks:
         del self.find[value]
         self.hashes[frame] = self.parents[frame] = None
         self.ready[frame] = self.pins[frame] = self.depth[frame] = self.hits[frame] = self.transient[frame] = 0
+        self.pending[frame] = 0
         self.kept.discard(value)
         self.origin.pop(frame, None)
         self.above[frame] = NOWHERE
@@ -188,21 +191,27 @@ class TierBooks:
             self.kept.remove(value)
             self._rank(self.find[value])
 
-    def refresh(self, values: Sequence[BlockHash], hits: Sequence[int] = (), kind: int | None = None) -> None:
-        """A whole chain was just used, with so many `hits` for each block where it was found and by a request of this
-        `kind`: the policy hears of it again, child before parent."""
+    def refresh(self, values: Sequence[BlockHash], hits: Sequence[int] = (), kinds: Sequence[int] = ()) -> None:
+        """A whole chain was just used: the policy hears of it again, child before parent. `hits` and `kinds` of each
+        block where it was used, if that is another tier."""
         most = 0
         for position, value in reversed(list(enumerate(values))):
             frame = self.find.get(value)
             if frame is None:
                 continue
-            if kind is not None:
-                self.kind[frame], self.used_s[frame] = kind, self.reuse.now_s
+            if kinds:
+                self.kind[frame], self.used_s[frame] = kinds[position], self.reuse.now_s
                 most = max(most, hits[position], self.hits[frame])  # of a parent that was computed anew: its child's
                 self.hits[frame] = most
             if self.ranked[frame]:
                 self.policy.on_remove(frame)
                 self.hits[frame] = self.policy.on_insert(frame)
+
+    def mark_pending(self, frame: FrameId, pending: bool) -> None:
+        """The block in `frame` is about to be copied to the tier below, or not any more."""
+        self.pending[frame] = pending
+        if self.ranked[frame]:
+            self.policy.on_changed(frame)
 
     def landed(self, frame: FrameId) -> None:
         """The bytes are all there; the transfer's hold is still the caller's."""

@@ -44,8 +44,9 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    def on_expected(self, frame: FrameId) -> None:  # noqa: B027 - most policies look back only
-        """A waiting request will ask for the chain that ends, in this tier, with this ranked block."""
+    def on_changed(self, frame: FrameId) -> None:  # noqa: B027 - most policies look back only
+        """A waiting request will ask for the chain that ends, in this tier, with this ranked block; or it is, or is not
+        any more, about to be copied to the tier below."""
 
 
 def make_policy(name: str, books: TierBooks) -> EvictionPolicy:

@@ -22,7 +22,7 @@ from server.kvcache.block import Lease
 from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.hashing import chain_root
 from server.kvcache.planner import Planner, WriteBudget
-from server.kvcache.reuse import ReuseModel, kind_of
+from server.kvcache.reuse import ANSWER, ReuseModel, kind_of
 from server.kvcache.tiers.base import Recovered
 from server.kvcache.traffic import Traffic
 from server.types import DEVICE, BlockHash, BlockLayout, FrameId, Note, TierFault, TierName, Transfer
@@ -40,12 +40,23 @@ ALL = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
+class Over:
+    """A request that ended, as far as it tells when its blocks will be used again. `prompt_tokens` None: all blocks."""
+
+    prompt_tokens: int | None = None
+    answered_tokens: int = 0
+
+
+OVER = Over()
+
+
+@dataclass(frozen=True, slots=True)
 class _UsedChain:
-    """Blocks of a request that ended, how often each was found up to now, and what sort of request it was."""
+    """Blocks of a request that ended, how often each was found up to now, and of what kind each is."""
 
     values: list[BlockHash]
     hits: list[int]
-    kind: int
+    kinds: list[int]
     transient: bool
 
 
@@ -149,7 +160,6 @@ class KVManager:
                 break
             frame = device.find[value]
             device.hold(frame)
-            device.hits[frame] += 1
             frames.append(frame)
         lease.table.extend(frames)
         lease.sealed = len(frames)
@@ -324,41 +334,44 @@ class KVManager:
         for books in self.levels:
             tip = next((frame for value in reversed(hashes) if (frame := books.find.get(value)) is not None), None)
             if tip is not None and books.ranked[tip]:
-                books.policy.on_expected(tip)
+                books.policy.on_changed(tip)
         return number
 
     def expected_no_more(self, hashes: Sequence[BlockHash], number: int) -> None:
         """The request of `expect` runs now, or was given up."""
         self.reuse.served(hashes, number)
 
-    def release(self, lease: Lease, *, answered: int | None = 0) -> None:
-        """Let go of every block: shared ones stay cached until evicted, private ones are freed at once. `answered`:
-        tokens that the request generated; None: it never ran."""
+    def release(self, lease: Lease, *, over: Over | None = OVER) -> None:
+        """Let go of every block: shared ones stay cached until evicted, private ones are freed at once. `over`: what
+        the request was like; None: it is not over, and will be back."""
         assert not lease.released, "a lease is released exactly once"
         lease.released = True
         self.leases.remove(lease)
         for position in list(lease.loads):
             self.traffic.leave(lease, position)
         device, frames = self.device, lease.table.view().tolist()
-        if answered is not None:
-            self._note_use(lease, frames[: lease.sealed], answered)
+        if over is not None:
+            self._note_use(lease, frames[: lease.sealed], over)
         device.give_back(frames[lease.sealed :])
         for position in sorted(lease.tail, reverse=True):
             device.unhold(lease.tail[position][0])
         for frame in reversed(frames[: lease.sealed]):
             device.unhold(frame)
 
-    def _note_use(self, lease: Lease, frames: Sequence[FrameId], answered: int) -> None:
+    def _note_use(self, lease: Lease, frames: Sequence[FrameId], over: Over) -> None:
         """A request ends: its blocks are of its kind from now on, here at once and in the tiers below soon."""
-        device, now = self.device, self.reuse.now_s
-        new = len(frames) - lease.served.total()
-        kind = kind_of(max(0, new * self.layout.block_tokens - answered), answered)
-        for frame in frames:
-            device.kind[frame], device.used_s[frame] = kind, now
+        device, now, size = self.device, self.reuse.now_s, self.layout.block_tokens
+        asked = len(frames) if over.prompt_tokens is None else min(len(frames), over.prompt_tokens // size)
+        kind = kind_of(max(0, asked - lease.served.total()) * size, over.answered_tokens)
+        kinds = [kind] * asked + [ANSWER] * (len(frames) - asked)
+        for frame, its_kind in zip(frames, kinds, strict=True):
+            device.kind[frame], device.used_s[frame] = its_kind, now
+        for frame in frames[: len(lease.hashes)]:
+            device.hits[frame] += 1
         values = [value for frame in frames if (value := device.hashes[frame]) is not None]
         assert len(values) == len(frames), "what is sealed has a name"
-        chain = _UsedChain(values, [device.hits[frame] for frame in frames], kind, lease.retention.transient)
-        self.reuse.left(values, chain.hits, kind)
+        chain = _UsedChain(values, [device.hits[frame] for frame in frames], kinds, lease.retention.transient)
+        self.reuse.left(values, chain.hits, kinds)
         if len(self.levels) > 1:
             self._used_chains.append(chain)
 
@@ -372,7 +385,7 @@ class KVManager:
         """This chain was just used: it is recent in every tier, and what lacks a copy below is spilled again."""
         values = chain.values
         for level, books in enumerate(self.levels[1:]):
-            books.refresh(values, chain.hits, chain.kind)
+            books.refresh(values, chain.hits, chain.kinds)
             above = self.levels[level]
             for value in values:
                 if not chain.transient and value in above.find:

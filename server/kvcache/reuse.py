@@ -14,8 +14,8 @@ now on can bring, over all times at which one could give it up (Gittins, 1979; B
 What waiting requests will ask for is not guessed but known: such blocks are expected, and dearer than all others, the
 more the sooner it is the turn of the first request that waits for them.
 
-Only one block of each run of equals in a request is followed, as all of the run come back or stay away together, and at
-most `FOLLOWED_MAX`: when there are too many, every second one is left out, by its hash.
+Only the first block of each run of equals in a request is followed, as they mostly come back or stay away together, and
+at most `FOLLOWED_MAX`: when there are too many, every second one is left out, by its hash.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from server.types import BlockHash
 HITS_MAX = 4
 """More count as this many."""
 NEW_KINDS, ANSWER_KINDS = 9, 7
-KINDS = NEW_KINDS * ANSWER_KINDS
+ANSWER = NEW_KINDS * ANSWER_KINDS
+"""The kind of blocks that hold tokens of an answer: whether clients send it back, and as it was, is up to them."""
+KINDS = ANSWER + 1
 CLASSES = (HITS_MAX + 1) * KINDS
 BINS = 48
 """Ages: below a second, then each bin 1.28 times as long as the one before, the last from a day on."""
@@ -49,7 +51,11 @@ EDGES_S = np.concatenate([[0.0], BIN_GROWTH ** np.arange(BINS - 1)])
 WIDTHS_S = np.append(np.diff(EDGES_S), EDGES_S[-1])
 GUESS = np.minimum(0.5, 0.15 * WIDTHS_S / (EDGES_S + WIDTHS_S / 2 + 5.0))
 """Hazard before anything was observed."""
-EXPECTED = [1e6 / 2**length for length in range(BINS)]
+PENDING = (CLASSES + 1) * BINS
+"""Added to the cell of a block that is about to be copied to the tier below: it should not go before that."""
+PENDING_DENSITY = 1e3
+"""Added to its density: above that of any class."""
+EXPECTED = [1e20 / 2**length for length in range(BINS)]
 """Density of what is expected: any numbers that fall and are above all others will do."""
 _GROWTH_LOG = log(BIN_GROWTH)
 
@@ -79,8 +85,9 @@ class ReuseModel:
         self.version = 0
         """Changes whenever `density` does."""
         self.density: list[float]
-        """By class and bin: element class * BINS + bin. Hits per block and second. Behind the last class, one cell for
-        expected blocks by the bit length of the number of requests that are served before."""
+        """Hits per block and second, by class and bin: element class * BINS + bin. Behind the last class one cell for
+        each bit length of the number of requests that come before the one which expects a block. Then all that again,
+        for pending blocks."""
         self._followed: OrderedDict[BlockHash, tuple[int, float]] = OrderedDict()
         self._expected: dict[BlockHash, list[int]] = {}
         """By block: how many waiting requests want it, and the number of the first of them."""
@@ -123,13 +130,15 @@ class ReuseModel:
             return class_ * BINS + bin_of(self.now_s - used_s)
         return CLASSES * BINS + min(BINS - 1, max(0, expected[1] - self._served).bit_length())
 
-    def left(self, values: Sequence[BlockHash], hits: Sequence[int], kind: int) -> None:
-        """A request of this kind ended now; these are its blocks, found so many times each up to now."""
-        for position, value in enumerate(values):
-            last = position + 1 == len(values) or hits[position + 1] != hits[position]
-            if last and not value[0] & self._mask and value not in self._expected:
-                self._followed[value] = class_of(hits[position], kind), self.now_s
+    def left(self, values: Sequence[BlockHash], hits: Sequence[int], kinds: Sequence[int]) -> None:
+        """A request ended now; these are its blocks, found so many times each up to now, and of these kinds."""
+        before = -1
+        for value, count, kind in zip(values, hits, kinds, strict=True):
+            class_ = class_of(count, kind)
+            if class_ != before and not value[0] & self._mask and value not in self._expected:
+                self._followed[value] = class_, self.now_s
                 self._followed.move_to_end(value)
+            before = class_
         if len(self._followed) > FOLLOWED_MAX:
             self._follow_fewer()
         if self.now_s >= self._learned_s + LEARN_EVERY_S:
@@ -166,7 +175,8 @@ class ReuseModel:
         own = (self._returned[seen] + LEANING * hits[seen // KINDS]) / (reached[seen] + LEANING)
         table = np.repeat(densities(hits), KINDS, axis=0)
         table[seen] = densities(own)
-        self.density = table.ravel().tolist() + EXPECTED
+        table = np.append(table.ravel(), EXPECTED)
+        self.density = np.append(table, table + PENDING_DENSITY).tolist()
         self.version += 1
 
     def _waiting(self) -> npt.NDArray[np.float64]:

@@ -206,7 +206,6 @@ class Traffic:
         assert level, "only what is below the device is loaded"
         books = self.levels[level]
         books.hold(books.find[value])
-        books.hits[books.find[value]] += 1
         parent, origin = values[position - 1] if position else None, books.origin_of(books.find[value])
         load = self.loads[value] = Load(value, parent, position, level, origin, early_goal)
         return load
@@ -390,9 +389,15 @@ class Traffic:
         if level < len(self.hops):
             queue = self.hops[level].spills
             queue[value] = None
+            self._mark(level, value, pending=True)
             self._spill_due = True
             if len(queue) > SPILLS_QUEUED_MAX:
-                queue.popitem(last=False)
+                self._mark(level, queue.popitem(last=False)[0], pending=False)
+
+    def _mark(self, level: int, value: BlockHash, *, pending: bool) -> None:
+        frame = self.levels[level].find.get(value)
+        if frame is not None:
+            self.levels[level].mark_pending(frame, pending)
 
     def _plan_down(self, hop: int, planned: list[Transfer], now: float) -> None:
         queue, below = self.hops[hop], self.levels[hop + 1]
@@ -428,13 +433,18 @@ class Traffic:
             line = line or self._next_line(queue, source)
             value = line.pop()
             frame = source.find.get(value)
-            if frame is None or not source.ready[frame] or value in below.find:
+            if frame is None:
+                continue
+            if not source.ready[frame] or value in below.find:
+                source.mark_pending(frame, False)
                 continue
             parent = source.parents[frame]
             if parent is not None and parent not in batch and parent not in below.find:
                 self.spill_outcomes["no_room"] += 1  # unreachable down there without its parent
             elif hop == 0 or self._admits(source, frame, now):
                 batch[value] = None
+                continue
+            source.mark_pending(frame, False)
         for value in line:  # no room for these now
             queue.spills[value] = None
             queue.spills.move_to_end(value, last=False)
@@ -468,6 +478,7 @@ class Traffic:
         origin = source.find[value]
         parent, depth = source.parents[origin], source.depth[origin]
         source.hold(origin)
+        source.pending[origin] = 0
         below.file(frame, value, parent, depth, ready=False, hits=source.hits[origin])
         below.transient[frame] = source.transient[origin]
         below.kind[frame], below.used_s[frame] = source.kind[origin], source.used_s[origin]

@@ -17,7 +17,7 @@ from itertools import islice
 from server.errors import InvalidRequest, Overloaded
 from server.kvcache.block import Lease
 from server.kvcache.hashing import extend_hashes
-from server.kvcache.manager import KVManager
+from server.kvcache.manager import KVManager, Over
 from server.scheduler.policy import SchedulingPolicy
 from server.scheduler.request import Request, RequestState
 from server.types import (
@@ -232,7 +232,7 @@ class Scheduler:
     def _preempt(self, request: Request, now: float) -> None:
         """Take a running request's blocks back and queue it again, at its rank."""
         self.running.remove(request)
-        self._retire(request, now)
+        self._retire(request, None)
         request.computed_tokens = 0
         if request.scores_prompt:
             request.prompt_logprobs = []
@@ -300,7 +300,7 @@ class Scheduler:
         wanted = self._missing_blocks(request) + reserve
         if self.kv.available_blocks - promised < wanted:
             request.needed_blocks = wanted + room - (self.kv.available_blocks - promised)
-            self.kv.release(request.lease, answered=None)
+            self.kv.release(request.lease, over=None)
             request.lease = None
             return False
         request.lease.retention = request.retention
@@ -412,12 +412,12 @@ class Scheduler:
             if request.retention.keep_s:
                 kept = request.hashes[: request.lease.sealed]
                 self.kv.pin(kept, now + request.retention.keep_s, now)
-            self._retire(request, now)
+            self._retire(request, Over(request.prompt_tokens, request.generated))
         request.state = RequestState.FINISHED
 
-    def _retire(self, request: Request, now: float) -> None:
+    def _retire(self, request: Request, over: Over | None) -> None:
         assert request.lease is not None
-        self.kv.release(request.lease, answered=request.generated)
+        self.kv.release(request.lease, over=over)
         request.lease = None
         self._unclaim(request, request.claimed)
         self._retired.append(request.id)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import inf
 
-from server.kvcache.manager import KVManager, TierSpec
+from server.kvcache.manager import KVManager, Over, TierSpec
 from server.sim.replay import Asked
 from server.types import DEVICE, BlockHash, BlockLayout
 
@@ -76,5 +76,5 @@ def by_policy(asked: Sequence[Asked], block_tokens: int, capacity: int, eviction
         hits += len(lease.table)
         kv.grow(lease, len(hashes) * block_tokens)
         kv.seal(lease, hashes, len(hashes))
-        kv.release(lease, answered=one.output_tokens)
+        kv.release(lease, over=Over(one.prompt_tokens, one.output_tokens))
     return hits

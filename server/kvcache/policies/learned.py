@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from server.kvcache.eviction import EvictionPolicy
-from server.kvcache.reuse import BINS, class_of
+from server.kvcache.reuse import BINS, PENDING, class_of
 from server.types import BlockHash, FrameId
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ class Learned(EvictionPolicy):
         books = self._books
         key = books.hashes[frame]
         assert key is not None, "only a filed block is ranked"
-        return self._reuse.cell(key, self._class[frame], books.used_s[frame])
+        cell = self._reuse.cell(key, self._class[frame], books.used_s[frame])
+        return cell + PENDING if books.pending[frame] else cell
 
-    def on_expected(self, frame: FrameId) -> None:
+    def on_changed(self, frame: FrameId) -> None:
         number = self._cell_of[frame]
         if number != INNER:
             del self._cells[number][frame]
