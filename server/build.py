@@ -145,6 +145,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         identity,
         guesses=[(layout.block_bytes / bytes_s, latency_s) for bytes_s, latency_s in FIRST_GUESSES[: len(specs)]],
         write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
+        write_share=config.kv.ssd_write_share,
         pin_ratio=config.kv.pin_ratio,
         wall_offset_s=time.time() - time.monotonic(),
     )

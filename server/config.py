@@ -199,9 +199,15 @@ class KvConfig(_Section):
     ssd_write_gib_per_day: Gib = Field(
         default=0.0, ge=0, description="Endurance budget: most GiB written to the SSD tier per day; 0: no limit."
     )
-    eviction: str = Field(default="lru", description="Policy that picks which unused cached blocks go first.")
-    dram_eviction: str = Field(default="lru", description="The same for the DRAM tier.")
-    ssd_eviction: str = Field(default="lru", description="The same for the SSD tier.")
+    ssd_write_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Of the blocks that come down to a full SSD tier, the share to write: those likeliest to be used.",
+    )
+    eviction: str = Field(default="learned", description="Policy that picks which unused cached blocks go first.")
+    dram_eviction: str = Field(default="learned", description="The same for the DRAM tier.")
+    ssd_eviction: str = Field(default="learned", description="The same for the SSD tier.")
     pin_ratio: float = Field(
         default=0.25, ge=0, le=1, description="Largest share of the lowest tier that pins and retention may hold."
     )

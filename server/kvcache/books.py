@@ -21,10 +21,12 @@ import numpy as np
 
 from server.kvcache.eviction import make_policy
 from server.kvcache.pool import FramePool
-from server.kvcache.reuse import ReuseModel
+from server.kvcache.reuse import ReuseModel, class_of
 from server.types import BlockHash, FrameId, TierName
 
 NOWHERE = -1
+EXIT_WEIGHT = 0.01
+"""Of one eviction in the mean density of what is evicted."""
 
 
 class TierBooks:
@@ -58,6 +60,8 @@ class TierBooks:
         self.origin: dict[FrameId, TierName] = {}
         """Where blocks that were fetched early came from, until somebody uses them."""
         self.kept: set[BlockHash] = set()
+        self.exit_density = 0.0
+        """Hit density of what was evicted for want of room: a decayed mean."""
         self.evicted: Counter[str] = Counter({"capacity": 0, "corrupt": 0, "admin": 0})
         self.policy = make_policy(eviction, self)
 
@@ -125,7 +129,11 @@ class TierBooks:
         value, above = self.hashes[frame], self.above[frame]
         assert value is not None, "a private frame is given back, not dropped"
         assert not self.holds[frame], f"{self.name}: a block is dropped while somebody holds it"
-        if reason != "capacity":
+        if reason == "capacity":
+            class_ = class_of(self.hits[frame], self.kind[frame])
+            density = self.reuse.class_density(class_, self.used_s[frame])
+            self.exit_density += EXIT_WEIGHT * (density - self.exit_density)
+        else:
             self._orphan_children(frame)
             self.pins[frame] = self.kids[frame] = 0
         if above != NOWHERE:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from server.kvcache.admission import Admission
 from server.kvcache.block import Lease
 from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.hashing import chain_root
@@ -82,6 +83,7 @@ class KVManager:
         *,
         guesses: Sequence[tuple[float, float]] | None = None,
         write_bytes_per_day: float = 0.0,
+        write_share: float = 1.0,
         pin_ratio: float = 0.25,
         wall_offset_s: float = 0.0,
         spill_pace_s: float = SPILL_PACE_S,
@@ -100,8 +102,7 @@ class KVManager:
             self.levels,
             [tier.in_flight_max for tier in tiers[1:]],
             self.planner,
-            WriteBudget(write_bytes_per_day),
-            layout.block_bytes,
+            Admission(write_share, WriteBudget(write_bytes_per_day), layout.block_bytes),
             spill_pace_s,
         )
         self.leases: set[Lease] = set()

@@ -267,7 +267,7 @@ class WriteBudget:
         self.filled_s = now
 
     def short(self, now: float) -> bool:
-        """Less than half is left: write only what was used a second time."""
+        """Less than half is left: it is time to choose."""
         if not self.bytes_per_day:
             return False
         self.fill(now)

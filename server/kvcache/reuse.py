@@ -48,6 +48,7 @@ LEARN_EVERY_S = 5.0
 FADE = 0.999
 """Weight of what was known, each time that something is learned: half of it is forgotten in an hour or more."""
 EDGES_S = np.concatenate([[0.0], BIN_GROWTH ** np.arange(BINS - 1)])
+LONGEST_S = float(EDGES_S[-1])
 WIDTHS_S = np.append(np.diff(EDGES_S), EDGES_S[-1])
 GUESS = np.minimum(0.5, 0.15 * WIDTHS_S / (EDGES_S + WIDTHS_S / 2 + 5.0))
 """Hazard before anything was observed."""
@@ -123,6 +124,18 @@ class ReuseModel:
             if not known[0]:
                 del self._expected[value]
 
+    def class_density(self, class_: int, used_s: float) -> float:
+        """Hit density of a block of this class that was not used since `used_s` and that nobody is known to want."""
+        return self.density[class_ * BINS + bin_of(self.now_s - used_s)]
+
+    def likely(self, class_: int, used_s: float, leaves: float, lost: float) -> float:
+        """Chance that a block of this class, not used since `used_s`, will be used after its density fell to `leaves`
+        and before it fell to `lost`: below the one it is evicted from the tier above, below the other from this."""
+        now = bin_of(self.now_s - used_s)
+        worth, left = self._worth[class_, now:], self._left[class_, now:]
+        first, last = (int(np.argmax(low)) if (low := worth <= limit).any() else len(worth) for limit in (leaves, lost))
+        return float((left[first] - left[last]) / left[0]) if first < last else 0.0
+
     def cell(self, value: BlockHash, class_: int, used_s: float) -> int:
         """Element of `density` for this block."""
         expected = self._expected.get(value)
@@ -147,7 +160,7 @@ class ReuseModel:
     def _follow_fewer(self) -> None:
         """Let go of the oldest half if the oldest are past all bins, else of every second one."""
         oldest_s = next(iter(self._followed.values()))[1]
-        if self.now_s - oldest_s > EDGES_S[-1] or self._mask == 0xFF:
+        if self.now_s - oldest_s > LONGEST_S or self._mask == 0xFF:
             for _ in range(FOLLOWED_MAX // 2):
                 class_, since_s = self._followed.popitem(last=False)[1]
                 self._count(class_, self.now_s - since_s, returned=False)
@@ -172,10 +185,12 @@ class ReuseModel:
         came_hits, reached_hits = self._returned.reshape(by_hits).sum(1), reached.reshape(by_hits).sum(1)
         common = (came_hits.sum(0) + LEANING * GUESS) / (reached_hits.sum(0) + LEANING)
         hits = (came_hits + LEANING * common) / (reached_hits + LEANING)
-        own = (self._returned[seen] + LEANING * hits[seen // KINDS]) / (reached[seen] + LEANING)
-        table = np.repeat(densities(hits), KINDS, axis=0)
-        table[seen] = densities(own)
-        table = np.append(table.ravel(), EXPECTED)
+        hazard = np.repeat(hits, KINDS, axis=0)
+        hazard[seen] = (self._returned[seen] + LEANING * hazard[seen]) / (reached[seen] + LEANING)
+        self._left = unused(hazard)
+        self._worth = np.repeat(densities(hits), KINDS, axis=0)
+        self._worth[seen] = densities(hazard[seen])
+        table = np.append(self._worth.ravel(), EXPECTED)
         self.density = np.append(table, table + PENDING_DENSITY).tolist()
         self.version += 1
 
@@ -189,15 +204,22 @@ class ReuseModel:
         return counts[:, :0:-1].cumsum(1)[:, ::-1]
 
 
+def unused(hazard: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Share of the blocks not used until the start of each bin, and after the last: float64 [classes, BINS + 1]."""
+    left = np.ones((len(hazard), BINS + 1))
+    np.cumprod(1 - hazard, axis=1, out=left[:, 1:])
+    return left
+
+
 def densities(hazard: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Hit density at the start of each bin, from the hazards of all bins: float64 [classes, BINS] both.
 
     With `left` the share not used until the start of a bin and `spent` the mean seconds that a block was kept until
     then: giving up at bin t what was kept from bin a on brings left[a] - left[t] hits in spent[t] - spent[a] seconds.
     """
-    ones = np.ones((len(hazard), 1))
-    left = np.concatenate([ones, np.cumprod(1 - hazard, axis=1)], axis=1)
-    spent = np.concatenate([0 * ones, np.cumsum((left[:, :-1] + left[:, 1:]) / 2 * WIDTHS_S, axis=1)], axis=1)
+    left = unused(hazard)
+    spent = np.zeros_like(left)
+    np.cumsum((left[:, :-1] + left[:, 1:]) / 2 * WIDTHS_S, axis=1, out=spent[:, 1:])
     hits = left[:, :-1, None] - left[:, None, 1:]
     seconds = spent[:, None, 1:] - spent[:, :-1, None]
     later = np.triu(np.ones((BINS, BINS), dtype=bool))

@@ -13,10 +13,13 @@ import heapq
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
+from server.kvcache.admission import Admission
 from server.kvcache.block import Lease, Load, Stage
 from server.kvcache.books import TierBooks
-from server.kvcache.planner import Planner, WriteBudget
+from server.kvcache.planner import Planner
+from server.kvcache.reuse import class_of
 from server.types import BlockHash, FrameId, Note, TierFault, TierName, Transfer
 
 SPILLS_QUEUED_MAX = 65_536
@@ -69,12 +72,11 @@ class Traffic:
         levels: Sequence[TierBooks],
         limits: Sequence[int],
         planner: Planner,
-        budget: WriteBudget,
-        block_bytes: int,
+        admission: Admission,
         spill_pace_s: float,
     ) -> None:
-        """`limits[k]`: blocks in flight at once, per direction, between levels k and k+1. `budget` is for writes to the
-        lowest of three levels."""
+        """`limits[k]`: blocks in flight at once, per direction, between levels k and k+1. `admission` is for writes to
+        the lowest of three levels."""
         self.levels = levels
         self.planner = planner
         self.hops = [HopQueue(limit) for limit in limits]
@@ -95,8 +97,7 @@ class Traffic:
         self._due_since_s: float | None = None
         self._evicted_before = [0] * len(limits)
         self._backlog = False
-        self._budget = budget
-        self._block_bytes = block_bytes
+        self._admission = admission
         self._deadlines: list[tuple[float, int, Load]] = []
         self._next_id = 0
 
@@ -441,6 +442,8 @@ class Traffic:
             parent = source.parents[frame]
             if parent is not None and parent not in batch and parent not in below.find:
                 self.spill_outcomes["no_room"] += 1  # unreachable down there without its parent
+                if hop:
+                    self._admission.left_out()
             elif hop == 0 or self._admits(source, frame, now):
                 batch[value] = None
                 continue
@@ -466,10 +469,11 @@ class Traffic:
         """May this block be written to the lowest tier, as far as its wear is concerned?"""
         if source.transient[frame]:
             return False
-        if self._budget.short(now) and not source.hits[frame] and source.hashes[frame] not in self.kept:
-            outcome = "reject_cold"
-        else:
-            outcome = "admit" if self._budget.spend(self._block_bytes, now) else "reject_wear"
+        below, class_ = self.levels[-1], class_of(source.hits[frame], source.kind[frame])
+        full = not below.pool.free
+        leaves = source.exit_density or inf  # nothing left that tier yet: what counts is what survives a crash
+        likely = source.reuse.likely(class_, source.used_s[frame], leaves, below.exit_density)
+        outcome = self._admission.admit(likely, now, full=full, kept=source.hashes[frame] in self.kept)
         self.spill_outcomes[outcome] += 1
         return outcome == "admit"
 

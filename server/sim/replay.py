@@ -61,6 +61,7 @@ class Tiers:
     dram: int = 0
     ssd: int = 0
     eviction: str = "lru"
+    write_share: float = 1.0
 
     def specs(self, in_flight: int) -> list[TierSpec]:
         sizes = ((DEVICE, self.device), (DRAM, self.dram), (SSD, self.ssd))
@@ -131,7 +132,8 @@ class _Replayer:
         in_flight = min(256, max(4, IN_FLIGHT_BYTES // layout.block_bytes))
         guesses = [(layout.block_bytes / link.bytes_per_s, link.latency_s) for link in (profile.dram, profile.ssd_read)]
         specs = setup.tiers.specs(in_flight)
-        self.kv = KVManager(layout, specs, b"replay", guesses=guesses[: len(specs) - 1])
+        self.kv = KVManager(layout, specs, b"replay", guesses=guesses[: len(specs) - 1],
+                            write_share=setup.tiers.write_share)  # fmt: skip
         limits = Limits(setup.max_running, max(setup.step_tokens, setup.max_running), setup.step_tokens, 1 << 30,
                         1 << 60, (setup.tiers.device - 1) * setup.block_tokens)  # fmt: skip
         self.scheduler = Scheduler(self.kv, make_policy(setup.policy), limits)

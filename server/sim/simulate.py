@@ -59,7 +59,8 @@ class What:
     device: str = "80GiB"
     dram: str = "0"
     ssd: str = "0"
-    eviction: str = "lru"
+    eviction: str = "learned"
+    ssd_write_share: float = 1.0
     policy: str = "fcfs"
     max_running: int = 256
     step_tokens: int = 8192
@@ -73,6 +74,7 @@ HELP = {
     "dram": ("SIZE", "DRAM tier"),
     "ssd": ("SIZE", "SSD tier"),
     "eviction": ("NAME", ", ".join(sorted(EVICTION))),
+    "ssd_write_share": ("X", "of the blocks that come down to a full SSD tier, the share to write"),
     "policy": ("NAME", f"scheduling: {', '.join(sorted(SCHEDULING))}"),
     "max_running": ("N", "requests running at once"),
     "step_tokens": ("N", "tokens per step"),
@@ -145,16 +147,18 @@ def setup_of(what: What, trace: Trace) -> Setup:
     for name, value, known in (("eviction", what.eviction, EVICTION), ("policy", what.policy, SCHEDULING)):
         if value not in known:
             raise ConfigError(f"--{name} {value}: there are {', '.join(sorted(known))}", param=name)
-    for name in ("max_running", "step_tokens", "speedup", "load"):
+    for name in ("max_running", "step_tokens", "speedup", "ssd_write_share", "load"):
         value = getattr(what, name)
         if not isfinite(value) or value < 0 or (value == 0 and name != "load"):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0", param=name)
+    if what.ssd_write_share > 1:
+        raise ConfigError(f"--ssd-write-share {what.ssd_write_share}: must be 1 at most", param="ssd_write_share")
     if what.load and what.speedup != 1:
         raise ConfigError("--load sets when requests come; leave --speedup away", param="load")
     if what.load and not trace.span_s:
         raise ConfigError("--load: all requests of the trace come at the same time", param="load")
-    return Setup(profile, Tiers(**sizes, eviction=what.eviction), trace.block_tokens, what.policy, what.max_running,
-                 what.step_tokens)  # fmt: skip
+    tiers = Tiers(**sizes, eviction=what.eviction, write_share=what.ssd_write_share)
+    return Setup(profile, tiers, trace.block_tokens, what.policy, what.max_running, what.step_tokens)
 
 
 # --- one combination -------------------------------------------------------------------------------------------------
@@ -163,7 +167,8 @@ def setup_of(what: What, trace: Trace) -> Setup:
 def daemon_of(what: What) -> What:
     """Whose capacity is meant by `load`: the same machine and sizes with the first policies there were, so that all
     policies of a sweep get the same arrivals."""
-    return What(what.profile, what.device, what.dram, what.ssd, "lru", "fcfs", what.max_running, what.step_tokens)
+    return What(what.profile, what.device, what.dram, what.ssd, "lru", policy="fcfs", max_running=what.max_running,
+                step_tokens=what.step_tokens)  # fmt: skip
 
 
 def work_s(daemon: What, trace: Trace) -> float:

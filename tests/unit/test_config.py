@@ -130,7 +130,7 @@ def sample(option: Option) -> str:
         return next(choice for choice in option.choices if choice != option.default)
     if option.kind == "bool":
         return str(not option.default).lower()
-    if option.field == "pin_ratio":
+    if option.field in ("pin_ratio", "ssd_write_share"):
         return "0.5"
     if isinstance(option.default, int | float):
         return (
