@@ -19,6 +19,7 @@ from array import array
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ import uvicorn
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from server.api.app import create_app
+from server.api.auth import tenant_of
 from server.api.service import Service, hash_keys
-from server.config import Config
+from server.config import Config, key_weights
 from server.engine import Engine
 from server.errors import ConfigError
 from server.kernels.attention import BACKENDS
@@ -36,6 +38,7 @@ from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
 from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Mover
+from server.kvcache.step_cost import StepWork
 from server.kvcache.tiers.base import Tier
 from server.kvcache.tiers.device import DeviceTier
 from server.kvcache.tiers.files import OsIo
@@ -50,7 +53,18 @@ from server.runner.runner import TorchRunner
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
 from server.text import Tokenizer
-from server.types import DEVICE, DRAM, SSD, BlockLayout, SampleSpec, SamplingParams, StepPlan, StepRow, TierName
+from server.types import (
+    DEVICE,
+    DRAM,
+    SSD,
+    BlockLayout,
+    SampleSpec,
+    SamplingParams,
+    StepPlan,
+    StepRow,
+    Targets,
+    TierName,
+)
 
 log = logging.getLogger("terrace")
 
@@ -152,7 +166,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
     recorder = _recorder(config)
     if recorder is not None:
         metrics.bind_recorder(recorder.outcomes)
-    scheduler = Scheduler(kv, make_policy(config.scheduler.policy), _limits(config, max_model_len))
+    scheduler = Scheduler(kv, make_policy(config.scheduler.policy, _weights_of(config)), _limits(config, max_model_len))
     runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
     engine = Engine(
         scheduler,
@@ -226,8 +240,9 @@ def service_of(daemon: Daemon) -> Service:
         version=version(),
         wall_clock=time.time,
         limits=daemon.config.server,
-        api_key_hashes=hash_keys(daemon.config.server.api_keys),
+        api_key_hashes=hash_keys(key_weights(daemon.config.server.api_keys)),
         admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
+        default_targets=_targets(daemon.config),
     )
 
 
@@ -304,7 +319,24 @@ def _limits(config: Config, max_model_len: int) -> Limits:
         max_queued_requests=knobs.max_queued_requests,
         max_queued_tokens=knobs.max_queued_tokens,
         max_model_len=max_model_len,
+        refuse_late=knobs.refuse_late,
+        background_step_s=knobs.background_step_ms / 1e3,
+        background_slack=knobs.background_slack,
+        background_kv_share=knobs.background_kv_share,
     )
+
+
+def _targets(config: Config) -> Targets:
+    """What is wanted for requests that say nothing."""
+    ttft_ms, tpot_ms = config.scheduler.ttft_target_ms, config.scheduler.tpot_target_ms
+    return Targets(ttft_ms / 1e3 if ttft_ms else inf, tpot_ms / 1e3 if tpot_ms else inf)
+
+
+def _weights_of(config: Config) -> dict[str, float]:
+    """What tenants weigh, by the names that the API gives them."""
+    weights = key_weights(config.server.api_keys)
+    digests = hash_keys(weights)
+    return {tenant_of(digest): weight for digest, weight in zip(digests, weights.values(), strict=True)}
 
 
 def _weights(config: Config, folder: Path) -> bytes:
@@ -381,7 +413,7 @@ async def _calibrate(daemon: Daemon) -> None:
         fed = array("i", bytes(4 * tokens))
         row = StepRow(0, fed, 0, frames, SampleSpec(SamplingParams(1, temperature=0.0), tokens, tokens, fed))
         result = await daemon.runner.run(StepPlan(0, [row], [0]))
-        kv.planner.step.observe(tokens, result.finished_s - result.started_s)
+        kv.planner.step.observe(StepWork.of([row]), result.finished_s - result.started_s)
 
 
 def _chat_template(config: Config) -> str | None:

@@ -17,7 +17,7 @@ import os
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +34,7 @@ from pydantic import (
 )
 
 from server.errors import ConfigError
+from server.quantities import parse_bytes, parse_count, parse_gib, parse_seconds
 
 ENV_PREFIX = "TERRACE_"
 _SECRETS = {"server.api_keys", "server.admin_keys"}
@@ -42,47 +43,7 @@ _ENV_FILE = "TERRACE_CONFIG"
 # Kubernetes injects these into every pod of a namespace that has a Service called `terrace` or `terrace-...`.
 _ENV_KUBERNETES = re.compile(r"TERRACE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 
-_BYTE_UNITS = {"": 1, "b": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate(("k", "m", "g", "t"), start=1)
-    for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
-}
-_TIME_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-_COUNT_UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
-_QUANTITY = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*")
 _DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
-
-
-def _quantity(text: str, units: Mapping[str, float], what: str) -> float:
-    match = _QUANTITY.fullmatch(text)
-    if match is None or match[2] not in units:
-        raise ValueError(f"is not {what} (units: {', '.join(u for u in units if u)})")
-    return float(match[1].replace("_", "")) * units[match[2]]
-
-
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise ValueError("is not a whole number")
-    return int(value)
-
-
-def _parse_bytes(value: object) -> object:
-    return _whole(_quantity(value.lower(), _BYTE_UNITS, "a size in bytes")) if isinstance(value, str) else value
-
-
-def _parse_gib(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    text = value.lower().strip()
-    return _quantity(text, _BYTE_UNITS, "a size in GiB") / 2**30 if text[-1:].isalpha() else value
-
-
-def _parse_seconds(value: object) -> object:
-    return _quantity(value.lower(), _TIME_UNITS, "a duration in seconds") if isinstance(value, str) else value
-
-
-def _parse_count(value: object) -> object:
-    return _whole(_quantity(value, _COUNT_UNITS, "a count")) if isinstance(value, str) else value
 
 
 def _parse_list(value: object) -> object:
@@ -105,6 +66,25 @@ def _no_blank(keys: tuple[str, ...]) -> tuple[str, ...]:
     return keys
 
 
+def key_weights(keys: Iterable[str]) -> dict[str, float]:
+    """Every key with its weight, from entries like `KEY` and `KEY WEIGHT`. Raises ValueError, and shows no key."""
+    found = {}
+    for entry in keys:
+        key, _, weight = entry.partition(" ")
+        try:
+            found[key] = float(weight or 1)
+        except ValueError:
+            raise ValueError("holds an entry that is neither KEY nor KEY WEIGHT") from None
+        if not 0.001 <= found[key] <= 1000:
+            raise ValueError("holds a weight that is not between 0.001 and 1000")
+    return found
+
+
+def _weighted(keys: tuple[str, ...]) -> tuple[str, ...]:
+    key_weights(keys)
+    return keys
+
+
 @dataclass(frozen=True)
 class Flag:
     """How a field looks on the command line, when that is not simply `--field-name`."""
@@ -117,12 +97,13 @@ class Flag:
 
 
 COMMON = Flag(common=True)
-Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
-Gib = Annotated[float, BeforeValidator(_parse_gib)]
-Seconds = Annotated[float, BeforeValidator(_parse_seconds)]
-Count = Annotated[int, BeforeValidator(_parse_count)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Gib = Annotated[float, BeforeValidator(parse_gib)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+Count = Annotated[int, BeforeValidator(parse_count)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_parse_dtype)]
-ApiKeys = Annotated[tuple[str, ...], BeforeValidator(_parse_list), AfterValidator(_no_blank)]
+AdminKeys = Annotated[tuple[str, ...], BeforeValidator(_parse_list), AfterValidator(_no_blank)]
+ApiKeys = Annotated[AdminKeys, AfterValidator(_weighted)]
 
 
 class _Section(BaseModel):
@@ -236,7 +217,8 @@ class SchedulerConfig(_Section):
 
     policy: Annotated[str, Flag(names=("--policy", "--scheduling-policy"))] = Field(
         default="fcfs",
-        description="Order of admission and preemption: fcfs, or priority (a lower `priority` runs first).",
+        description="Who goes first: fcfs; priority (the lower `priority`); spf (the shorter uncached prompt); "
+        "deadline (by ttft_target_ms); fair (between API keys, by weight); prefix (those that share one together).",
     )
     max_num_seqs: Annotated[Count, COMMON] = Field(default=256, ge=1, description="Requests running at once.")
     max_num_batched_tokens: Annotated[Count, COMMON] = Field(
@@ -248,10 +230,28 @@ class SchedulerConfig(_Section):
         description="Most prompt tokens of one request per step; default: the whole budget of the step.",
     )
     max_queued_requests: Annotated[Count, COMMON] = Field(
-        default=2048, ge=1, description="Requests waiting; beyond that the answer is 429 with Retry-After."
+        default=2048, ge=1, description="Requests waiting; beyond that 429 with Retry-After."
     )
     max_queued_tokens: Count = Field(
-        default=2_000_000, ge=1, description="Prompt tokens waiting; beyond that the answer is 429 with Retry-After."
+        default=2_000_000, ge=1, description="Prompt tokens waiting; beyond that the same."
+    )
+    ttft_target_ms: Annotated[float, COMMON] = Field(
+        default=0.0, ge=0, description="Time to the first token that a request wants if it names none; 0: any."
+    )
+    tpot_target_ms: Annotated[float, COMMON] = Field(
+        default=0.0, ge=0, description="Time per later token, the same; prompt chunks are cut to hold it; 0: any."
+    )
+    refuse_late: bool = Field(
+        default=False, description="Answer 429 at once to whom ttft_target_ms is not expected to be met for."
+    )
+    background_step_ms: float = Field(
+        default=20.0, gt=0, description="Longest step for background requests (service_tier: flex) alone."
+    )
+    background_slack: float = Field(
+        default=0.05, ge=0, le=1, description="Share by which background requests may lengthen a step of others."
+    )
+    background_kv_share: float = Field(
+        default=0.25, gt=0, le=1, description="Share of the device tier that running background requests may hold."
     )
 
 
@@ -265,12 +265,13 @@ class ServerConfig(_Section):
     api_keys: Annotated[ApiKeys, Flag(names=("--api-key",), common=True)] = Field(
         default=(),
         repr=False,
-        description="Bearer keys that clients must present (repeat the flag for several); none: open to all.",
+        description="Bearer keys that clients must present (repeat the flag for several), each KEY or 'KEY WEIGHT' for "
+        "the policy `fair`; none: open to all.",
     )
     api_key_file: Path | None = Field(
-        default=None, description="File with one API key per line, added to api_keys; # starts a comment."
+        default=None, description="File with one KEY or KEY WEIGHT per line, added to api_keys; # starts a comment."
     )
-    admin_keys: Annotated[ApiKeys, Flag(names=("--admin-key",))] = Field(
+    admin_keys: Annotated[AdminKeys, Flag(names=("--admin-key",))] = Field(
         default=(),
         repr=False,
         description="Bearer keys of the cache admin API; none: it is off unless there are no api_keys either.",
@@ -554,4 +555,9 @@ def _with_keys(keys: tuple[str, ...], path: Path | None, name: str) -> tuple[str
     if not found:
         # An empty file must not open the daemon to everyone.
         raise ConfigError(f"{name} {path} holds no key", param=name)
+    if name == "server.api_key_file":
+        try:
+            key_weights(found)
+        except ValueError as error:
+            raise ConfigError(f"{name} {path} {error}", param=name) from None
     return tuple(dict.fromkeys(keys + found))

@@ -22,6 +22,7 @@ from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager
 from server.kvcache.mover import Mover
 from server.kvcache.report import explain, kv_report
+from server.kvcache.step_cost import StepWork
 from server.metrics import Metrics
 from server.recorder import Ended, Recorder
 from server.scheduler.request import Request, request_from
@@ -29,6 +30,7 @@ from server.scheduler.scheduler import Scheduler
 from server.types import (
     DEVICE,
     DRAM,
+    ONLINE,
     ORDINARY,
     SSD,
     BlockHash,
@@ -36,6 +38,7 @@ from server.types import (
     KvReport,
     Retention,
     SamplingParams,
+    ServiceClass,
     SpanReport,
     StepPlan,
     StepRunner,
@@ -56,12 +59,12 @@ State = Literal["starting", "ready", "draining", "stopped", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class GenerateSpec:
-    """What a client wants: validated parameters and token ids. `priority`: lower goes first."""
+    """What a client wants: validated parameters and token ids."""
 
     prompt: Sequence[int]
     params: SamplingParams
     cache_salt: str = ""
-    priority: int = 0
+    service: ServiceClass = ONLINE
     retention: Retention = ORDINARY
 
 
@@ -194,8 +197,8 @@ class Engine:
             spec.prompt,
             spec.params,
             self.kv.root(salt),
-            priority=spec.priority,
             now=self._clock(),
+            service=spec.service,
             retention=retention,
         )
         try:
@@ -203,8 +206,8 @@ class Engine:
         except InvalidRequest:
             self._metrics.rejected("too_long")
             raise
-        except Overloaded:
-            self._metrics.rejected("queue_full")
+        except Overloaded as error:
+            self._metrics.rejected(error.code)
             raise
         if self._prefetch:
             first = len(self.scheduler.waiting) == 1
@@ -389,7 +392,7 @@ class Engine:
         now = self._clock()
         self._deliver(self.scheduler.commit(plan, result, now), now)
         busy_s = result.finished_s - result.started_s
-        self.kv.planner.step.observe(plan.tokens, busy_s)
+        self.kv.planner.step.observe(StepWork.of(plan.rows), busy_s)
         self._metrics.step(_kind(plan), busy_s, plan.tokens, self._clock() - planned_s - busy_s)
 
     def _landed(self, transfer_id: int, fault: TierFault | None) -> None:

@@ -28,7 +28,7 @@ BATCH_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 STEP_KINDS = ("prefill", "decode", "mixed")
 FINISH_REASONS = ("stop", "length", "abort", "error")
-REJECTIONS = ("queue_full", "too_long", "draining", "rate_limit", "no_memory")
+REJECTIONS = ("queue_full", "too_late", "too_long", "draining", "rate_limit", "no_memory")
 TIERS = ("device", "dram", "ssd")
 INTEGRITY = ("label", "header", "foreign", "stale", "payload")
 STATES = ("starting", "ready", "draining", "stopped", "failed")

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 from typing import Literal, Protocol
 
 import numpy as np
@@ -134,6 +135,31 @@ class Retention:
 
 
 ORDINARY = Retention()
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """How long a request may take, in seconds: to its first token, and per token after it on average; inf: any time."""
+
+    ttft_s: float = inf
+    tpot_s: float = inf
+
+
+NO_TARGETS = Targets()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceClass:
+    """Whose a request is, and how urgent. `tenant`: by its API key, empty where there are none. `background`: it only
+    fills what others leave idle."""
+
+    tenant: str = ""
+    priority: int = 0
+    background: bool = False
+    targets: Targets = NO_TARGETS
+
+
+ONLINE = ServiceClass()
 
 
 @dataclass(slots=True)

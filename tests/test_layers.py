@@ -18,7 +18,7 @@ SOURCES = sorted(path.relative_to(ROOT) for top in ("server", "loadgen") for pat
 
 # Unit -> layer, lowest first. A unit may import from lower layers and from itself, never from its own layer's others.
 LAYERS = [
-    {"base"},  # types errors registry
+    {"base"},  # types errors registry quantities
     {"metrics", "config", "recorder"},
     {"kvcache", "kernels"},
     {"scheduler", "models"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
-BASE = {"types", "errors", "registry"}
+BASE = {"types", "errors", "registry", "quantities"}
 
 LOADGEN_FILES = {"server/sim/simulate.py", "server/sim/summary.py", "server/sim/page.py"}
 """They read the traces that load tests replay, and show figures as those do."""

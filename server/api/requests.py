@@ -16,7 +16,7 @@ from server.api.service import Service
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, ModelNotFound, Overloaded
 from server.text import RESERVED_TEMPLATE_ARGUMENTS, Tokenizer
-from server.types import Retention, SamplingParams
+from server.types import Retention, SamplingParams, ServiceClass, Targets
 
 DAY_S = 86_400.0
 DEFAULT_COMPLETION_TOKENS = 16
@@ -258,6 +258,15 @@ def _plan(
     internal = 0 if logprobs is None and generate > keep else logprobs
     params = replace(_sampling(service, request), logprobs=internal, prompt_logprobs=asked)
     salt = cache_salt(tenant, request.cache_salt)
+    service_class = ServiceClass(
+        tenant,
+        request.priority or 0,
+        background=request.service_tier == "flex",
+        targets=Targets(
+            _target_s(request.ttft_target_ms, service.default_targets.ttft_s),
+            _target_s(request.tpot_target_ms, service.default_targets.tpot_s),
+        ),
+    )
     retention = Retention(
         transient=request.prompt_cache_retention in ("in_memory", "in-memory"),
         session=request.prompt_cache_key is not None,
@@ -281,7 +290,7 @@ def _plan(
                         prompt_logprobs=asked if choice == 0 or echo else None,
                     ),
                     cache_salt=salt,
-                    priority=request.priority or 0,
+                    service=service_class,
                     retention=retention,
                 )
                 for choice in range(generate)
@@ -300,6 +309,10 @@ def _plan(
         client_stop_ids=frozenset(request.stop_token_ids or ()),
         score_only=request.max_tokens == 0,
     )
+
+
+def _target_s(wanted_ms: float | None, default_s: float) -> float:
+    return default_s if wanted_ms is None else wanted_ms / 1e3
 
 
 def cache_salt(tenant: str, wanted: str | None) -> str:

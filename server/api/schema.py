@@ -39,6 +39,7 @@ MAX_MESSAGES = 4096
 MAX_PROMPTS = 4096
 MAX_NAME_CHARS = 256
 MAX_PIN_S = 30 * 86_400
+MAX_TARGET_MS = 86_400_000.0
 """Longest pin: a month."""
 INT31 = 2**31 - 1
 INT63 = 2**63 - 1
@@ -202,6 +203,15 @@ class GenerationRequest(_Request):
     seed: int | None = Field(default=None, ge=-INT63 - 1, le=INT63, description="Same seed, same output.")
     priority: int | None = Field(
         default=None, ge=-1000, le=1000, description="Lower runs sooner, where the scheduling policy is `priority`."
+    )
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = Field(
+        default=None, description="flex: in the background, on what other requests leave idle; all others are alike."
+    )
+    ttft_target_ms: float | None = Field(
+        default=None, gt=0, le=MAX_TARGET_MS, description="Wanted time to the first token, in milliseconds."
+    )
+    tpot_target_ms: float | None = Field(
+        default=None, gt=0, le=MAX_TARGET_MS, description="Wanted time per token after the first, in milliseconds."
     )
     cache_salt: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = Field(
         default=None, description="Requests share cached prefixes only with requests of the same salt and API key."

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
 from server.text import Tokenizer
+from server.types import NO_TARGETS, Targets
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Service:
     limits: ServerConfig
     api_key_hashes: Sequence[bytes] = ()
     admin_key_hashes: Sequence[bytes] = ()
+    default_targets: Targets = NO_TARGETS
+    """Of requests that name none."""
 
     @property
     def max_model_len(self) -> int:
         return self.engine.max_model_len
 
 
-def hash_keys(keys: Sequence[str]) -> tuple[bytes, ...]:
+def hash_keys(keys: Iterable[str]) -> tuple[bytes, ...]:
     """The digests under which API keys are kept, so that no key stands in memory for longer than a comparison."""
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)

@@ -98,7 +98,7 @@ def measure_decode(running: int, context: int, steps: int) -> StepTimes:
         seed = number % DISTINCT_CONTEXTS
         # Lengths differ, so that the requests do not all seal a block in the same step.
         prompt = array("i", range(seed * 1_000_003, seed * 1_000_003 + context + seed % BLOCK_TOKENS))
-        scheduler.submit(request_from(number, prompt, params, root, priority=0, now=0.0))
+        scheduler.submit(request_from(number, prompt, params, root, now=0.0))
     now = 0.0
     while scheduler.waiting or any(request.lacking > 1 for request in scheduler.running):
         now += 1.0
@@ -114,7 +114,7 @@ def measure_prefill(running: int, context: int, step_tokens: int) -> StepTimes:
     for number in range(running):
         prompt = array("i", range(number * 1_000_003, number * 1_000_003 + context))
         params = SamplingParams(max_tokens=1024)
-        scheduler.submit(request_from(number, prompt, params, root, priority=0, now=0.0))
+        scheduler.submit(request_from(number, prompt, params, root, now=0.0))
     step(scheduler, 1.0)  # the first one admits
     return _timed(scheduler, running * context // step_tokens - 2, 1.0)
 

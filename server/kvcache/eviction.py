@@ -11,7 +11,7 @@ evictable block that hangs on it. The caller stops iterating before it changes a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from server.registry import resolve
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from server.kvcache.books import TierBooks
 
 POLICIES = {
+    "arc": "server.kvcache.policies.arc:ARC",
     "cost": "server.kvcache.policies.cost:CostAware",
+    "fifo": "server.kvcache.policies.fifo:FIFO",
     "learned": "server.kvcache.policies.learned:Learned",
+    "lfu": "server.kvcache.policies.lfu:LFU",
     "lru": "server.kvcache.policies.lru:LRU",
     "s3fifo": "server.kvcache.policies.s3fifo:S3FIFO",
+    "sieve": "server.kvcache.policies.sieve:SIEVE",
     "slru": "server.kvcache.policies.slru:SegmentedLRU",
 }
 
@@ -53,3 +57,23 @@ def make_policy(name: str, books: TierBooks) -> EvictionPolicy:
     """A fresh policy for the tier of these books, by its name in `POLICIES`; ConfigError names those there are."""
     policy: EvictionPolicy = resolve("eviction", POLICIES, name)(books)
     return policy
+
+
+def suffix_first(frames: Iterable[FrameId], books: TierBooks) -> Iterator[FrameId]:
+    """The evictable `frames` in their order, but each only after all that hangs on it: right behind the last of that,
+    if its own turn has passed by then."""
+    left: dict[FrameId, int] = {}
+    passed: set[FrameId] = set()
+    for frame in frames:
+        if left.get(frame, books.kids[frame]):
+            passed.add(frame)
+            continue
+        while True:
+            yield frame
+            above = books.above[frame]
+            if above < 0:
+                break
+            left[above] = left.get(above, books.kids[above]) - 1
+            if left[above] or above not in passed:
+                break
+            frame = above

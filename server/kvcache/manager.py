@@ -174,7 +174,7 @@ class KVManager:
         """Match on below the device, and want what is worth it, the last block first."""
         start = len(lease.table)
         found = self._levels_of(hashes, start)
-        levels, probed = self._worth_loading(found, now, floor_s)
+        levels, probed = self._worth_loading(found, len(lease.table), now, floor_s)
         lease.hashes = hashes[: start + len(levels)]
         for position in probed:
             self.traffic.load_early(hashes, start + position, found[position] - 1)
@@ -201,9 +201,9 @@ class KVManager:
             levels.append(level)
         return levels
 
-    def _worth_loading(self, levels: list[int], now: float, floor_s: float) -> tuple[list[int], range]:
-        """`levels` up to the first run of blocks whose tier is off or too slow for them; and which blocks of that run
-        to load all the same, to learn whether it is still too slow."""
+    def _worth_loading(self, levels: list[int], above: int, now: float, floor_s: float) -> tuple[list[int], range]:
+        """`levels`, of blocks that follow `above` others, up to the first run of blocks whose tier is off or too slow
+        for them; and which blocks of that run to load all the same, to learn whether it is still too slow."""
         queued = self.traffic.queued()
         start = 0
         while start < len(levels):
@@ -215,7 +215,7 @@ class KVManager:
                 reason = None
                 if not self.planner.breakers[name].allows(now):
                     reason = "disabled"
-                elif not self.planner.worth(level, end - start, queued, floor_s):
+                elif not self.planner.worth(level, above + start, end - start, queued, floor_s):
                     reason = "slower_than_recompute"
                 if reason is not None:
                     probed = 0 if reason == "disabled" else self.planner.probe(level, end - start, now)
@@ -269,11 +269,11 @@ class KVManager:
         if lease.late_s is None or lease.waits_level != load.level:  # a hop further up is progress too
             lease.waits_since_s, lease.waits_level = now, load.level
             estimate_s = self.planner.load_s(load.level, blocks, queued)
-            lease.late_s = now + self.planner.patience_s(estimate_s, blocks)
+            lease.late_s = now + self.planner.patience_s(estimate_s, front, blocks)
         if now >= lease.late_s:
             self._late(lease, load.level, blocks, now)
             return stop
-        share = self.planner.front(load.level, blocks, queued, floor_s)
+        share = self.planner.front(load.level, front, blocks, queued, floor_s)
         if not share:
             self.wake_s = min(self.wake_s, lease.late_s)
         return front + share
@@ -415,7 +415,7 @@ class KVManager:
         slowest = max(levels)
         if slowest <= goal or not self.planner.breakers[self.levels[slowest].name].closed:
             return
-        if self.planner.worth(slowest, levels.count(slowest), self.traffic.queued(), 0.0):
+        if self.planner.worth(slowest, start, levels.count(slowest), self.traffic.queued(), 0.0):
             self.traffic.prefetch(hashes, start, goal)
 
     def plan_transfers(self, now: float, *, prefilling: bool = False) -> list[Transfer]:

@@ -1,12 +1,13 @@
 """Load or compute? Measured rates of every hop and of the device, and what follows from them. Pure, loop thread only.
 
-A step costs `base + tokens * token_s`, loading n blocks over a hop `latency + (queued + n) * block_s`. A request whose
-next n blocks lie in a tier below has three ways, and takes the shortest:
+Computing n blocks of a prompt adds C(n) to a step, more the more tokens precede them; loading them over a hop takes
+L(n) = latency + (queued + n) * block_s. A request whose next n blocks lie in a tier below has three ways, and takes the
+shortest:
 
-    compute   n * c            c = block_tokens * token_s; the step that ends its prompt pays the base in any case
+    compute   C(n)             the step that ends its prompt pays the base in any case
     wait      L(n)             but at least the step that the others run meanwhile
-    split     base + k * c     a step more, over k blocks from the front, while the others are loaded from the back;
-                               k such that both end together: base + k * c = L(n - k)    (after Cake, ICML 2025)
+    split     base + C(k)      a step more, over k blocks from the front, while the others are loaded from the back;
+                               k such that both end together: base + C(k) = L(n - k)    (after Cake, ICML 2025)
 
 Nothing here is trusted for long. All rates are decayed means of what was just measured; a load that is later than
 promised is no longer waited for; and a tier that fails or stalls is switched off by its breaker and tried again later.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from server.kvcache.step_cost import StepCost
 from server.types import TierName
 
 BLOCK_DECAY = 0.97
@@ -27,8 +29,6 @@ OUTLIER_FACTOR = 8.0
 it is over, and a tier that did become that slow is known to be after a few landings."""
 GUESS_BLOCKS = 8.0
 """How many landings the first guess is worth."""
-STEP_DECAY = 0.02
-"""Weight of one step in the regression of step time on tokens."""
 LATE_FACTOR = 1.5
 """A load may take this many times its estimate before the request that waits for it computes instead."""
 LATE_GRACE_S = 0.002
@@ -147,37 +147,6 @@ class Breaker:
         self.backoff_s = BREAKER_FIRST_S
 
 
-class StepCost:
-    """Seconds of a step as `base + token_s * tokens`: a least-squares line through recent steps, older ones fading."""
-
-    def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        keep = 1 - STEP_DECAY
-        self._weight = keep * self._weight + 1
-        self._x = keep * self._x + tokens
-        self._y = keep * self._y + seconds
-        self._xx = keep * self._xx + tokens * tokens
-        self._xy = keep * self._xy + tokens * seconds
-
-    @property
-    def known(self) -> bool:
-        return self._weight > 0
-
-    def line(self) -> tuple[float, float]:
-        """(base seconds, seconds per token); the base is 0 while all steps had the same size."""
-        if not self._weight:
-            return 0.0, 0.0
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - mean_x * mean_x
-        slope = (self._xy / self._weight - mean_x * mean_y) / spread if spread > 1e-9 * self._xx else 0.0
-        if slope <= 0:
-            return 0.0, mean_y / mean_x
-        base = mean_y - slope * mean_x
-        return (base, slope) if base >= 0 else (0.0, mean_y / mean_x)
-
-
 class Planner:
     """`tiers` from fastest to slowest; `block_s[k]` is the first guess for loading one block from tier k+1 to tier
     k."""
@@ -196,19 +165,20 @@ class Planner:
         slowest_s = max((queued[k] + blocks) * hop.block_s for k, hop in enumerate(hops))
         return slowest_s + sum(hop.latency_s for hop in hops)
 
-    def compute_s(self, blocks: int) -> float:
-        """Seconds to compute `blocks` blocks of a prompt on a device that does nothing else."""
-        return self.step.line()[0] + self._computing_s(blocks)
+    def compute_s(self, start: int, blocks: int) -> float:
+        """Seconds to compute `blocks` blocks of a prompt, behind `start` others, on a device that does nothing else."""
+        return self.step.base_s + self._computing_s(start, blocks)
 
-    def front(self, level: int, blocks: int, queued: list[int], floor_s: float) -> int:
-        """How many of `blocks` blocks that could be loaded from tier `level` to compute now, from the front; 0: wait
-        for them all, `blocks`: do without. `floor_s`: how long the step takes that others run meanwhile."""
-        return self._choose(level, blocks, queued, floor_s)[1]
+    def front(self, level: int, start: int, blocks: int, queued: list[int], floor_s: float) -> int:
+        """How many of `blocks` blocks, which follow `start` others and could be loaded from tier `level`, to compute
+        now, from the front; 0: wait for them all, `blocks`: do without. `floor_s`: how long the step takes that others
+        run meanwhile."""
+        return self._choose(level, start, blocks, queued, floor_s)[1]
 
-    def worth(self, level: int, blocks: int, queued: list[int], floor_s: float) -> bool:
+    def worth(self, level: int, start: int, blocks: int, queued: list[int], floor_s: float) -> bool:
         """Would loading spare enough computing to be worth the trouble?"""
-        cost_s, _ = self._choose(level, blocks, queued, floor_s)
-        return not self.step.known or cost_s <= WORTH_RATIO * self._computing_s(blocks)
+        cost_s, _ = self._choose(level, start, blocks, queued, floor_s)
+        return not self.step.known or cost_s <= WORTH_RATIO * self._computing_s(start, blocks)
 
     def probe(self, level: int, blocks: int, now: float) -> int:
         """Of a hit that is not worth loading, how many blocks to load all the same: without that nobody would ever
@@ -219,27 +189,32 @@ class Planner:
         hop.probe_s = now + PROBE_EVERY_S
         return -(-blocks // PROBE_SHARE)
 
-    def _choose(self, level: int, blocks: int, queued: list[int], floor_s: float) -> tuple[float, int]:
+    def _choose(self, level: int, start: int, blocks: int, queued: list[int], floor_s: float) -> tuple[float, int]:
         """Seconds of the shortest way, and the blocks to compute first. Before the first step was measured: wait."""
-        base_s, token_s = self.step.line()
         hops = self.up[:level]
         ahead, slowest = max(zip(queued, hops, strict=False), key=lambda pair: (pair[0] + blocks) * pair[1].block_s)
         load_s = (ahead + blocks) * slowest.block_s + sum(hop.latency_s for hop in hops)
-        wait_s, compute_s = max(load_s, floor_s), self._computing_s(blocks)
-        best = (wait_s, 0) if not self.step.known or wait_s < compute_s else (compute_s, blocks)
-        block_s = self._block_tokens * token_s
-        share = int((load_s - base_s) / (block_s + slowest.block_s)) if self.step.known else 0
-        split_s = max(base_s + share * block_s, load_s - share * slowest.block_s, floor_s)
-        return (split_s, share) if 0 < share < blocks and split_s < SPLIT_RATIO * best[0] else best
+        if not self.step.known:
+            return max(load_s, floor_s), 0
+        wait_s, compute_s = max(load_s, floor_s), self._computing_s(start, blocks)
+        best = (wait_s, 0) if wait_s < compute_s else (compute_s, blocks)
+        base_s = self.step.base_s
+        low, high = 0, blocks
+        while high - low > 1:  # `low` blocks are computed before the others came, `high` are not
+            middle = (low + high) // 2
+            early = base_s + self._computing_s(start, middle) <= load_s - middle * slowest.block_s
+            low, high = (middle, high) if early else (low, middle)
+        split_s = max(load_s - low * slowest.block_s, floor_s)
+        return (split_s, low) if low and split_s < SPLIT_RATIO * best[0] else best
 
-    def _computing_s(self, blocks: int) -> float:
-        """Seconds that `blocks` blocks add to a step that is run anyway."""
-        return blocks * self._block_tokens * self.step.line()[1]
+    def _computing_s(self, start: int, blocks: int) -> float:
+        """Seconds that `blocks` blocks behind `start` others add to a step that is run anyway."""
+        return self.step.tokens_s(start * self._block_tokens, blocks * self._block_tokens)
 
-    def patience_s(self, estimate_s: float, blocks: int) -> float:
-        """How long to wait without any progress for `blocks` blocks that were promised in `estimate_s`: giving up too
-        early costs computing all of them, so a share of that is always granted."""
-        return max(LATE_FACTOR * estimate_s + LATE_GRACE_S, LATE_SHARE * self._computing_s(blocks))
+    def patience_s(self, estimate_s: float, start: int, blocks: int) -> float:
+        """How long to wait without any progress for `blocks` blocks behind `start` others that were promised in
+        `estimate_s`: giving up too early costs computing all of them, so a share of that is always granted."""
+        return max(LATE_FACTOR * estimate_s + LATE_GRACE_S, LATE_SHARE * self._computing_s(start, blocks))
 
     def deadline_s(self, estimate_s: float) -> float:
         """When to give a load up."""

@@ -36,14 +36,14 @@ def explain(kv: KVManager, hashes: Sequence[BlockHash], now: float) -> list[Span
     lost = ""
     for level, group in groupby(levels):
         blocks = len(list(group))
-        spans.append(_span(kv, level, blocks, lost, now))
+        spans.append(_span(kv, level, sum(span.blocks for span in spans), blocks, lost, now))
         if spans[-1].decision == "compute":
             lost = lost or "the blocks before it are computed"
     return spans
 
 
-def _span(kv: KVManager, level: int | None, blocks: int, lost: str, now: float) -> SpanReport:
-    compute_s = kv.planner.compute_s(blocks)
+def _span(kv: KVManager, level: int | None, start: int, blocks: int, lost: str, now: float) -> SpanReport:
+    compute_s = kv.planner.compute_s(start, blocks)
     if level is None:
         return SpanReport(None, blocks, "compute", "not cached", 0.0, compute_s)
     name, queued = kv.levels[level].name, kv.traffic.queued()
@@ -53,9 +53,9 @@ def _span(kv: KVManager, level: int | None, blocks: int, lost: str, now: float) 
     breaker = kv.planner.breakers[name]
     if not breaker.closed and now < breaker.until_s:
         return SpanReport(name, blocks, "compute", "the tier is switched off", load_s, compute_s)
-    if not kv.planner.worth(level, blocks, queued, 0.0):
+    if not kv.planner.worth(level, start, blocks, queued, 0.0):
         return SpanReport(name, blocks, "compute", "loading would be slower", load_s, compute_s)
-    front = kv.planner.front(level, blocks, queued, 0.0)
+    front = kv.planner.front(level, start, blocks, queued, 0.0)
     if 0 < front < blocks:
         reason = f"{front} blocks are computed while the others are loaded"
         return SpanReport(name, blocks, "split", reason, load_s, compute_s)

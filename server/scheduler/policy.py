@@ -1,29 +1,68 @@
-"""The scheduling seam: who goes first, who goes last. Pure functions of requests.
+"""The scheduling seam: who goes first, who goes last.
 
-`rank` orders: the lowest is admitted first and preempted last. It must not change while a request lives, so that
-queues are kept in order by insertion and a step costs nothing per waiting request. `outranks` says whether a waiting
-request may take a running one's place; it must be false for two requests of which `rank` prefers the running one.
+`rank` orders: the lowest is admitted first, gets its part of a step first and is preempted last. It is asked for once,
+when a request comes, and kept in `request.rank`, so that queues stay in order by insertion and a step costs nothing per
+waiting request. Whatever a policy has to learn beside that, it is told by `queued`, `started` and `ended`.
+
+Background requests rank behind all others and give way to all others; policies need not know of them.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from server.registry import resolve
 from server.scheduler.request import Request
 
+Rank = tuple[Any, ...]
+
 POLICIES = {
+    "deadline": "server.scheduler.policies.deadline:EarliestDeadline",
+    "fair": "server.scheduler.policies.fair:WeightedFair",
     "fcfs": "server.scheduler.policies.fcfs:FirstComeFirstServed",
+    "prefix": "server.scheduler.policies.prefix:SharedPrefixTogether",
     "priority": "server.scheduler.policies.priority:Priority",
+    "spf": "server.scheduler.policies.spf:ShortestPrefillFirst",
 }
+EVEN: Mapping[str, float] = MappingProxyType({})
+"""All tenants weigh 1."""
 
 
-class SchedulingPolicy(Protocol):
-    def rank(self, request: Request) -> Any: ...
-    def outranks(self, waiting: Request, running: Request) -> bool: ...
+class SchedulingPolicy:
+    """Ranks requests. Loop thread only, no clock of its own; all seconds are those of the scheduler's."""
+
+    def __init__(self, weights: Mapping[str, float] = EVEN) -> None:
+        """`weights`: of tenants that do not weigh 1."""
+        self.weights = weights
+
+    def rank(self, request: Request) -> Rank:
+        """A place that no other request has. `work_s`, `hashes` and `arrival_s` of the request are known. Pure."""
+        raise NotImplementedError
+
+    def outranks(self, waiting: Request, running: Request) -> bool:
+        """May `waiting` take the place of `running`? False for two requests of which `rank` prefers the latter."""
+        del waiting, running
+        return False
+
+    def late(self, request: Request, done_s: float) -> Rank | None:
+        """`request`, whose turn it is, gets its first token at `done_s` at the earliest: a worse rank, or None to go
+        on. No request may be put back more often than once."""
+        del request, done_s
+        return None
+
+    def queued(self, request: Request) -> None:
+        """`request` was taken, with the rank that it was given."""
+
+    def started(self, request: Request) -> None:
+        """`request` was admitted, for the first time or again."""
+
+    def ended(self, request: Request, decode_s: float) -> None:
+        """`request` is over; its answer took about `decode_s` of the device's time."""
 
 
-def make_policy(name: str) -> SchedulingPolicy:
+def make_policy(name: str, weights: Mapping[str, float] = EVEN) -> SchedulingPolicy:
     """A fresh policy by its name in `POLICIES`; ConfigError names the ones there are."""
-    policy: SchedulingPolicy = resolve("scheduler.policy", POLICIES, name)()
+    policy: SchedulingPolicy = resolve("scheduler.policy", POLICIES, name)(weights)
     return policy

@@ -11,9 +11,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 from server.kvcache.block import Lease
-from server.types import ORDINARY, BlockHash, RequestId, Retention, SamplingParams, TierName, TokenLogprobs
+from server.types import (
+    ONLINE,
+    ORDINARY,
+    BlockHash,
+    RequestId,
+    Retention,
+    SamplingParams,
+    ServiceClass,
+    TierName,
+    TokenLogprobs,
+)
 
 
 class RequestState(Enum):
@@ -27,18 +38,19 @@ class Request:
     """`root` starts the hash chain (fingerprint and cache salt); `hashes` are extended and never recomputed.
 
     `cached_tokens` counts the prompt tokens that came from the cache before any preemption, and `served` their blocks
-    by the tier that they were found in. `needed_blocks` is the room
-    that the last failed admission wanted. `claimed` are the positions of `hashes` that this request will seal, and
-    `awaits` a hash that another one will. `expected`: the blocks that the KV manager keeps for it while it waits, and
-    the number under which it does. `prompt_logprobs` collects entries until the prompt is done; None when not
-    wanted.
+    by the tier that they were found in. `rank` is its place in every queue: behind all online ones if background, then
+    as the policy says. `work_s` is the device time that the prompt was thought to need when it came, and
+    `predicted_ttft_s` all that it was thought to wait. `needed_blocks` is the room that the last failed admission
+    wanted. `claimed` are the positions of `hashes` that this request will seal, and `awaits` a hash that another one
+    will. `expected`: the blocks that the KV manager keeps for it while it waits, and the number under which it does.
+    `prompt_logprobs` collects entries until the prompt is done; None when not wanted.
     """
 
     id: RequestId
     tokens: array[int]
     params: SamplingParams
     root: BlockHash
-    priority: int = 0
+    service: ServiceClass = ONLINE
     retention: Retention = ORDINARY
     arrival_s: float = 0.0
     prompt_tokens: int = field(init=False)
@@ -49,6 +61,9 @@ class Request:
     aborted: bool = False
     cached_tokens: int | None = None
     served: Counter[TierName] = field(default_factory=Counter)
+    rank: tuple[bool, tuple[Any, ...]] = (False, ())
+    work_s: float = 0.0
+    predicted_ttft_s: float = 0.0
     needed_blocks: int = 0
     claimed: range = range(0)
     awaits: BlockHash | None = None
@@ -85,9 +100,9 @@ def request_from(
     params: SamplingParams,
     root: BlockHash,
     *,
-    priority: int,
     now: float,
+    service: ServiceClass = ONLINE,
     retention: Retention = ORDINARY,
 ) -> Request:
     """A waiting request over a copy of `prompt`."""
-    return Request(id, array("i", prompt), params, root, priority=priority, arrival_s=now, retention=retention)
+    return Request(id, array("i", prompt), params, root, service, retention, now)

@@ -1,8 +1,12 @@
 """Scheduler: which tokens of which requests go into the next step. Pure, synchronous, loop thread only.
 
 One token budget per step: first one token for every request that decodes, then prompt chunks of those that are behind,
-then admissions while budget and memory last. When the device is full, the request that ranks last gives its blocks back
-and starts to chase again later; its sealed blocks stay cached, so it usually finds most of them.
+then admissions while budget and memory last. Chunks are cut so that whoever decodes gets the time per token that was
+promised. When the device is full, a request gives its blocks back and starts to chase again later; its sealed blocks
+stay cached, so it usually finds most of them.
+
+Background requests get what is left: a little beside others, or steps that are short, so that whoever comes waits for
+no more than one of those.
 
 Between `plan` and `commit` the plan's requests keep their frames, whatever happens to them meanwhile.
 """
@@ -13,11 +17,15 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil, inf
+from operator import attrgetter
 
 from server.errors import InvalidRequest, Overloaded
 from server.kvcache.block import Lease
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager, Over
+from server.scheduler import forecast
+from server.scheduler.draft import MIN_CHUNK_TOKENS, Draft
 from server.scheduler.policy import SchedulingPolicy
 from server.scheduler.request import Request, RequestState
 from server.types import (
@@ -37,25 +45,6 @@ DEFER_LOOK_AHEAD = 64
 """How many waiting requests are looked at behind ones that wait for a prefix which a running request computes."""
 
 
-class _Draft:
-    """A step being put together: rows in the order they were granted, and the token budget that is left."""
-
-    __slots__ = ("budget", "rows")
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.rows: dict[RequestId, StepRow] = {}
-
-    def add(self, row: StepRow) -> None:
-        self.rows[row.request_id] = row
-        self.budget -= len(row.tokens)
-
-    def drop(self, id: RequestId) -> None:
-        row = self.rows.pop(id, None)
-        if row is not None:
-            self.budget += len(row.tokens)
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Named bounds of the scheduler; every one is in the configuration."""
@@ -66,6 +55,17 @@ class Limits:
     max_queued_requests: int
     max_queued_tokens: int
     max_model_len: int
+    refuse_late: bool = False
+    """Refuse who is not expected to get the first token in the time that was asked for."""
+    background_step_s: float = 0.02
+    """How long a step may take that only background requests are in, as far as that can be told."""
+    background_slack: float = 0.05
+    """By what share they may lengthen a step of others."""
+    background_kv_share: float = 0.25
+    """Of the device's frames, how many they may hold."""
+
+
+_by_rank = attrgetter("rank")
 
 
 class Scheduler:
@@ -80,6 +80,7 @@ class Scheduler:
         self.planned: StepPlan | None = None
         self.queued_tokens = 0
         self.preemptions = 0
+        self._background = 0
         self._block_tokens = kv.layout.block_tokens
         self._computing: dict[BlockHash, int] = {}
         self._came: list[Request] = []
@@ -105,10 +106,30 @@ class Scheduler:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later", retry_after_s=1)
         if self.waiting and self.queued_tokens + prompt > limits.max_queued_tokens:
             raise Overloaded(f"{self.queued_tokens} prompt tokens are waiting; try again later", retry_after_s=1)
-        self.requests[request.id] = request
         extend_hashes(request.hashes, request.root, request.tokens, self._block_tokens)
+        self._foresee(request)
+        self.requests[request.id] = request
+        self._background += request.service.background
         self.kv.asked(self.reusable(request), request.arrival_s)
+        self.policy.queued(request)
         self._enqueue(request)
+
+    def _foresee(self, request: Request) -> None:
+        """Its place in the queue and its time to the first token. Raises Overloaded if that is too long and matters."""
+        reusable = self.reusable(request)
+        request.work_s = forecast.prompt_work_s(self.kv, request.prompt_tokens, reusable)
+        request.rank = request.service.background, self.policy.rank(request)
+        request.predicted_ttft_s = forecast.ttft_s(
+            self.kv, request, reusable, self.waiting, self.running, self.limits.max_step_tokens
+        )
+        late_s = request.predicted_ttft_s - request.service.targets.ttft_s
+        if self.limits.refuse_late and late_s > 0:
+            raise Overloaded(
+                f"the first token would come after {request.predicted_ttft_s:.1f} s, but was wanted after "
+                f"{request.service.targets.ttft_s:g} s; try again later, or elsewhere",
+                retry_after_s=max(1, ceil(late_s)),
+                code="too_late",
+            )
 
     def abort(self, id: RequestId, now: float) -> None:
         """Forget a request and free its blocks: now, or at the end of the step that it is in. Idempotent."""
@@ -145,18 +166,38 @@ class Scheduler:
         return self.planned
 
     def _draft(self, now: float) -> dict[RequestId, StepRow]:
-        draft = _Draft(self.limits.max_step_tokens)
+        draft = Draft(self.limits.max_step_tokens, self.kv.planner.step)
         preemptions = self.preemptions
+        online = bisect_left(self.running, (True,), key=_by_rank)
+        self._serve(self.running[:online], draft, now)
+        if self.preemptions == preemptions:
+            self._admit(False, draft, now)
+        if draft.budget and self._background:
+            self._fill(draft, now, admits=self.preemptions == preemptions)
+        self._expect_those_that_wait()
+        return draft.rows
+
+    def _serve(self, requests: Sequence[Request], draft: Draft, now: float) -> None:
+        """Those that run, in order of rank: who decodes first, and then prompts for as long as that allows."""
+        until_s = draft.until_s
         for decoding in (True, False):
-            for request in self._by_rank(decoding):
+            for request in [r for r in requests if (len(r.tokens) - r.computed_tokens == 1) == decoding]:
                 if draft.budget == 0:
                     break
                 if request.state is RequestState.RUNNING:
                     self._advance(request, draft, now)
-        if self.waiting and self.preemptions == preemptions:
-            self._admit(draft, now)
-        self._expect_those_that_wait()
-        return draft.rows
+                    until_s = min(until_s, request.service.targets.tpot_s) if decoding else until_s
+            draft.until_s = until_s
+
+    def _fill(self, draft: Draft, now: float, *, admits: bool) -> None:
+        """Background work: in what others leave of their step, or in a short step of its own."""
+        limits = self.limits
+        alone = not draft.rows
+        draft.until_s = limits.background_step_s if alone else draft.seconds * (1 + limits.background_slack)
+        online = bisect_left(self.running, (True,), key=_by_rank)
+        self._serve(self.running[online:], draft, now)
+        if admits:
+            self._admit(True, draft, now)
 
     def _expect_those_that_wait(self) -> None:
         """Who came since the last step and could not start: what it will use should still be there then."""
@@ -166,26 +207,37 @@ class Scheduler:
                 request.expected = values, self.kv.expect(values)
         self._came.clear()
 
-    def _by_rank(self, decoding: bool) -> list[Request]:
-        return [r for r in self.running if (len(r.tokens) - r.computed_tokens == 1) == decoding]
-
-    def _advance(self, request: Request, draft: _Draft, now: float) -> None:
-        """Give `request` its row, preempting whoever ranks last for room; that may be itself."""
+    def _advance(self, request: Request, draft: Draft, now: float) -> None:
+        """Give `request` its row, preempting others for room; it may be itself that has to go."""
         lease = request.lease
         assert lease is not None
         limit = self._meet(request, lease, now) if lease.loading else len(request.tokens)
-        count = min(limit - request.computed_tokens, draft.budget, self.limits.max_chunk_tokens)
+        count = self._granted(request, min(limit - request.computed_tokens, draft.budget), draft)
         if count <= 0:
-            return  # waits for its blocks
+            return  # waits for its blocks, or for time
         end = request.computed_tokens + count
         if end > len(lease.table) * self._block_tokens:
             while not self.kv.grow(lease, end):
-                victim = self.running[-1]
+                victim = self._victim(request)
                 draft.drop(victim.id)
-                self._preempt(victim, now)
+                self._preempt(victim)
                 if victim is request:
                     return
         draft.add(self._row(request, end))
+
+    def _granted(self, request: Request, count: int, draft: Draft) -> int:
+        """Of `count` tokens that are due, how many fit into the step's time. Who is online always gets on."""
+        count = min(count, self.limits.max_chunk_tokens)
+        if draft.until_s == inf or count <= 0 or (request.lacking == 1 and not request.service.background):
+            return count
+        fitting = draft.fitting(request.computed_tokens, count)
+        if not request.service.background or not draft.rows:
+            return max(fitting, min(count, MIN_CHUNK_TOKENS))
+        return fitting
+
+    def _victim(self, needy: Request) -> Request:
+        """Who gives way for `needy` to grow."""
+        return self.running[-1]
 
     def _meet(self, request: Request, lease: Lease, now: float) -> int:
         """Part of the prefix is on its way: take what came, and say up to which token to compute meanwhile."""
@@ -202,7 +254,7 @@ class Scheduler:
 
     def _step_s(self, others: int) -> float:
         """How long the others hold the device up, at least, while a request waits."""
-        return self.kv.planner.compute_s(0) if others else 0.0
+        return self.kv.planner.step.floor_s if others else 0.0
 
     def _joined(self, request: Request, lease: Lease) -> None:
         """The table grew by blocks that need no computing."""
@@ -229,7 +281,7 @@ class Scheduler:
             tokens[start + 1 : min(end + 1, request.prompt_tokens)],
         )
 
-    def _preempt(self, request: Request, now: float) -> None:
+    def _preempt(self, request: Request) -> None:
         """Take a running request's blocks back and queue it again, at its rank."""
         self.running.remove(request)
         self._retire(request, None)
@@ -242,29 +294,55 @@ class Scheduler:
 
     # --- admission ---------------------------------------------------------------------------------------------------
 
-    def _admit(self, draft: _Draft, now: float) -> None:
+    def _admit(self, background: bool, draft: Draft, now: float) -> None:
         """Start waiting requests in rank order. The first that lacks room stops the rest: no one overtakes it for ever.
 
         A request whose next block is being computed by a running one waits for that block instead of computing it too
         (n choices of one prompt, or a thousand users of one new system prompt); those behind it may pass.
         """
         promised = self._promised_blocks()
-        for request in self._candidates():
+        done_s = now + sum(forecast.left_s(self.kv, other) for other in self.running if other.rank[0] == background)
+        for request in self._candidates(background):
             if draft.budget == 0 and not self.kv.would_load(self.reusable(request)):
                 return  # a request whose blocks are to be loaded may start that before its turn to compute
-            if not self._place(request, promised, now):
-                if self.running and self.policy.outranks(request, self.running[-1]):
-                    draft.drop(self.running[-1].id)
-                    self._preempt(self.running[-1], now)
-                return
+            if self._put_back(request, done_s + request.work_s):
+                continue
+            while not self._place(request, promised, now):
+                if not self._may_take_a_place(request):
+                    return
+                draft.drop(self.running[-1].id)
+                self._preempt(self.running[-1])
+                promised = self._promised_blocks()
+            done_s += request.work_s
             if draft.budget:
                 self._advance(request, draft, now)
             if request.lease is not None:
                 promised += self._missing_blocks(request)
 
-    def _candidates(self) -> Iterator[Request]:
+    def _may_take_a_place(self, request: Request) -> bool:
+        """Does somebody run who is to give way to `request`?"""
+        if not self.running:
+            return False
+        last = self.running[-1]
+        if request.service.background != last.service.background:
+            return last.service.background
+        return self.policy.outranks(request, last)
+
+    def _put_back(self, request: Request, done_s: float) -> bool:
+        """Has the policy a later place for a request that would be done at `done_s`?"""
+        later = self.policy.late(request, done_s)
+        if later is None:
+            return False
+        self._leave_queue(request)
+        request.rank = request.rank[0], later
+        insort(self.waiting, request, key=_by_rank)
+        return True
+
+    def _candidates(self, background: bool) -> Iterator[Request]:
+        start = bisect_left(self.waiting, (background,), key=_by_rank)
+        end = bisect_left(self.waiting, (True,), key=_by_rank) if not background else len(self.waiting)
         deferred = 0
-        for request in self.waiting[: self.limits.max_running]:
+        for request in self.waiting[start : min(end, start + self.limits.max_running)]:
             if self._next_block_is_coming(request):
                 deferred += 1
                 if deferred >= DEFER_LOOK_AHEAD:
@@ -295,6 +373,8 @@ class Scheduler:
         room = self.kv.available_blocks - promised
         if busy >= self.limits.max_running or (busy and room < request.needed_blocks):
             return False
+        if busy and request.service.background and not self._background_may_hold(request):
+            return False
         request.lease = self.kv.admit(self.reusable(request), now, floor_s=self._step_s(busy))
         reserve = int(ADMIT_RESERVE_RATIO * self.kv.device.pool.capacity) if busy else 0
         wanted = self._missing_blocks(request) + reserve
@@ -310,6 +390,12 @@ class Scheduler:
         self._run(request, request.lease)
         return True
 
+    def _background_may_hold(self, request: Request) -> bool:
+        """Their share of the device has room for one more; the first of them may hold more than that."""
+        held = [len(other.tokens) for other in self.running if other.service.background]
+        wanted = self.kv.layout.blocks_for(sum(held) + len(request.tokens))
+        return not held or wanted <= self.limits.background_kv_share * self.kv.device.pool.capacity
+
     def _run(self, request: Request, lease: Lease) -> None:
         """Compute from the end of the table on; what was matched beyond it is on its way."""
         self._joined(request, lease)
@@ -318,7 +404,8 @@ class Scheduler:
         request.claimed = range(matched, len(request.hashes))
         for value in request.hashes[matched:]:
             self._computing[value] = self._computing.get(value, 0) + 1
-        insort(self.running, request, key=self.policy.rank)
+        insort(self.running, request, key=_by_rank)
+        self.policy.started(request)
 
     def _promised_blocks(self) -> int:
         """Device frames that admitted requests were granted and have not taken yet."""
@@ -404,6 +491,8 @@ class Scheduler:
 
     def _finish(self, request: Request, now: float) -> None:
         del self.requests[request.id]
+        self._background -= request.service.background
+        self.policy.ended(request, self._decode_s(request))
         if request.state is RequestState.WAITING:
             self._dequeue(request)
         else:
@@ -435,17 +524,25 @@ class Scheduler:
         if positions:
             request.claimed = range(max(request.claimed.start, positions[-1] + 1), request.claimed.stop)
 
+    def _decode_s(self, request: Request) -> float:
+        """About what its answer cost: its own part of the steps that it was in, and not of their floor."""
+        return request.generated * self.kv.planner.step.decode_s(request.prompt_tokens + request.generated // 2)
+
     def _enqueue(self, request: Request) -> None:
         request.state = RequestState.WAITING
         self.queued_tokens += len(request.tokens)
-        insort(self.waiting, request, key=self.policy.rank)
-        self._came.append(request)
+        insort(self.waiting, request, key=_by_rank)
+        if not request.service.background:
+            self._came.append(request)
 
     def _dequeue(self, request: Request) -> None:
-        position = bisect_left(self.waiting, self.policy.rank(request), key=self.policy.rank)
-        assert self.waiting[position] is request, "the waiting queue is in rank order"
-        del self.waiting[position]
+        self._leave_queue(request)
         self.queued_tokens -= len(request.tokens)
         if request.expected is not None:
             self.kv.expected_no_more(*request.expected)
             request.expected = None
+
+    def _leave_queue(self, request: Request) -> None:
+        position = bisect_left(self.waiting, request.rank, key=_by_rank)
+        assert self.waiting[position] is request, "the waiting queue is in rank order"
+        del self.waiting[position]

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from server.errors import ConfigError
-from server.types import StepRow
+from server.kvcache.step_cost import StepWork, pairs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +42,17 @@ class Profile:
     """Between device and DRAM, each way at the same time."""
     ssd_read: Link
     ssd_write: Link
+    request_s: float = 0.0
+    """Of a request outside of all steps: HTTP, tokenizer."""
 
-    def step_s(self, rows: Iterable[StepRow]) -> float:
+    def step_s(self, work: StepWork) -> float:
         """Seconds of one step."""
-        tokens = pairs = context = 0
-        for row in rows:
-            count = len(row.tokens)
-            tokens += count
-            if count == 1:
-                context += row.start
-            else:
-                pairs += count * row.start + count * (count + 1) // 2
-        compute_s = self.token_s * tokens + self.pair_s * pairs
-        return self.base_s + max(self.weights_s, compute_s) + self.context_s * context
+        compute_s = self.token_s * work.tokens + self.pair_s * work.pairs
+        return self.base_s + max(self.weights_s, compute_s) + self.context_s * work.context
 
-    def prefill_s(self, cached: int, length: int) -> float:
-        """Seconds to compute a prompt of `length` tokens alone in one step, of which `cached` are there."""
-        count = length - cached
-        pairs = count * cached + count * (count + 1) // 2
-        return self.base_s + max(self.weights_s, self.token_s * count + self.pair_s * pairs)
+    def prefill(self, cached: int, length: int) -> StepWork:
+        """A prompt of `length` tokens alone in one step, of which `cached` are there."""
+        return StepWork(length - cached, pairs_of(cached, length - cached))
 
 
 PRESETS = {

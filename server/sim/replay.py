@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.engine import Engine, GenerateSpec, Stream
@@ -16,6 +16,7 @@ from server.errors import InvalidRequest, Overloaded
 from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Mover
 from server.kvcache.report import kv_report
+from server.kvcache.step_cost import StepWork
 from server.kvcache.tiers.base import Move, Recovered
 from server.metrics import Metrics
 from server.scheduler.policy import make_policy
@@ -87,7 +88,7 @@ class Served:
     asked: Asked
     ttft_s: float | None = None
     e2e_s: float | None = None
-    stalls_s: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
+    stalls_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
     """`ttft_s` by cause; see `stalls.py`."""
     cached_tokens: int = 0
     by_tier: dict[TierName, int] = field(default_factory=dict)
@@ -146,7 +147,8 @@ class _Replayer:
         mover = Mover(tiers, run_blocks=max(1, RUN_BYTES // layout.block_bytes))
         self.engine = Engine(self.scheduler, self.runner, mover, Metrics("replay"), loop.time)
         for tokens in (64, setup.step_tokens):  # as the daemon measures itself when it starts
-            self.kv.planner.step.observe(tokens, profile.prefill_s(0, tokens))
+            alone = profile.prefill(0, tokens)
+            self.kv.planner.step.observe(alone, profile.step_s(alone))
 
     async def run(self, asked: Sequence[Asked]) -> Replay:
         engine = asyncio.create_task(self.engine.run(), name="engine")
@@ -185,9 +187,11 @@ class _Replayer:
         request = stream.request
         assert request.first_token_s is not None
         assert request.last_token_s is not None
-        served.ttft_s = request.first_token_s - request.arrival_s
-        served.e2e_s = request.last_token_s - request.arrival_s
-        served.stalls_s = self.stalls.of(request)
+        outside_s = self._setup.profile.request_s
+        served.ttft_s = request.first_token_s - request.arrival_s + outside_s
+        served.e2e_s = request.last_token_s - request.arrival_s + outside_s
+        served.stalls_s = dict(self.stalls.of(request))
+        served.stalls_s["queue"] += outside_s
         served.cached_tokens = request.cached_tokens or 0
         served.by_tier = dict(stream.cached_by_tier)
         return request.last_token_s
@@ -217,7 +221,7 @@ class CostRunner:
 
     async def run(self, plan: StepPlan) -> StepResult:
         started_s = self._loop.now_s
-        seconds = self._profile.step_s(plan.rows)
+        seconds = self._profile.step_s(StepWork.of(plan.rows))
         self.busy_s += seconds
         self.steps += 1
         self._stalls.start(plan, started_s)

@@ -30,7 +30,18 @@ from server.scheduler.scheduler import Limits, Scheduler
 from server.sim.clock import SimFailure, VirtualLoop, run_virtual
 from server.sim.oracle import Arena, Expected, OracleRunner, Reference, StepCost
 from server.sim.tiers import FaultPlan, Media, SimTier
-from server.types import DEVICE, DRAM, SSD, BlockHash, BlockLayout, FinishReason, SamplingParams
+from server.types import (
+    DEVICE,
+    DRAM,
+    NO_TARGETS,
+    SSD,
+    BlockHash,
+    BlockLayout,
+    FinishReason,
+    SamplingParams,
+    ServiceClass,
+    Targets,
+)
 
 CPU_LIMIT_S = 4.0
 """Of one scenario; a healthy one takes some hundredths of a second."""
@@ -295,12 +306,13 @@ class Scenario:
         await asyncio.sleep(rng.uniform(0, self.setup.arrivals_s))
         salt = rng.choice(("", "", "tenant"))
         prompt = list(rng.choice(self._prefixes)) + self._tokens(rng.randint(0, 4), rng)
-        priority = rng.randint(0, 2)
+        service = ServiceClass(salt, rng.randint(0, 2), background=rng.random() < 0.2,
+                               targets=rng.choice((NO_TARGETS, Targets(1.0, 0.1))))  # fmt: skip
         for _ in range(rng.randint(1, 4)):
             prompt = prompt[: self.setup.limits.max_model_len]
             params = self._params(rng, len(prompt))
             siblings = [
-                self._request(GenerateSpec(prompt, _seeded(params, rng), salt, priority), Random(rng.random()))
+                self._request(GenerateSpec(prompt, _seeded(params, rng), salt, service), Random(rng.random()))
                 for _ in range(rng.choice((1, 1, 1, 2, 4)))
             ]
             answers = await asyncio.gather(*siblings)

@@ -15,7 +15,7 @@ from server.scheduler.scheduler import Scheduler
 from server.types import RequestId, StepPlan
 
 CAUSES = {
-    "queue": "not admitted yet: no place, no room on the device, or somebody else computes its prefix",
+    "queue": "not admitted yet: on its way in, no place, no room, or somebody else computes its prefix",
     "loading": "admitted, but in no step: its blocks are on their way up",
     "turn": "admitted, but in no step: others filled it",
     "computing": "in a step, however small its part of it",

@@ -16,6 +16,7 @@ from server.scheduler.scheduler import Limits, Scheduler
 from server.types import (
     BlockHash,
     SamplingParams,
+    ServiceClass,
     StepPlan,
     StepResult,
     TierFault,
@@ -93,7 +94,14 @@ class Bench:
         self.events: dict[int, list[TokenEvent]] = {}
 
     def submit(
-        self, prompt: Sequence[int], max_tokens: int = 1, *, priority: int = 0, salt: str = "", **params: object
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 1,
+        *,
+        priority: int = 0,
+        salt: str = "",
+        service: ServiceClass | None = None,
+        **params: object,
     ) -> Request:
         self.now += 1
         request = request_from(
@@ -101,8 +109,8 @@ class Bench:
             prompt,
             SamplingParams(max_tokens, **params),  # type: ignore[arg-type]
             self.kv.root(salt),
-            priority=priority,
             now=self.now,
+            service=service or ServiceClass(priority=priority),
         )
         self.events[request.id] = []
         self.scheduler.submit(request)

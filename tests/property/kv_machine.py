@@ -19,6 +19,7 @@ from server.kvcache.block import Lease
 from server.kvcache.eviction import POLICIES
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager, TierSpec
+from server.kvcache.step_cost import StepWork
 from server.types import DEVICE, DRAM, SSD, BlockHash, BlockLayout, TierFault, TierName, Transfer
 
 NOISE = "noise"
@@ -78,7 +79,7 @@ class KVMachine(RuleBasedStateMachine):
             layout, tiers, b"model", write_bytes_per_day=write_bytes_per_day, pin_ratio=0.5, spill_pace_s=0.0
         )
         if step_s is not None:
-            self.kv.planner.step.observe(1, step_s)
+            self.kv.planner.step.observe(StepWork(1), step_s)
         self.size = block_tokens
         self.holders: list[Holder] = []
         self.moving: list[tuple[Transfer, Any]] = []

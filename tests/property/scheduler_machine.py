@@ -16,13 +16,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from server.errors import InvalidRequest, Overloaded
 from server.kvcache import audit
 from server.kvcache.eviction import POLICIES
+from server.kvcache.step_cost import StepWork
 from server.scheduler.audit import check_scheduler
+from server.scheduler.policy import POLICIES as SCHEDULING
 from server.scheduler.policy import make_policy
 from server.scheduler.request import Request, RequestState, request_from
 from server.scheduler.scheduler import Limits, Scheduler
 from server.types import (
+    NO_TARGETS,
+    ONLINE,
     FinishReason,
     SamplingParams,
+    ServiceClass,
+    Targets,
     TierFault,
     TokenEvent,
     TokenLogprobs,
@@ -33,6 +39,15 @@ from tests.property.making import made_up, make_kv, sampled
 STOP = 3
 ALL_DONE_STEPS = 3000
 """Far more than any of these little workloads takes; still needed by a scheduler that goes in circles."""
+
+
+services = st.builds(
+    ServiceClass,
+    tenant=st.sampled_from(["", "a"]),
+    priority=st.integers(0, 2),
+    background=st.sampled_from([False, False, True]),
+    targets=st.sampled_from([NO_TARGETS, Targets(0.1, 0.001), Targets(100.0, 1.0)]),
+)
 
 
 @dataclass
@@ -59,7 +74,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         lower=st.tuples(st.integers(0, 4), st.integers(0, 6)),
         block_tokens=st.integers(1, 2),
         eviction=st.sampled_from(sorted(POLICIES)),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(sorted(SCHEDULING)),
+        refuse_late=st.booleans(),
         limits=st.tuples(
             st.integers(1, 4), st.integers(0, 4), st.integers(1, 6), st.integers(1, 6), st.integers(4, 60)
         ),
@@ -72,14 +88,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_tokens: int,
         eviction: str,
         policy: str,
+        refuse_late: bool,
         limits: tuple[int, ...],
         step_s: float | None,
     ) -> None:
         running, more, chunk, queued, queued_tokens = limits
         self.kv = make_kv(device, *(lower if lower[0] else ()), block_tokens=block_tokens, eviction=eviction)
         if step_s is not None:
-            self.kv.planner.step.observe(1, step_s)
-        self.limits = Limits(running, running + more, chunk, queued, queued_tokens, (device - 1) * block_tokens)
+            self.kv.planner.step.observe(StepWork(1), step_s)
+        self.limits = Limits(running, running + more, chunk, queued, queued_tokens, (device - 1) * block_tokens,
+                             refuse_late=refuse_late)  # fmt: skip
         self.scheduler = self.scheduler_class(self.kv, make_policy(policy), self.limits)
         self.clients: dict[int, Client] = {}
         self.moving: list[Transfer] = []
@@ -102,20 +120,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 2),
         stops=st.booleans(),
         scored=st.sampled_from([None, None, 0]),
-        priority=st.integers(0, 2),
+        service=services,
     )
     def send(
         self, sequence: tuple[int, ...], length: int, max_tokens: int, min_tokens: int, stops: bool,
-        scored: int | None, priority: int,
+        scored: int | None, service: ServiceClass,
     ) -> None:  # fmt: skip
         """Somebody sends a request that fits, mostly sharing its beginning with others'; one in twelve is too long."""
         room = self.limits.max_model_len - (length < 12)
         length = min(length, max(1, room))
         prompt = [sequence[position % len(sequence)] for position in range(length)]
-        self.submit(prompt, min(max_tokens, room - length + 1), min_tokens, stops, scored, priority)
+        self.submit(prompt, min(max_tokens, room - length + 1), min_tokens, stops, scored, service)
 
     def submit(
-        self, prompt: list[int], max_tokens: int, min_tokens: int, stops: bool, scored: int | None, priority: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        min_tokens: int,
+        stops: bool,
+        scored: int | None,
+        service: ServiceClass,
     ) -> None:
         """A request is taken unless it can never fit or a queue limit is reached, and then it is refused."""
         params = SamplingParams(
@@ -126,7 +150,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.next_id += 1
         request = request_from(
-            self.next_id, prompt, params, self.kv.root(""), priority=priority, now=self.later() // 3e-5
+            self.next_id, prompt, params, self.kv.root(""), now=self.later() // 3e-5, service=service
         )
         waiting, limits = self.scheduler.waiting, self.limits
         fits = len(prompt) + max_tokens <= limits.max_model_len
@@ -138,7 +162,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.submit(request)
         except InvalidRequest:
             assert not fits, "a request that fits was refused"
-        except Overloaded:
+        except Overloaded as error:
+            if error.code == "too_late":
+                assert self.limits.refuse_late, "refused as late, and nobody asked for that"
+                return
             assert full, "a request was refused with room in the queue"
         else:
             assert fits, "a request that can never fit was taken"
@@ -150,13 +177,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         """All are served; a prompt is served, others take its blocks' frames on the device, then it is sent again."""
         length = min(length, self.limits.max_model_len - 1)
         self.serve_all()
-        self.submit([0] * length, 1, 0, False, None, 0)
+        self.submit([0] * length, 1, 0, False, None, ONLINE)
         for number in range(floods):
             self.serve_all()
-            self.submit([9 + number] * (self.limits.max_model_len - 1), 1, 0, False, None, 0)
+            self.submit([9 + number] * (self.limits.max_model_len - 1), 1, 0, False, None, ONLINE)
         self.serve_all()
         for _ in range(times):
-            self.submit([0] * length, 1, 0, False, None, 0)
+            self.submit([0] * length, 1, 0, False, None, ONLINE)
 
     def serve_all(self) -> None:
         """Turn until nobody is left."""
@@ -191,7 +218,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not self.scheduler.running or self.kv.wake_s < self.now + 100, "nobody looks again in time"
             return
         assert plan.rows, "a step without rows"
-        first = min(self.scheduler.running, key=self.scheduler.policy.rank)
+        first = min(self.scheduler.running, key=lambda request: request.rank)
         taken = any(row.request_id == first.id for row in plan.rows)
         assert taken or waits(first), "the first in rank is left out of a step"
 
@@ -298,13 +325,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Those who wait are served although newcomers never stop; then all end, and nothing is held."""
         if not hasattr(self, "scheduler"):
             return
-        waiting = set(self.scheduler.requests)
+        waiting = {id for id, request in self.scheduler.requests.items() if not request.service.background}
         steps = 0
         while waiting & set(self.scheduler.requests):
             steps += 1
             assert steps < ALL_DONE_STEPS, "requests starve"
-            self.now += 0.01
-            self.submit([0, 1] if self.limits.max_model_len > 2 else [0], 1, 0, False, None, 9)
+            self.now += 100.0
+            self.submit([0, 1] if self.limits.max_model_len > 2 else [0], 1, 0, False, None, ServiceClass(priority=9))
             self.turn()
         while not self.scheduler.idle:
             steps += 1

@@ -185,7 +185,7 @@ BUGS = [
     ),
     Bug(
         "a row costs one token of the budget, however long",
-        "scheduler.scheduler:_Draft.add",
+        "scheduler.draft:Draft._count",
         "self.budget -= len(row.tokens)",
         "self.budget -= 1",
         (SIM,),

@@ -255,7 +255,7 @@ async def test_sampling_comes_from_client_then_model_then_neutral(monkeypatch: p
     assert three.logit_bias == {5: -100.0}
     assert four.top_k == ByteTokenizer.vocab_size
     assert four.seed == 2**63 - 1
-    assert engine.submitted[3].priority == -3
+    assert engine.submitted[3].service.priority == -3
     assert (four.min_tokens, four.repetition_penalty) == (2, 1.5)
 
 

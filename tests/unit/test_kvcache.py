@@ -11,6 +11,7 @@ from server.kvcache.audit import InvariantViolation
 from server.kvcache.block import BlockTable
 from server.kvcache.hashing import block_hash, chain_root, extend_hashes
 from server.kvcache.pool import FramePool
+from server.kvcache.step_cost import StepWork
 from server.kvcache.tiers.base import Recovered
 from server.types import DEVICE, DRAM, SSD, Retention, TierFault
 from tests.property.core import cached_blocks, come, hashes_of, land, make_kv, visit
@@ -294,7 +295,7 @@ def test_computing_from_the_front_meets_loading_from_the_back():
     visit(kv, list(range(100, 164)))
     land(kv)
     kv.planner.up[0].late(0.01, 1)
-    kv.planner.step.observe(2, 0.01)
+    kv.planner.step.observe(StepWork(2), 0.01)
     hashes = hashes_of(kv, prompt)
     lease = kv.admit(hashes[:-1], 1.0)
     half = kv.compute_until(lease, 1.0)
@@ -311,7 +312,7 @@ def test_a_slow_tier_is_left_alone():
         kv.complete(transfer.id, None, 0.0)
     visit(kv, [7] * 8)
     kv.planner.up[0].late(1.0, 1)
-    kv.planner.step.observe(2, 0.001)
+    kv.planner.step.observe(StepWork(2), 0.001)
     probing = kv.admit(hashes_of(kv, PROMPT), 1.0)
     assert not probing.loading
     assert kv.compute_until(probing, 1.0) > 3, "nobody waits for it"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from server.kvcache.planner import BREAKER_FAILURES, Breaker, Hop, Planner, StepCost, WriteBudget
+from server.kvcache.planner import BREAKER_FAILURES, Breaker, Hop, Planner, WriteBudget
+from server.kvcache.step_cost import StepCost, StepWork, pairs_of
 
 
 def planner(block_s: float, latency_s: float = 0.0, *, base_s: float = 0.01, token_s: float = 0.001) -> Planner:
     """Blocks of 10 tokens: computing one takes 10 ms beside a base of 10 ms, loading one `block_s`."""
     made = Planner(["device", "dram"], 10, [(block_s, latency_s)])
     for tokens in (1, 101):
-        made.step.observe(tokens, base_s + tokens * token_s)
+        made.step.observe(StepWork(tokens), base_s + tokens * token_s)
     return made
 
 
@@ -20,12 +21,51 @@ def test_a_step_is_a_line() -> None:
     cost = StepCost()
     assert not cost.known
     for tokens in (10, 50, 200, 10, 50):
-        cost.observe(tokens, 0.02 + 0.001 * tokens)
-    assert cost.line() == pytest.approx((0.02, 0.001))
+        cost.observe(StepWork(tokens), 0.02 + 0.001 * tokens)
+    assert cost.base_s == pytest.approx(0.02, rel=0.01)
+    assert cost.tokens_s(0, 100) == pytest.approx(0.1, rel=0.01)
     same = StepCost()
     for _ in range(3):
-        same.observe(100, 0.1)
-    assert same.line() == pytest.approx((0.0, 0.001))
+        same.observe(StepWork(100), 0.1)
+    assert same.base_s == pytest.approx(0.0, abs=1e-3)
+    assert same.tokens_s(0, 100) == pytest.approx(0.1, rel=0.01)
+
+
+def test_attention_over_what_came_before_is_learned() -> None:
+    """The same tokens cost more behind a long prompt, for a prompt's chunk as for an answer."""
+    cost = StepCost()
+    for number in range(40):
+        start, count, rows, context = 500 * (number % 7), 100 + 50 * (number % 5), 1 + number % 4, 1000 * (number % 3)
+        pairs = pairs_of(start, count)
+        seconds = 0.001 + 1e-5 * count + 1e-8 * pairs + 1e-7 * context
+        cost.observe(StepWork(rows, context=context, decodes=True), 0.005 + 1e-5 * rows + 1e-7 * context)
+        cost.observe(StepWork(count, pairs, context), seconds)
+    assert cost.tokens_s(10_000, 100) == pytest.approx(1e-3 + 1e-8 * pairs_of(10_000, 100), rel=0.05)
+    assert cost.decode_s(10_000) == pytest.approx(1e-5 + 1e-3, rel=0.05)
+    assert cost.base_s == pytest.approx(0.001, rel=0.1)
+    assert cost.floor_s == pytest.approx(0.005, rel=0.05)
+
+
+def test_answers_do_not_teach_that_prompts_are_free() -> None:
+    """However many steps only decode, what a prompt costs stays known."""
+    cost = StepCost()
+    cost.observe(StepWork(100), 0.11)
+    cost.observe(StepWork(500), 0.51)
+    for _ in range(1000):
+        cost.observe(StepWork(4, context=100, decodes=True), 0.02)
+    assert cost.tokens_s(0, 300) == pytest.approx(0.3, rel=0.01)
+    assert cost.floor_s == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.003, 0.05, 0.5])
+def test_what_is_affordable_is_the_most_that_fits(seconds: float) -> None:
+    """One token more would take longer than there is time."""
+    cost = StepCost()
+    for start, count in ((0, 100), (1000, 100), (0, 500), (3000, 50)):
+        cost.observe(StepWork(count, pairs_of(start, count)), 0.01 + 1e-4 * count + 1e-7 * pairs_of(start, count))
+    tokens = cost.affordable(700, seconds, 1000)
+    assert cost.tokens_s(700, tokens) <= seconds or tokens == 0
+    assert tokens == 1000 or cost.tokens_s(700, tokens + 1) > seconds
 
 
 @pytest.mark.parametrize(
@@ -39,20 +79,20 @@ def test_a_step_is_a_line() -> None:
 )
 def test_the_shortest_of_three_ways(block_s: float, floor_s: float, front: int) -> None:
     """Waiting, computing, or computing the front while the rest is loaded: whichever ends first."""
-    assert planner(block_s).front(1, 100, [0], floor_s) == front
+    assert planner(block_s).front(1, 0, 100, [0], floor_s) == front
 
 
 def test_a_queue_in_front_counts() -> None:
     """What others wait for already comes first."""
     fast = planner(0.0001)
-    assert fast.worth(1, 10, [0], 0.0)
-    assert not fast.worth(1, 10, [10_000], 0.0)
+    assert fast.worth(1, 0, 10, [0], 0.0)
+    assert not fast.worth(1, 0, 10, [10_000], 0.0)
 
 
 def test_near_break_even_nothing_is_loaded() -> None:
     """A hit must spare a quarter of the computing to be worth the trouble."""
-    assert planner(0.004).worth(1, 1, [0], 0.0)
-    assert not planner(0.009).worth(1, 1, [0], 0.0)
+    assert planner(0.004).worth(1, 0, 1, [0], 0.0)
+    assert not planner(0.009).worth(1, 0, 1, [0], 0.0)
 
 
 def test_pace_is_measured_over_bursts() -> None:
@@ -93,8 +133,8 @@ def test_a_slow_tier_is_measured_again_now_and_then() -> None:
 def test_patience_grows_with_what_is_at_stake() -> None:
     """A short wait may be given up early; giving up a long prompt costs more than waiting a little."""
     one = planner(0.0001)
-    assert one.patience_s(0.001, 1) == pytest.approx(0.0035)
-    assert one.patience_s(0.001, 1000) == pytest.approx(0.3)
+    assert one.patience_s(0.001, 0, 1) == pytest.approx(0.0035)
+    assert one.patience_s(0.001, 0, 1000) == pytest.approx(0.3, rel=1e-3)
 
 
 def test_a_breaker_opens_tries_and_closes() -> None:

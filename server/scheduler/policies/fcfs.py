@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from server.scheduler.policy import Rank, SchedulingPolicy
 from server.scheduler.request import Request
 
 
-class FirstComeFirstServed:
-    def rank(self, request: Request) -> tuple[float, int]:
+class FirstComeFirstServed(SchedulingPolicy):
+    def rank(self, request: Request) -> Rank:
         return request.arrival_s, request.id
-
-    def outranks(self, waiting: Request, running: Request) -> bool:
-        return False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from server.scheduler.policy import Rank, SchedulingPolicy
 from server.scheduler.request import Request
 
 
-class Priority:
-    def rank(self, request: Request) -> tuple[int, float, int]:
-        return request.priority, request.arrival_s, request.id
+class Priority(SchedulingPolicy):
+    def rank(self, request: Request) -> Rank:
+        return request.service.priority, request.arrival_s, request.id
 
     def outranks(self, waiting: Request, running: Request) -> bool:
-        return waiting.priority < running.priority
+        return waiting.service.priority < running.service.priority

@@ -1,0 +1,211 @@
+"""Does `terrace simulate` foretell what the daemon does? Five loads on real daemons, and the same on virtual time.
+
+    python -m loadgen.believability [NAME ...]
+
+The machine is measured first, from outside, over HTTP: prompts of several lengths alone, answers of one and of several
+requests at once, and the links from what the daemon says of its hops. That makes a profile. Then each load runs on a
+daemon with three tiers that records what it is asked; the recording is replayed with the profile; and what clients saw
+is held against it: the mean time to the first token and the share of prompt tokens from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from rich.console import Console
+
+from loadgen import bench, report
+from loadgen.agreement import larger_model
+from loadgen.bench import Result, Settings
+from loadgen.daemon import Served
+from loadgen.errors import UsageError
+
+RESULT = Path(__file__).parent / "results" / "believability.json"
+GOAL = 0.15
+STEP_TOKENS = 512
+BLOCK_TOKENS = 16
+DEVICE_GIB, DRAM_GIB, SSD_GIB = 0.08, 0.2, 1.0
+"""Some 10,000 and 26,000 tokens of the larger model, and more than any load here has."""
+FLAGS = ("--load-format=dummy", "--threads=1", f"--block-size={BLOCK_TOKENS}", f"--device-gib={DEVICE_GIB}",
+         f"--max-num-batched-tokens={STEP_TOKENS}", f"--prefill-chunk-tokens={STEP_TOKENS}")  # fmt: skip
+LOWER = (f"--dram-gib={DRAM_GIB}", f"--ssd-gib={SSD_GIB}", "--ssd-min-free-gib=0")
+LENGTHS = (16, 300, 700, 1500, 2500)
+REPEATS = 6
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load, in sessions per second."""
+
+    name: str
+    workload: str
+    sessions: int
+    rate: float
+    parameters: dict[str, object]
+
+    def settings(self, url: str) -> Settings:
+        return Settings(base_url=url, workload=self.workload, sessions=self.sessions, request_rate=self.rate, warmup=0,
+                        parameters={key: str(value) for key, value in self.parameters.items()})  # fmt: skip
+
+
+LOADS = (
+    Load("prompts of their own", "random", 60, 1.0, {"input": "200-1200", "output": "4-32"}),
+    Load("one system prompt", "shared-prefix", 80, 2.0, {"prefix": 1500, "question": "40-200", "output": 8}),
+    Load("conversations", "multi-turn", 16, 0.25,
+         {"turns": 5, "first": 1000, "question": "50-100", "output": 8, "think_s": 4}),
+    Load("documents", "long-documents", 40, 0.5, {"documents": 8, "document": 2000, "question": 40, "output": 8}),
+    Load("back after a while", "idle-resume", 16, 0.4, {"history": 1800, "question": 60, "output": 8, "idle_s": 30}),
+)  # fmt: skip
+
+
+# --- measuring the machine -------------------------------------------------------------------------------------------
+
+
+def profile(folder: str, console: Console) -> dict[str, Any]:
+    """What a step, a request and a block's way cost here, as `terrace simulate --profile` reads it."""
+    with Served([folder, *FLAGS]) as served:
+
+        def ask(input: int, output: int, count: int, at_once: int) -> Result:
+            settings = Settings(base_url=served.url, workload="random", sessions=count, max_concurrency=at_once,
+                                parameters={"input": str(input), "output": str(output)}, warmup=1)  # fmt: skip
+            return bench.run_sync(settings)
+
+        costs = step_costs(ask)
+        with httpx.Client(base_url=served.url) as http:
+            block_bytes = http.get("/v1/cache/stats").json()["block_bytes"]
+    found = {"name": "measured", "kv_bytes_per_token": block_bytes // BLOCK_TOKENS, **costs, **links(folder)}
+    shown = ", ".join(f"{key} {value:.3g}" for key, value in costs.items())
+    console.print(f"measured: {shown}", highlight=False, soft_wrap=True)
+    return found
+
+
+def step_costs(ask: Callable[[int, int, int, int], Result]) -> dict[str, float]:
+    """From times to the first token of prompts alone, and times per token of answers alone and four at once.
+
+    TTFT(n) = request + steps * base + token * n + pair * n^2 / 2, but the shortest prompt, which is at the floor of a
+    step; TPOT = base + weights + context * tokens before it, of all that decode.
+    """
+    prompts, seconds = [], []
+    for length in LENGTHS:
+        document = ask(length, 1, REPEATS, 1).document
+        prompts.append(document["terrace"]["cache"]["prompt_tokens"] / REPEATS)
+        seconds.append(document["median_ttft_ms"] / 1e3)
+    alone = ask(LENGTHS[0], 24, REPEATS, 1).document["median_tpot_ms"] / 1e3
+    long = ask(LENGTHS[-2], 24, REPEATS, 1).document["median_tpot_ms"] / 1e3
+    context_s = max(0.0, (long - alone) / (prompts[-2] - prompts[0]))
+    n = np.asarray(prompts)
+    steps = np.ceil(n / STEP_TOKENS)
+    # The floor of a step and the rest of the shortest request tell base and weights apart.
+    terms = np.stack([np.ones_like(n), n, n * n / 2], axis=1)[1:] / np.asarray(seconds)[1:, None]
+    constant, token_s, pair_s = np.linalg.lstsq(terms, np.ones(len(terms)), rcond=None)[0]
+    if pair_s < 0:
+        constant, token_s = np.linalg.lstsq(terms[:, :2], np.ones(len(terms)), rcond=None)[0]
+        pair_s = 0.0
+    floor_s = max(0.0, seconds[0] - constant)
+    base_s = min(max(0.0, alone - floor_s), constant) / float(steps.mean())
+    return {"base_s": float(base_s), "weights_s": float(min(floor_s, alone)), "token_s": float(token_s),
+            "pair_s": float(pair_s), "context_s": float(context_s),
+            "request_s": float(max(0.0, constant - base_s))}  # fmt: skip
+
+
+def links(folder: str) -> dict[str, dict[str, float]]:
+    """Bytes per second of every hop, as the daemon measures them while documents go down and come up again."""
+    load = Load("links", "long-documents", 48, 1.0, {"documents": 12, "document": 2000, "question": 20, "output": 4})
+    with tempfile.TemporaryDirectory() as disk:
+        flags = [*FLAGS, "--dram-gib=0.1", *LOWER[1:], f"--ssd-path={disk}"]
+        with Served([folder, *flags]) as served:
+            bench.run_sync(load.settings(served.url))
+            with httpx.Client(base_url=served.url) as http:
+                hops = {
+                    (hop["source"], hop["target"]): hop["bytes_per_s"]
+                    for hop in http.get("/v1/cache/stats").json()["hops"]
+                }
+    ways = {"dram": ("dram", "device"), "ssd_read": ("ssd", "dram"), "ssd_write": ("dram", "ssd")}
+    return {name: {"bytes_per_s": hops[way] or 1e9, "latency_s": 1e-3} for name, way in ways.items()}
+
+
+# --- measured and foretold -------------------------------------------------------------------------------------------
+
+
+def measured(load: Load, folder: str, trace: Path) -> dict[str, float]:
+    """What clients of a daemon with three tiers see; what it was asked is in `trace` then."""
+    with (
+        tempfile.TemporaryDirectory() as disk,
+        Served([folder, *FLAGS, *LOWER, f"--ssd-path={disk}", f"--record-path={trace}"]) as served,
+    ):
+        result = bench.run_sync(load.settings(served.url))
+        if not result.valid:
+            raise UsageError(f"{load.name}: {result.document['terrace']['client']['invalid_because']}")
+        with httpx.Client(base_url=served.url) as http:  # a recording is written as requests end
+            assert http.get("/v1/cache/stats").status_code == 200
+    document = result.document
+    return {"ttft_ms": document["mean_ttft_ms"], "hit": document["terrace"]["cache"]["hit_ratio"]}
+
+
+def foretold(trace: Path, machine: Path) -> dict[str, float]:
+    """What the simulator says of the same requests on the same machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [f"--device={DEVICE_GIB}", f"--dram={DRAM_GIB}", f"--ssd={SSD_GIB}", f"--step-tokens={STEP_TOKENS}"]
+        command = [sys.executable, "-m", "server", "simulate", str(trace), f"--profile={machine}", *sizes,
+                   f"--output={folder}"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"terrace simulate ended with {done.returncode}: {done.stderr[-500:]}")
+        row = json.loads((Path(folder) / "simulation.json").read_text(encoding="utf-8"))["rows"][0]
+    return {"ttft_ms": row["mean_ttft_ms"], "hit": row["hit"]}
+
+
+HEADER = ("| load | TTFT mean, measured | foretold | | tokens from the cache, measured | foretold | |",
+          "|---|---|---|---|---|---|---|")  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the documentation's table."""
+    real, said = row["measured"], row["foretold"]
+    cells = [row["load"], f"{real['ttft_ms']:.0f} ms", f"{said['ttft_ms']:.0f} ms", f"{row['ttft_apart']:+.1%}",
+             f"{real['hit']:.1%}", f"{said['hit']:.1%}", f"{row['hit_apart']:+.1%}"]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def apart(real: float, said: float) -> float:
+    """How much more was foretold than measured, as a share of what was measured."""
+    return said / real - 1 if real else said
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and keep; 1 when a figure is further apart than the goal."""
+    parser = argparse.ArgumentParser(prog="python -m loadgen.believability", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(load.name for load in LOADS))
+    args = parser.parse_args(argv)
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    with larger_model() as folder, tempfile.TemporaryDirectory() as work:
+        machine = Path(work) / "profile.json"
+        found = profile(folder, console)
+        machine.write_text(json.dumps(found), encoding="utf-8")
+        for load in [load for load in LOADS if not args.names or load.name in args.names]:
+            trace = Path(work) / f"{load.workload}.jsonl"
+            real = measured(load, folder, trace)
+            said = foretold(trace, machine)
+            rows.append({"load": load.name, "measured": real, "foretold": said,
+                         "ttft_apart": apart(real["ttft_ms"], said["ttft_ms"]),
+                         "hit_apart": apart(real["hit"], said["hit"])})  # fmt: skip
+            console.print(line(rows[-1]), highlight=False, soft_wrap=True)
+    if not args.names:
+        document = {"environment": report.environment(), "goal": GOAL, "profile": found, "loads": rows}
+        RESULT.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    return int(any(max(abs(row["ttft_apart"]), abs(row["hit_apart"])) > GOAL for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Weighted fair sharing of the device's time between tenants, by start-time fair queueing (Goyal, Vin and Cheng 1996).
+
+Every tenant has an account of the work that was done or is waiting for it, divided by its weight; a request ranks by
+what the account held before it. The clock of the accounts is that of the requests that are being served. A tenant that
+asks for less than its share falls behind that clock, by `CREDIT_S` at most, and what it is behind is credit: its
+requests go before everybody's who takes more than a share, so a flood of others' does not slow a modest tenant down.
+
+Work is what a prompt costs beyond the cache; what the answer cost is added when it is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import inf
+
+from server.scheduler.policy import EVEN, Rank, SchedulingPolicy
+from server.scheduler.request import Request
+
+CREDIT_S = 60.0
+"""Seconds of the device that a tenant of weight 1 can save up."""
+
+
+class WeightedFair(SchedulingPolicy):
+    def __init__(self, weights: Mapping[str, float] = EVEN) -> None:
+        super().__init__(weights)
+        self._clock = 0.0
+        self._account: dict[str, float] = {}
+
+    def rank(self, request: Request) -> Rank:
+        tenant = request.service.tenant
+        start = max(self._clock - CREDIT_S / self._weight(tenant), self._account.get(tenant, -inf))
+        return start, request.arrival_s, request.id
+
+    def outranks(self, waiting: Request, running: Request) -> bool:
+        """Even after it was served, its tenant would have had less than the other's before."""
+        if waiting.service.tenant == running.service.tenant:
+            return False
+        after = waiting.rank[1][0] + self._cost(waiting)
+        return after < running.rank[1][0]
+
+    def queued(self, request: Request) -> None:
+        self._account[request.service.tenant] = request.rank[1][0] + self._cost(request)
+
+    def started(self, request: Request) -> None:
+        self._clock = max(self._clock, request.rank[1][0])
+
+    def ended(self, request: Request, decode_s: float) -> None:
+        self._account[request.service.tenant] += decode_s / self._weight(request.service.tenant)
+
+    def _cost(self, request: Request) -> float:
+        return request.work_s / self._weight(request.service.tenant)
+
+    def _weight(self, tenant: str) -> float:
+        return self.weights.get(tenant, 1.0)
