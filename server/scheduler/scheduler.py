@@ -301,19 +301,15 @@ class Scheduler:
         (n choices of one prompt, or a thousand users of one new system prompt); those behind it may pass.
         """
         promised = self._promised_blocks()
-        done_s = now + sum(forecast.left_s(self.kv, other) for other in self.running if other.rank[0] == background)
-        for request in self._candidates(background):
+        for request in self._candidates(background, now):
             if draft.budget == 0 and not self.kv.would_load(self.reusable(request)):
                 return  # a request whose blocks are to be loaded may start that before its turn to compute
-            if self._put_back(request, done_s + request.work_s):
-                continue
             while not self._place(request, promised, now):
                 if not self._may_take_a_place(request):
                     return
                 draft.drop(self.running[-1].id)
                 self._preempt(self.running[-1])
                 promised = self._promised_blocks()
-            done_s += request.work_s
             if draft.budget:
                 self._advance(request, draft, now)
             if request.lease is not None:
@@ -338,17 +334,23 @@ class Scheduler:
         insort(self.waiting, request, key=_by_rank)
         return True
 
-    def _candidates(self, background: bool) -> Iterator[Request]:
-        start = bisect_left(self.waiting, (background,), key=_by_rank)
-        end = bisect_left(self.waiting, (True,), key=_by_rank) if not background else len(self.waiting)
+    def _candidates(self, background: bool, now: float) -> Iterator[Request]:
+        """Who is to be admitted, in rank order. Whoever asks for the next one has admitted the one before."""
+        place = bisect_left(self.waiting, (background,), key=_by_rank)
+        prompts_s = sum(forecast.left_s(self.kv, other) for other in self.running if other.rank[0] == background)
         deferred = 0
-        for request in self.waiting[start : min(end, start + self.limits.max_running)]:
-            if self._next_block_is_coming(request):
-                deferred += 1
-                if deferred >= DEFER_LOOK_AHEAD:
-                    return
+        while place < len(self.waiting) and (request := self.waiting[place]).rank[0] == background:
+            if self._put_back(request, now + prompts_s + request.work_s):
                 continue
-            yield request
+            if not self._next_block_is_coming(request):
+                yield request
+                prompts_s += request.work_s
+                place += request.state is RequestState.WAITING  # it had to give its place back at once
+                continue
+            place += 1
+            deferred += 1
+            if deferred >= DEFER_LOOK_AHEAD:
+                return
 
     def _next_block_is_coming(self, request: Request) -> bool:
         if not self._computing:

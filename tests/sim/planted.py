@@ -186,13 +186,13 @@ BUGS = [
     Bug(
         "a row costs one token of the budget, however long",
         "scheduler.draft:Draft._count",
-        "self.budget -= len(row.tokens)",
-        "self.budget -= 1",
+        "self.budget -= sign * count",
+        "self.budget -= sign",
         (SIM,),
     ),
     Bug(
         "prompts go before decodes",
-        f"{SCHEDULER}._draft",
+        f"{SCHEDULER}._serve",
         "(True, False)",
         "(False, True)",
         (SIM,),

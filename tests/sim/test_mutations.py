@@ -42,7 +42,7 @@ def simulation_passes() -> bool:
 
 def machine_passes(machine: type[RuleBasedStateMachine]) -> bool:
     try:
-        with contextlib.redirect_stdout(io.StringIO()), cpu_limit(15):
+        with contextlib.redirect_stdout(io.StringIO()), cpu_limit(60):
             run_state_machine_as_test(machine, settings=SEARCH)
     except Exception:  # noqa: BLE001 - any error of any kind is the net's answer
         return False

@@ -1,7 +1,7 @@
 """SIEVE (Zhang et al., NSDI 2024): blocks in order of arrival, a mark on those that were found, and a hand.
 
-The hand goes from the oldest block to the newest, then begins anew. It takes the mark off those that have one and evicts
-those that have none. What it has passed waits in `_passed` for its next round, so nothing ever moves within a list.
+The hand goes from the oldest block to the newest, then begins anew. It takes the mark off those that have one and
+evicts those that have none. What it has passed waits in `_passed` for its next round.
 """
 
 from __future__ import annotations
