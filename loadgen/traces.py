@@ -1,4 +1,8 @@
-"""Sessions out of files: Mooncake's trace format, which the daemon records too, and JSON lines of one's own."""
+"""Sessions out of files: Mooncake's trace format, which the daemon records too, and JSON lines of one's own.
+
+Beside Mooncake's fields a line may say of what class its request was: `tenant` (any name), `priority`, `background`,
+`ttft_target_ms`, `tpot_target_ms`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from loadgen.prompts import Prompter, joined
 from loadgen.records import Prompt, Session, Turn
 
 MOONCAKE_BLOCK_TOKENS = 512
+TARGETS = ("ttft_target_ms", "tpot_target_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,24 @@ class Recorded:
     blocks: list[int]
     """A number per block of the prompt, the same for the same prefix; the last may be a part of a block."""
     block_tokens: int
+    tenant: str = ""
+    priority: int = 0
+    background: bool = False
+    ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
+
+    @property
+    def extra(self) -> dict[str, object]:
+        """Fields of the request body that say of what class it is, but for whose."""
+        fields: dict[str, object] = {}
+        if self.priority:
+            fields["priority"] = self.priority
+        if self.background:
+            fields["service_tier"] = "flex"
+        for name in ("ttft_target_ms", "tpot_target_ms"):
+            if getattr(self, name) is not None:
+                fields[name] = getattr(self, name)
+        return fields
 
 
 def read_mooncake(path: str) -> list[Recorded]:
@@ -44,11 +67,16 @@ def read_mooncake(path: str) -> list[Recorded]:
 def _recorded(row: dict[str, Any]) -> Recorded:
     blocks = [int(value) for value in row["hash_ids"]]
     block_tokens = int(row.get("block_tokens", MOONCAKE_BLOCK_TOKENS))
-    one = Recorded(float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), blocks, block_tokens)
+    targets = {name: None if row.get(name) is None else float(row[name]) for name in TARGETS}
+    one = Recorded(float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), blocks, block_tokens,
+                   str(row.get("tenant", "")), int(row.get("priority", 0)), bool(row.get("background", False)),
+                   **targets)  # fmt: skip
     if not math.isfinite(one.at_ms):
         raise ValueError("timestamp is not a time")
     if one.input_tokens < 1 or one.output_tokens < 0 or block_tokens < 1:
         raise ValueError("a length is below what it can be")
+    if not all(target is None or 0 < target < math.inf for target in targets.values()):
+        raise ValueError("a target is not a time above 0")
     return one
 
 
@@ -73,7 +101,9 @@ class Mooncake:
                 continue
             prompt = self._prompt(make, seed, one.blocks, max(1, round(one.block_tokens * self.scale)), length)
             output = min(self.max_output, max(1, round(one.output_tokens * self.scale)))
-            yield Session((Turn(prompt, output),), (one.at_ms - recorded[0].at_ms) / 1000 / self.speedup)
+            yield Session(
+                (Turn(prompt, output, extra=one.extra or None),), (one.at_ms - recorded[0].at_ms) / 1000 / self.speedup
+            )
 
     def _prompt(self, make: Prompter, seed: int, blocks: list[int], block_tokens: int, length: int) -> Prompt:
         """One piece a block, the same for the same id; the last is cut to what is left."""

@@ -455,7 +455,7 @@ class Engine:
         )
         if self._recorder is not None:
             prompt = request.tokens[: request.prompt_tokens]
-            self._recorder.record(Ended(request.arrival_s, request.root, prompt, request.generated))
+            self._recorder.record(Ended(request.arrival_s, request.root, prompt, request.generated, request.service))
 
 
 def _deepest(request: Request) -> str:

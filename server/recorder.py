@@ -1,8 +1,8 @@
 """Writes down what was asked when, without a word of it: a trace in Mooncake's format that a load test can replay.
 
 A line per request, in the order in which they ended: `timestamp` (ms since the start), `input_length`, `output_length`,
-`hash_ids` (one number per block of the prompt, the same for the same prefix; the last one may be a part of a block) and
-`block_tokens`. The numbers are keyed with a secret that only this process knows, so that nobody can test a guess of a
+`hash_ids` (one number per block of the prompt, the same for the same prefix; the last one may be a part of a block),
+`block_tokens`, and where they are not as usual `tenant` (a number too), `priority`, `background` and targets. The numbers are keyed with a secret that only this process knows, so that nobody can test a guess of a
 prompt against them; for the same reason a start begins a new file.
 
 The loop thread only hands requests over; a thread of its own hashes and writes, so that a slow disk delays nobody.
@@ -22,7 +22,10 @@ from array import array
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import isfinite
 from pathlib import Path
+
+from server.types import ONLINE, ServiceClass
 
 log = logging.getLogger("terrace.recorder")
 
@@ -43,6 +46,7 @@ class Ended:
     root: bytes
     prompt: array[int]
     generated: int
+    service: ServiceClass = ONLINE
 
 
 class Recorder:
@@ -98,8 +102,20 @@ class Recorder:
             "output_length": ended.generated,
             "hash_ids": self._ids(ended),
             "block_tokens": self._block_tokens,
+            **self._class(ended.service),
         }
         return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+
+    def _class(self, service: ServiceClass) -> dict[str, object]:
+        targets = {"ttft_target_ms": service.targets.ttft_s * 1e3, "tpot_target_ms": service.targets.tpot_s * 1e3}
+        said: dict[str, object] = {name: ms for name, ms in targets.items() if isfinite(ms)}
+        if service.tenant:
+            said["tenant"] = blake2b(service.tenant.encode(), digest_size=4, key=self._key).hexdigest()
+        if service.priority:
+            said["priority"] = service.priority
+        if service.background:
+            said["background"] = True
+        return said
 
     def _ids(self, ended: Ended) -> list[int]:
         above, ids = ended.root, []

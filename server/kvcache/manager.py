@@ -87,12 +87,14 @@ class KVManager:
         pin_ratio: float = 0.25,
         wall_offset_s: float = 0.0,
         spill_pace_s: float = SPILL_PACE_S,
+        reuse: ReuseModel | None = None,
     ) -> None:
         """`tiers` from fastest to slowest, the first is the device. `guesses[k]` are seconds per block and latency from
-        tier k+1 to tier k until they were measured. `wall_offset_s`: Unix time minus `now`, for what outlives us."""
+        tier k+1 to tier k until they were measured. `wall_offset_s`: Unix time minus `now`, for what outlives us. `reuse`: what
+        is known of when blocks are used again; nothing yet by default."""
         assert tiers[0].name == DEVICE, f"the first tier is the device, not {tiers[0].name!r}"
         self.layout = layout
-        self.reuse = ReuseModel()
+        self.reuse = reuse or ReuseModel()
         self.levels = [TierBooks(tier.name, tier.frames, tier.eviction, self.reuse) for tier in tiers]
         self.tiers = {books.name: books for books in self.levels}
         self.device = self.levels[0]

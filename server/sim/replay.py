@@ -10,12 +10,14 @@ import asyncio
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from server.engine import Engine, GenerateSpec, Stream
 from server.errors import InvalidRequest, Overloaded
 from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Mover
 from server.kvcache.report import kv_report
+from server.kvcache.reuse import ReuseModel
 from server.kvcache.step_cost import StepWork
 from server.kvcache.tiers.base import Move, Recovered
 from server.metrics import Metrics
@@ -27,11 +29,13 @@ from server.sim.stalls import CAUSES, Stalls
 from server.types import (
     DEVICE,
     DRAM,
+    ONLINE,
     SSD,
     BlockLayout,
     KvReport,
     Note,
     SamplingParams,
+    ServiceClass,
     StepPlan,
     StepResult,
     TierFault,
@@ -41,6 +45,7 @@ from server.types import (
 
 IN_FLIGHT_BYTES = 512 * 2**20
 RUN_BYTES = 64 * 2**20
+FINGERPRINT = b"replay"
 TOO_LONG = "longer than the device tier"
 
 
@@ -52,6 +57,7 @@ class Asked:
     prompt_tokens: int
     output_tokens: int
     blocks: Sequence[int]
+    service: ServiceClass = ONLINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +85,14 @@ class Setup:
     policy: str = "fcfs"
     max_running: int = 256
     step_tokens: int = 8192
+    refuse_late: bool = False
+    reuse: ReuseModel | None = None
+    """What the tiers know of when blocks are used again, if not just what they learn. For one replay only."""
 
 
 @dataclass(slots=True)
 class Served:
-    """What became of one request. Seconds after its arrival; None: not admitted."""
+    """What became of one request. Seconds after its arrival; None: it did not get so far."""
 
     asked: Asked
     ttft_s: float | None = None
@@ -116,10 +125,12 @@ class Replay:
     """How long the device rested while admitted requests waited for their blocks."""
     steps: int
     preemptions: int
+    background_tokens: int
+    """Computed for background requests while there were others to come or in work."""
 
 
 def replay(setup: Setup, asked: Sequence[Asked]) -> Replay:
-    """Run the whole trace, in order of arrival."""
+    """Run the whole trace, in order of arrival. When the last online request is over, background ones are left."""
     loop = VirtualLoop(max_iterations=1 << 62)
     return run_virtual(_Replayer(setup, loop).run(asked), loop, cpu_limit_s=1e9)
 
@@ -133,13 +144,15 @@ class _Replayer:
         in_flight = min(256, max(4, IN_FLIGHT_BYTES // layout.block_bytes))
         guesses = [(layout.block_bytes / link.bytes_per_s, link.latency_s) for link in (profile.dram, profile.ssd_read)]
         specs = setup.tiers.specs(in_flight)
-        self.kv = KVManager(layout, specs, b"replay", guesses=guesses[: len(specs) - 1],
-                            write_share=setup.tiers.write_share)  # fmt: skip
+        self.kv = KVManager(layout, specs, FINGERPRINT, guesses=guesses[: len(specs) - 1],
+                            write_share=setup.tiers.write_share, reuse=setup.reuse)  # fmt: skip
         limits = Limits(setup.max_running, max(setup.step_tokens, setup.max_running), setup.step_tokens, 1 << 30,
-                        1 << 60, (setup.tiers.device - 1) * setup.block_tokens)  # fmt: skip
+                        1 << 60, (setup.tiers.device - 1) * setup.block_tokens, setup.refuse_late)  # fmt: skip
         self.scheduler = Scheduler(self.kv, make_policy(setup.policy), limits)
         self.stalls = Stalls(self.scheduler)
-        self.runner = CostRunner(profile, loop, self.stalls)
+        self.runner = CostRunner(profile, loop, self.scheduler, self.stalls)
+        self._online = 0
+        self._online_over = asyncio.Event()
         tiers = {
             DEVICE: RateTier(DEVICE, setup.tiers.device, layout.block_bytes, profile.dram, profile.dram, loop),
             SSD: RateTier(SSD, setup.tiers.ssd, layout.block_bytes, profile.ssd_read, profile.ssd_write, loop),
@@ -158,18 +171,25 @@ class _Replayer:
             if one.at_s > self._loop.time():
                 await asyncio.sleep(one.at_s - self._loop.time())
             streams.append(self._submit(one))
+        if self._online:
+            self._online_over.clear()
+            await self._online_over.wait()
+            for served, stream in streams:
+                if stream is not None and served.asked.service.background:
+                    stream.close()
         await self.engine.drain(1e9)
         await engine
         seconds = max((self._over(served, stream) for served, stream in streams), default=0.0)
         everyone = [served for served, _ in streams]
         return Replay(everyone, kv_report(self.kv), seconds, self.runner.busy_s, self.stalls.idle_s,
-                      self.runner.steps, self.scheduler.preemptions)  # fmt: skip
+                      self.runner.steps, self.scheduler.preemptions, self.runner.background_tokens)  # fmt: skip
 
     def _submit(self, asked: Asked) -> tuple[Served, Stream | None]:
         served = Served(asked)
         spec = GenerateSpec(
-            prompt_of(asked, self._setup.block_tokens), SamplingParams(asked.output_tokens, temperature=0.0)
-        )
+            prompt_of(asked, self._setup.block_tokens), SamplingParams(asked.output_tokens, temperature=0.0),
+            service=asked.service,
+        )  # fmt: skip
         try:
             stream = self.engine.submit(spec)
         except InvalidRequest:
@@ -178,27 +198,31 @@ class _Replayer:
         except Overloaded as error:
             served.refused = str(error.code)
             return served, None
-        stream.deliver = _ignore  # type: ignore[method-assign] # nobody reads the tokens
+        self._online += not asked.service.background
+        stream.deliver = partial(self._told, asked)  # type: ignore[method-assign] # nobody reads the tokens
         return served, stream
+
+    def _told(self, asked: Asked, event: TokenEvent) -> None:
+        if event.finish is not None and not asked.service.background:
+            self._online -= 1
+            if not self._online:
+                self._online_over.set()
 
     def _over(self, served: Served, stream: Stream | None) -> float:
         if stream is None:
             return 0.0
         request = stream.request
-        assert request.first_token_s is not None
-        assert request.last_token_s is not None
+        served.by_tier = dict(stream.cached_by_tier)
+        if request.first_token_s is None or request.last_token_s is None:
+            return 0.0
         outside_s = self._setup.profile.request_s
         served.ttft_s = request.first_token_s - request.arrival_s + outside_s
-        served.e2e_s = request.last_token_s - request.arrival_s + outside_s
+        if request.generated == request.params.max_tokens:
+            served.e2e_s = request.last_token_s - request.arrival_s + outside_s
         served.stalls_s = dict(self.stalls.of(request))
         served.stalls_s["queue"] += outside_s
         served.cached_tokens = request.cached_tokens or 0
-        served.by_tier = dict(stream.cached_by_tier)
         return request.last_token_s
-
-
-def _ignore(event: TokenEvent) -> None:
-    del event
 
 
 def prompt_of(asked: Asked, block_tokens: int) -> array[int]:
@@ -214,9 +238,11 @@ class CostRunner:
     """A StepRunner that only takes the time that a step would. Answers are below zero and nobody's but a request's own:
     in a trace no prompt holds what was answered before."""
 
-    def __init__(self, profile: Profile, loop: VirtualLoop, stalls: Stalls) -> None:
+    def __init__(self, profile: Profile, loop: VirtualLoop, scheduler: Scheduler, stalls: Stalls) -> None:
         self.busy_s = 0.0
         self.steps = 0
+        self.background_tokens = 0
+        self._requests = scheduler.requests
         self._profile, self._loop, self._stalls = profile, loop, stalls
 
     async def run(self, plan: StepPlan) -> StepResult:
@@ -224,6 +250,9 @@ class CostRunner:
         seconds = self._profile.step_s(StepWork.of(plan.rows))
         self.busy_s += seconds
         self.steps += 1
+        self.background_tokens += sum(
+            len(row.tokens) for row in plan.rows if self._requests[row.request_id].service.background
+        )
         self._stalls.start(plan, started_s)
         await asyncio.sleep(seconds)
         self._stalls.end(self._loop.now_s)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from rich.progress import track
 from loadgen.errors import UsageError
 from loadgen.measure import Objectives
 from loadgen.report import environment
-from loadgen.traces import read_mooncake
+from loadgen.traces import Recorded, read_mooncake
 from server.errors import ConfigError, TerraceError
 from server.kvcache.eviction import POLICIES as EVICTION
 from server.scheduler.policy import POLICIES as SCHEDULING
@@ -36,6 +36,7 @@ from server.sim import bounds, page, summary
 from server.sim.profile import PRESETS, load_profile
 from server.sim.replay import Asked, Replay, Served, Setup, Tiers, replay
 from server.sim.stalls import CAUSES
+from server.types import NO_TARGETS, ONLINE, ServiceClass, Targets
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ FORMAT = 1
 """Of simulation.json."""
 UNITS = {"": 2**30, "gib": 2**30, "tib": 2**40, "mib": 2**20, "gb": 10**9, "tb": 10**12}
 SIZE = re.compile(r"([0-9.]+)\s*(%|blocks|[a-z]*)")
+BACKGROUND = ServiceClass(background=True)
 DEVICE_MIN = 8
 """Blocks: fewer hold no request worth the name."""
 FILE_WIDTH = 120
@@ -62,6 +64,7 @@ class What:
     eviction: str = "learned"
     ssd_write_share: float = 1.0
     policy: str = "fcfs"
+    refuse_late: int = 0
     max_running: int = 256
     step_tokens: int = 8192
     speedup: float = 1.0
@@ -76,6 +79,7 @@ HELP = {
     "eviction": ("NAME", ", ".join(sorted(EVICTION))),
     "ssd_write_share": ("X", "of the blocks that come down to a full SSD tier, the share to write"),
     "policy": ("NAME", f"scheduling: {', '.join(sorted(SCHEDULING))}"),
+    "refuse_late": ("0|1", "1: refuse at once who is not expected to meet the --slo of its TTFT"),
     "max_running": ("N", "requests running at once"),
     "step_tokens": ("N", "tokens per step"),
     "speedup": ("X", "shrink the time between requests"),
@@ -100,8 +104,11 @@ class NoWayDown(ConfigError):
     """An SSD tier without one of DRAM above it. In a sweep such a combination is left out."""
 
 
-def load_trace(path: str, limit: int | None = None) -> Trace:
-    """The first `limit` requests of a trace file. UsageError names the line that is none."""
+def load_trace(
+    path: str, limit: int | None = None, targets: Targets = NO_TARGETS, background: str | None = None
+) -> Trace:
+    """The first `limit` requests of a trace file, with these `targets` where it says none; and all of another file, in
+    the `background` from the beginning on. UsageError names the line that is none."""
     rows = read_mooncake(path)[:limit]
     if not rows:
         raise ConfigError(f"{path} has no requests", param="trace")
@@ -116,8 +123,29 @@ def load_trace(path: str, limit: int | None = None) -> Trace:
             raise ConfigError(f"{path}, the request at {row.at_ms:g} ms: {len(row.blocks)} hash_ids for "
                               f"{row.input_tokens} tokens in blocks of {block_tokens}", param="trace")  # fmt: skip
         blocks = [number.setdefault(block, len(number)) for block in row.blocks]
-        asked.append(Asked((row.at_ms - start_ms) / 1e3, row.input_tokens, max(1, row.output_tokens), blocks))
+        asked.append(Asked((row.at_ms - start_ms) / 1e3, row.input_tokens, max(1, row.output_tokens), blocks,
+                           _class_of(row, targets)))  # fmt: skip
+    if all(one.service.background for one in asked):
+        raise ConfigError(f"{path}: all requests are in the background; there must be others", param="trace")
+    if background is not None:
+        other = load_trace(background)
+        if other.block_tokens != block_tokens:
+            raise ConfigError(f"{background} has blocks of {other.block_tokens} tokens, {path} of {block_tokens}",
+                              param="background")  # fmt: skip
+        first = len(number)
+        batch = [replace(one, at_s=0.0, blocks=[first + block for block in one.blocks], service=BACKGROUND)
+                 for one in other.asked]  # fmt: skip
+        return Trace([*batch, *asked], block_tokens, first + other.distinct)
     return Trace(asked, block_tokens, len(number))
+
+
+def _class_of(row: Recorded, targets: Targets) -> ServiceClass:
+    """What a line says of its request's class, and `targets` where it says nothing of these."""
+    ttft_s = targets.ttft_s if row.ttft_target_ms is None else row.ttft_target_ms / 1e3
+    tpot_s = targets.tpot_s if row.tpot_target_ms is None else row.tpot_target_ms / 1e3
+    if row.background:
+        ttft_s = tpot_s = inf
+    return ServiceClass(row.tenant, row.priority, row.background, Targets(ttft_s, tpot_s))
 
 
 def frames(text: str, block_bytes: int, distinct: int, name: str) -> int:
@@ -151,6 +179,8 @@ def setup_of(what: What, trace: Trace) -> Setup:
         value = getattr(what, name)
         if not isfinite(value) or value < 0 or (value == 0 and name != "load"):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0", param=name)
+    if what.refuse_late not in (0, 1):
+        raise ConfigError(f"--refuse-late {what.refuse_late}: must be 0 or 1", param="refuse_late")
     if what.ssd_write_share > 1:
         raise ConfigError(f"--ssd-write-share {what.ssd_write_share}: must be 1 at most", param="ssd_write_share")
     if what.load and what.speedup != 1:
@@ -158,7 +188,8 @@ def setup_of(what: What, trace: Trace) -> Setup:
     if what.load and not trace.span_s:
         raise ConfigError("--load: all requests of the trace come at the same time", param="load")
     tiers = Tiers(**sizes, eviction=what.eviction, write_share=what.ssd_write_share)
-    return Setup(profile, tiers, trace.block_tokens, what.policy, what.max_running, what.step_tokens)
+    return Setup(profile, tiers, trace.block_tokens, what.policy, what.max_running, what.step_tokens,
+                 bool(what.refuse_late))  # fmt: skip
 
 
 # --- one combination -------------------------------------------------------------------------------------------------
@@ -173,7 +204,8 @@ def daemon_of(what: What) -> What:
 
 def work_s(daemon: What, trace: Trace) -> float:
     """How long a daemon takes for the whole trace when it need never wait for the next request."""
-    return replay(setup_of(daemon, trace), [replace(one, at_s=0.0) for one in trace.asked]).seconds
+    online = [replace(one, at_s=0.0, service=ONLINE) for one in trace.asked if not one.service.background]
+    return replay(setup_of(daemon, trace), online).seconds
 
 
 def run(job: tuple[What, float | None], trace: Trace, slo_ms: Mapping[str, float]) -> dict[str, Any]:
@@ -197,7 +229,8 @@ def run(job: tuple[What, float | None], trace: Trace, slo_ms: Mapping[str, float
 def figures(found: Replay, setup: Setup, slo_ms: Mapping[str, float]) -> dict[str, Any]:
     """What a replay shows: milliseconds, shares of prompt tokens, bytes. Refused requests count as refused only, and as
     not having met the SLO."""
-    good = [one for one in found.served if one.refused is None]
+    online = [one for one in found.served if not one.asked.service.background]
+    good = [one for one in online if one.refused is None]
     prompt = sum(one.asked.prompt_tokens for one in good) or 1
     hits = {name: sum(one.by_tier.get(name, 0) for one in good) / prompt for name in ("device", "dram", "ssd")}
     block_bytes = setup.profile.kv_bytes_per_token * setup.block_tokens
@@ -205,16 +238,16 @@ def figures(found: Replay, setup: Setup, slo_ms: Mapping[str, float]) -> dict[st
     met = sum(_met(one, slo_ms) for one in good)
     seconds = found.seconds or 1.0
     return {
-        "requests": len(found.served),
-        "refused": len(found.served) - len(good),
-        "refused_because": dict(Counter(one.refused for one in found.served if one.refused is not None)),
+        "requests": len(online),
+        "refused": len(online) - len(good),
+        "refused_because": dict(Counter(one.refused for one in online if one.refused is not None)),
         "hit": sum(hits.values()),
         "hit_by_tier": hits,
         **_distribution("ttft", [one.ttft_s for one in good if one.ttft_s is not None]),
         **_distribution("tpot", [one.tpot_s for one in good if one.tpot_s is not None]),
         **_distribution("e2el", [one.e2e_s for one in good if one.e2e_s is not None]),
         "stalls_s": {cause: sum(one.stalls_s[cause] for one in good) for cause in CAUSES},
-        "met": met / len(found.served),
+        "met": met / len(online),
         "goodput": met / seconds,
         "virtual_s": found.seconds,
         "device_busy": found.busy_s / seconds,
@@ -223,6 +256,11 @@ def figures(found: Replay, setup: Setup, slo_ms: Mapping[str, float]) -> dict[st
         "preemptions": found.preemptions,
         "moved_bytes": moved,
         "ssd_written_bytes": moved.get("dram>ssd", 0),
+        "background": {
+            "requests": len(found.served) - len(online),
+            "ended": sum(one.e2e_s is not None for one in found.served if one.asked.service.background),
+            "tokens_per_s": found.background_tokens / seconds,
+        },
         "declined_blocks": {tier.name: dict(tier.declined) for tier in found.kv.tiers},
     }
 
@@ -242,9 +280,10 @@ def _distribution(name: str, samples: Sequence[float]) -> dict[str, float | None
 
 def limits(trace: Trace, capacity: int) -> dict[str, float]:
     """Shares of prompt tokens that a cache of `capacity` blocks could serve: knowing the future, and without end."""
-    prompt = sum(one.prompt_tokens for one in trace.asked)
-    blocks = {"optimal": bounds.optimal(trace.asked, trace.block_tokens, capacity),
-              "infinite": bounds.infinite(trace.asked, trace.block_tokens)}  # fmt: skip
+    online = [one for one in trace.asked if not one.service.background]
+    prompt = sum(one.prompt_tokens for one in online)
+    blocks = {"optimal": bounds.optimal(online, trace.block_tokens, capacity),
+              "infinite": bounds.infinite(online, trace.block_tokens)}  # fmt: skip
     return {name: count * trace.block_tokens / prompt for name, count in blocks.items()}
 
 
@@ -281,10 +320,11 @@ def _each(work: Callable[[Item], Result], items: Sequence[Item], jobs: int, labe
 
 def document_of(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for and found; what simulation.json holds."""
-    trace = load_trace(args.trace, args.limit)
+    slo_ms = dict(Objectives.parse(args.slo).limits_ms)
+    targets = Targets(*(slo_ms.get(name, inf) / 1e3 for name in ("ttft", "tpot")))
+    trace = load_trace(args.trace, args.limit, targets, args.background)
     base = What(**{field.name: getattr(args, field.name) for field in fields(What)})
     chosen, left_out = possible(combinations(base, args.sweep), trace)
-    slo_ms = dict(Objectives.parse(args.slo).limits_ms)
     rows = simulate(chosen, trace, slo_ms, args.jobs)
     names = swept(chosen, args.sweep)
     return {
@@ -299,7 +339,13 @@ def document_of(args: argparse.Namespace) -> dict[str, Any]:
             "block_tokens": trace.block_tokens,
             "distinct_blocks": trace.distinct,
         },
-        "options": {**asdict(base), "limit": args.limit, "sweep": args.sweep, "slo_ms": slo_ms},
+        "options": {
+            **asdict(base),
+            "limit": args.limit,
+            "background": args.background,
+            "sweep": args.sweep,
+            "slo_ms": slo_ms,
+        },
         "profiles": {name: asdict(load_profile(name)) for name in dict.fromkeys(what.profile for what in chosen)},
         "swept": names,
         "left_out": [summary.named(asdict(what), names) for what in left_out],
@@ -390,7 +436,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("trace", metavar="TRACE", help="JSON lines, also gzipped; `serve --record-path` writes them")
     parser.add_argument("--sweep", action="append", default=[], metavar="NAME=A,B,C",
                         help="all of these instead of one; more than once for all combinations")  # fmt: skip
-    parser.add_argument("--slo", nargs="+", default=[], metavar="NAME:MS", help="such as ttft:2000 tpot:50")
+    parser.add_argument("--slo", nargs="+", default=[], metavar="NAME:MS",
+                        help="such as ttft:2000 tpot:50; what requests want, if the trace does not say")  # fmt: skip
+    parser.add_argument("--background", metavar="TRACE", help="all of this one too, in the background")
     parser.add_argument("--limit", type=_count, metavar="N", help="only the first N requests")
     parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="combinations at once [1]")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write simulation.json, simulation.html and plots")

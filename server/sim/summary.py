@@ -47,6 +47,8 @@ def columns(document: Mapping[str, Any]) -> list[Column]:
     if "ssd" in tiers:
         found.append(Column("written", "SSD GB", _number("ssd_written_bytes", 1e-9)))
     found.append(Column("device", "busy %", _share("device_busy")))
+    if any(row["background"]["requests"] for row in rows):
+        found.append(Column("background", "tok/s", lambda row: number(row["background"]["tokens_per_s"])))
     if any(row["refused"] for row in rows):
         found.append(Column("", "refused", lambda row: str(row["refused"])))
     return found
