@@ -2,8 +2,9 @@
 
 A line per request, in the order in which they ended: `timestamp` (ms since the start), `input_length`, `output_length`,
 `hash_ids` (one number per block of the prompt, the same for the same prefix; the last one may be a part of a block),
-`block_tokens`, and where they are not as usual `tenant` (a number too), `priority`, `background` and targets. The numbers are keyed with a secret that only this process knows, so that nobody can test a guess of a
-prompt against them; for the same reason a start begins a new file.
+`block_tokens`, and where they are not as usual `tenant`, `priority`, `background` and targets. The numbers of blocks
+and tenants are keyed with a secret that only this process knows, so that nobody can test a guess against them; for the
+same reason a start begins a new file.
 
 The loop thread only hands requests over; a thread of its own hashes and writes, so that a slow disk delays nobody.
 """

@@ -13,6 +13,7 @@ match.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,8 +91,8 @@ class KVManager:
         reuse: ReuseModel | None = None,
     ) -> None:
         """`tiers` from fastest to slowest, the first is the device. `guesses[k]` are seconds per block and latency from
-        tier k+1 to tier k until they were measured. `wall_offset_s`: Unix time minus `now`, for what outlives us. `reuse`: what
-        is known of when blocks are used again; nothing yet by default."""
+        tier k+1 to tier k until they were measured. `wall_offset_s`: Unix time minus `now`, for what outlives us.
+        `reuse`: what is known of when blocks are used again; nothing yet by default."""
         assert tiers[0].name == DEVICE, f"the first tier is the device, not {tiers[0].name!r}"
         self.layout = layout
         self.reuse = reuse or ReuseModel()
@@ -192,6 +193,21 @@ class KVManager:
                 lease.tail[position] = (frame, self.device.origin_of(frame))
             else:
                 self.traffic.want(lease, hashes, position, deadline_s)
+
+    def price(self, lease: Lease, tokens: int, queued: list[int]) -> tuple[float, int]:
+        """What it would cost to take the device from a lease of `tokens` computed tokens: seconds until all is back,
+        by loading or computing, and how many frames that gives. O(log blocks): what others hold too is a prefix."""
+        table, holds, size = lease.table, self.device.holds, self.layout.block_tokens
+        shared = bisect_left(range(lease.sealed), True, key=lambda place: holds[table[place]] == 1)
+        frames = len(table) - shared
+        seconds = self.planner.step.tokens_s(shared * size, tokens - shared * size)
+        if lease.sealed > shared and len(self.levels) > 1:
+            value = self.device.hashes[table[lease.sealed - 1]]
+            below = next((k for k in range(1, len(self.levels)) if value in self.levels[k].find), None)
+            if below is not None:
+                rest = self.planner.step.tokens_s(lease.sealed * size, tokens - lease.sealed * size)
+                seconds = min(seconds, self.planner.load_s(below, lease.sealed - shared, queued) + rest)
+        return seconds, frames
 
     def _levels_of(self, hashes: Sequence[BlockHash], start: int) -> list[int]:
         """Where each block from `start` on is, until one is nowhere."""

@@ -236,8 +236,8 @@ class Scheduler:
         return fitting
 
     def _victim(self, needy: Request) -> Request:
-        """Who gives way for `needy` to grow."""
-        return self.running[-1]
+        """Who gives way for `needy` to grow: one that ranks behind it, else itself. So the first in rank gets on."""
+        return self._cheapest([other for other in self._last() if other.rank > needy.rank]) or needy
 
     def _meet(self, request: Request, lease: Lease, now: float) -> int:
         """Part of the prefix is on its way: take what came, and say up to which token to compute meanwhile."""
@@ -305,24 +305,38 @@ class Scheduler:
             if draft.budget == 0 and not self.kv.would_load(self.reusable(request)):
                 return  # a request whose blocks are to be loaded may start that before its turn to compute
             while not self._place(request, promised, now):
-                if not self._may_take_a_place(request):
+                displaced = self._cheapest([other for other in self._last() if self._may_displace(request, other)])
+                if displaced is None:
                     return
-                draft.drop(self.running[-1].id)
-                self._preempt(self.running[-1])
+                draft.drop(displaced.id)
+                self._preempt(displaced)
                 promised = self._promised_blocks()
             if draft.budget:
                 self._advance(request, draft, now)
             if request.lease is not None:
                 promised += self._missing_blocks(request)
 
-    def _may_take_a_place(self, request: Request) -> bool:
-        """Does somebody run who is to give way to `request`?"""
-        if not self.running:
-            return False
-        last = self.running[-1]
-        if request.service.background != last.service.background:
-            return last.service.background
-        return self.policy.outranks(request, last)
+    def _may_displace(self, waiting: Request, running: Request) -> bool:
+        """May `waiting` have the place of `running`?"""
+        if waiting.service.background != running.service.background:
+            return running.service.background
+        return self.policy.outranks(waiting, running)
+
+    def _last(self) -> list[Request]:
+        """Those of the running ones that nobody has to give way to: the last in rank, and who may not displace it."""
+        return [other for other in self.running if not self._may_displace(other, self.running[-1])]
+
+    def _cheapest(self, candidates: Sequence[Request]) -> Request | None:
+        """Whose blocks would be back soonest for the room that they give; the last in rank of equals. Each preemption
+        that a request has suffered doubles its price, so that it is not the same one again and again."""
+        queued = self.kv.traffic.queued()
+
+        def price(request: Request) -> float:
+            assert request.lease is not None
+            seconds, frames = self.kv.price(request.lease, request.computed_tokens, queued)
+            return seconds * 2.0**request.preemptions / frames if frames else inf
+
+        return min(reversed(candidates), key=price, default=None)
 
     def _put_back(self, request: Request, done_s: float) -> bool:
         """Has the policy a later place for a request that would be done at `done_s`?"""

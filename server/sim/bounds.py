@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from math import inf
 
 from server.kvcache.manager import KVManager, Over, TierSpec
+from server.kvcache.reuse import ReuseModel
+from server.sim.foresight import Hindsight
 from server.sim.replay import Asked
 from server.types import DEVICE, BlockHash, BlockLayout
 
@@ -19,6 +21,19 @@ from server.types import DEVICE, BlockHash, BlockLayout
 def chains(asked: Sequence[Asked], block_tokens: int) -> list[Sequence[int]]:
     """The whole blocks of every request."""
     return [one.blocks[: one.prompt_tokens // block_tokens] for one in asked]
+
+
+def hashed(asked: Sequence[Asked], block_tokens: int) -> list[list[BlockHash]]:
+    """The same as `by_policy` calls them."""
+    return [[block.to_bytes(8, "little") for block in chain] for chain in chains(asked, block_tokens)]
+
+
+def knowable(asked: Sequence[Asked], block_tokens: int, capacity: int) -> int:
+    """Blocks found by the policy `learned` if it knew from the beginning how each class of blocks behaves on this
+    trace, but of no block what becomes of it."""
+    seen = ReuseModel()
+    by_policy(asked, block_tokens, capacity, "learned", seen)
+    return by_policy(asked, block_tokens, capacity, "learned", Hindsight(seen))
 
 
 def infinite(asked: Sequence[Asked], block_tokens: int) -> int:
@@ -65,12 +80,16 @@ def optimal(asked: Sequence[Asked], block_tokens: int, capacity: int) -> int:
     return hits
 
 
-def by_policy(asked: Sequence[Asked], block_tokens: int, capacity: int, eviction: str) -> int:
-    """Blocks found by one tier of the KV manager with this eviction policy, if every request were over at once."""
-    kv = KVManager(BlockLayout(1, 1, 1, 1, block_tokens), [TierSpec(DEVICE, capacity, eviction)], b"bounds")
+def by_policy(
+    asked: Sequence[Asked], block_tokens: int, capacity: int, eviction: str, reuse: ReuseModel | None = None
+) -> int:
+    """Blocks found by one tier of the KV manager with this eviction policy, if every request were over at once.
+    `reuse`: what is known beforehand."""
+    tiers = [TierSpec(DEVICE, capacity, eviction)]
+    kv = KVManager(BlockLayout(1, 1, 1, 1, block_tokens), tiers, b"bounds", reuse=reuse)
     hits = 0
-    for one, chain in zip(asked, chains(asked, block_tokens), strict=True):
-        hashes: list[BlockHash] = [block.to_bytes(8, "little") for block in chain[:capacity]]
+    for one, whole in zip(asked, hashed(asked, block_tokens), strict=True):
+        hashes = whole[:capacity]
         kv.asked(hashes, one.at_s)
         lease = kv.admit(hashes, one.at_s)
         hits += len(lease.table)

@@ -43,7 +43,7 @@ SETUP = Setup(
 
 
 SAMPLE_S = 60.0
-SLACK = 60
+SLACK = 150
 """So much more may wait in one half than in the other by chance: a bad hour of the disk holds up spills."""
 
 
