@@ -290,11 +290,11 @@ class KVManager:
             lease.late_s = now + self.planner.patience_s(estimate_s, front, blocks)
         if now >= lease.late_s:
             self._late(lease, load.level, blocks, now)
-            return stop
+            return stop if stop < end else ALL
         share = self.planner.front(load.level, front, blocks, queued, floor_s)
         if not share:
             self.wake_s = min(self.wake_s, lease.late_s)
-        return front + share
+        return front + share if front + share < end else ALL
 
     def _late(self, lease: Lease, level: int, blocks: int, now: float) -> None:
         """A promise was not kept: count it against the tier, once per wait. Any landing clears the tier's name."""

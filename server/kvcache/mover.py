@@ -8,7 +8,7 @@ raised an OSError. Any other exception, of a tier or of `done`, is a bug and goe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from server.kvcache.tiers.base import Move, Tier
@@ -74,19 +74,23 @@ def _move(transfer: Transfer) -> Move:
     return Move(transfer.hash, transfer.parent, transfer.depth, host[1], _tier_end(transfer)[1])
 
 
-def _runs(transfers: Sequence[Transfer], limit: int) -> Iterator[tuple[TierName, list[Transfer]]]:
+def _runs(transfers: Sequence[Transfer], limit: int) -> list[tuple[TierName, list[Transfer]]]:
     """Transfers of one tier and direction, at most `limit` at a time; loads from below DRAM only where their frames are
-    neighbours, as each run lands as one and somebody waits for it."""
-    run: list[Transfer] = []
+    neighbours, as each run lands as one and somebody waits for it. The run that has the first transfer goes first."""
+    runs: list[list[Transfer]] = []
     for transfer in sorted(transfers, key=lambda t: (t.source[0], t.target[0], _tier_end(t)[1])):
-        if run:
-            last = run[-1]
-            same = (last.source[0], last.target[0]) == (transfer.source[0], transfer.target[0])
-            apart = _tier_end(last)[1] + 1 != _tier_end(transfer)[1]
-            waited_for = transfer.target[0] == DRAM and transfer.source[0] != DEVICE
-            if not same or len(run) == limit or (apart and waited_for):
-                yield _tier_end(last)[0], run
-                run = []
-        run.append(transfer)
-    if run:
-        yield _tier_end(run[-1])[0], run
+        if runs and _goes_with(runs[-1], transfer, limit):
+            runs[-1].append(transfer)
+        else:
+            runs.append([transfer])
+    turn = {transfer.id: position for position, transfer in enumerate(transfers)}
+    runs.sort(key=lambda run: min(turn[transfer.id] for transfer in run))
+    return [(_tier_end(run[0])[0], run) for run in runs]
+
+
+def _goes_with(run: Sequence[Transfer], transfer: Transfer, limit: int) -> bool:
+    last = run[-1]
+    same = (last.source[0], last.target[0]) == (transfer.source[0], transfer.target[0])
+    apart = _tier_end(last)[1] + 1 != _tier_end(transfer)[1]
+    waited_for = transfer.target[0] == DRAM and transfer.source[0] != DEVICE
+    return same and len(run) < limit and not (apart and waited_for)

@@ -82,6 +82,11 @@ class Hop:
     def block_s(self) -> float:
         return self._time_s / self._blocks
 
+    @property
+    def first_s(self) -> float:
+        """What the next block takes longer than its turn: nothing once a burst is landing."""
+        return self.latency_s if self.fresh or not self.in_flight else 0.0
+
     def started(self, now: float) -> None:
         if self.in_flight == 0:
             self._mark_s = now
@@ -193,7 +198,7 @@ class Planner:
         """Seconds of the shortest way, and the blocks to compute first. Before the first step was measured: wait."""
         hops = self.up[:level]
         ahead, slowest = max(zip(queued, hops, strict=False), key=lambda pair: (pair[0] + blocks) * pair[1].block_s)
-        load_s = (ahead + blocks) * slowest.block_s + sum(hop.latency_s for hop in hops)
+        load_s = (ahead + blocks) * slowest.block_s + sum(hop.first_s for hop in hops)
         if not self.step.known:
             return max(load_s, floor_s), 0
         wait_s, compute_s = max(load_s, floor_s), self._computing_s(start, blocks)
