@@ -68,15 +68,17 @@ def _no_blank(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 def key_weights(keys: Iterable[str]) -> dict[str, float]:
     """Every key with its weight, from entries like `KEY` and `KEY WEIGHT`. Raises ValueError, and shows no key."""
-    found = {}
+    found: dict[str, float] = {}
     for entry in keys:
-        key, _, weight = entry.partition(" ")
         try:
-            found[key] = float(weight or 1)
+            key, weight = (entry, "1") if len(entry.split()) == 1 else entry.split()
+            value = float(weight)
         except ValueError:
             raise ValueError("holds an entry that is neither KEY nor KEY WEIGHT") from None
-        if not 0.001 <= found[key] <= 1000:
+        if not 0.001 <= value <= 1000:
             raise ValueError("holds a weight that is not between 0.001 and 1000")
+        if found.setdefault(key, value) != value:
+            raise ValueError("holds a key twice, with different weights")
     return found
 
 
@@ -557,7 +559,7 @@ def _with_keys(keys: tuple[str, ...], path: Path | None, name: str) -> tuple[str
         raise ConfigError(f"{name} {path} holds no key", param=name)
     if name == "server.api_key_file":
         try:
-            key_weights(found)
+            key_weights(keys + found)
         except ValueError as error:
             raise ConfigError(f"{name} {path} {error}", param=name) from None
     return tuple(dict.fromkeys(keys + found))

@@ -16,7 +16,7 @@ from server.api.service import Service
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, ModelNotFound, Overloaded
 from server.text import RESERVED_TEMPLATE_ARGUMENTS, Tokenizer
-from server.types import Retention, SamplingParams, ServiceClass, Targets
+from server.types import NO_TARGETS, Retention, SamplingParams, ServiceClass, Targets
 
 DAY_S = 86_400.0
 DEFAULT_COMPLETION_TOKENS = 16
@@ -262,10 +262,7 @@ def _plan(
         tenant,
         request.priority or 0,
         background=request.service_tier == "flex",
-        targets=Targets(
-            _target_s(request.ttft_target_ms, service.default_targets.ttft_s),
-            _target_s(request.tpot_target_ms, service.default_targets.tpot_s),
-        ),
+        targets=_targets(service, request),
     )
     retention = Retention(
         transient=request.prompt_cache_retention in ("in_memory", "in-memory"),
@@ -311,8 +308,14 @@ def _plan(
     )
 
 
-def _target_s(wanted_ms: float | None, default_s: float) -> float:
-    return default_s if wanted_ms is None else wanted_ms / 1e3
+def _targets(service: Service, request: GenerationRequest) -> Targets:
+    """What the request wants, else what is wanted for all; who is in the background wants only what it says."""
+    defaults = NO_TARGETS if request.service_tier == "flex" else service.default_targets
+    ttft_ms, tpot_ms = request.ttft_target_ms, request.tpot_target_ms
+    return Targets(
+        defaults.ttft_s if ttft_ms is None else ttft_ms / 1e3,
+        defaults.tpot_s if tpot_ms is None else tpot_ms / 1e3,
+    )
 
 
 def cache_salt(tenant: str, wanted: str | None) -> str:

@@ -296,9 +296,7 @@ class ChatRequest(GenerationRequest):
     # Known to OpenAI clients; these values change nothing.
     store: bool | None = Field(default=None, description="Accepted; nothing is ever stored.")
     metadata: Metadata | None = Field(default=None, description="Accepted; has no effect.")
-    service_tier: Literal["auto", "default"] | None = None
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
-    prompt_cache_key: ShortText | None = Field(default=None, description="Accepted; prefixes are found by content.")
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
     parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")

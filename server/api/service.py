@@ -31,7 +31,7 @@ class Service:
     api_key_hashes: Sequence[bytes] = ()
     admin_key_hashes: Sequence[bytes] = ()
     default_targets: Targets = NO_TARGETS
-    """Of requests that name none."""
+    """Of requests that name none; not of those in the background."""
 
     @property
     def max_model_len(self) -> int:

@@ -15,14 +15,14 @@ class Draft:
     """`budget`: tokens left. `until_s`: how long the step may take, as far as that is known; it only limits what is
     asked about, with `fitting`."""
 
-    __slots__ = ("_context", "_cost", "_decodes", "_prompt_s", "budget", "rows", "until_s")
+    __slots__ = ("_context", "_cost", "_decodes", "_prompt_s", "_prompts", "budget", "rows", "until_s")
 
     def __init__(self, budget: int, cost: StepCost) -> None:
         self.budget = budget
         self.until_s = inf
         self.rows: dict[RequestId, StepRow] = {}
         self._cost = cost
-        self._decodes = self._context = 0
+        self._decodes = self._prompts = self._context = 0
         self._prompt_s = 0.0
 
     def add(self, row: StepRow) -> None:
@@ -46,8 +46,11 @@ class Draft:
         if count == 1:
             after_s = self._cost.step_s(self._decodes + 1, self._context + start, self._prompt_s)
             return int(after_s <= self.until_s)
-        left_s = self.until_s - self._cost.step_s(self._decodes, self._context, max(self._prompt_s, 1e-9))
-        return self._cost.affordable(start, left_s, count)
+        if self.seconds > self.until_s:
+            return 0
+        # Asked about a step too long by exactly `until_s` of prompts: one that computing bounds, not the decodes.
+        longer_s = self._cost.step_s(self._decodes, self._context, self._prompt_s + self.until_s)
+        return self._cost.affordable(start, 2 * self.until_s - longer_s, count)
 
     def _count(self, row: StepRow, sign: int) -> None:
         count = len(row.tokens)
@@ -56,4 +59,7 @@ class Draft:
             self._decodes += sign
             self._context += sign * row.start
         else:
+            self._prompts += sign
             self._prompt_s += sign * self._cost.tokens_s(row.start, count)
+            if not self._prompts:
+                self._prompt_s = 0.0  # nor what rounding leaves of prompts that were dropped

@@ -40,11 +40,18 @@ def ttft_s(
     position = bisect_left(waiting, request.rank, key=lambda other: other.rank)
     prompts = [other for other in running if other.lacking > 1 and other.rank < request.rank]
     decodes = [other for other in running if other.lacking == 1 and other.service.background <= request.rank[0]]
-    ahead_s = sum(left_s(kv, other) for other in prompts) + sum(other.work_s for other in islice(waiting, position))
+    ahead_s = sum(left_s(kv, other) for other in prompts)
+    ahead_s += sum(_in_company_s(kv, other) for other in islice(waiting, position))
+    own_s = _in_company_s(kv, request)
     tokens_s = step.tokens_s(0, step_tokens)
-    steps = (ahead_s + request.work_s) / tokens_s if tokens_s else 0.0
+    steps = max(1.0, (ahead_s + own_s) / tokens_s) if tokens_s else 1.0
     each_s = step.base_s + sum(step.decode_s(other.computed_tokens) for other in decodes)
-    return max(ahead_s, _load_s(kv, reusable)) + request.work_s + steps * each_s
+    return max(ahead_s, _load_s(kv, reusable)) + own_s + steps * each_s
+
+
+def _in_company_s(kv: KVManager, request: Request) -> float:
+    """The device time of a waiting request's prompt, without the step that it shares with others."""
+    return max(0.0, request.work_s - kv.planner.step.base_s)
 
 
 def _known(kv: KVManager, hashes: Sequence[BlockHash]) -> int:

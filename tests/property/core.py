@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from server.kvcache import audit
 from server.kvcache.block import Lease
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager
+from server.kvcache.step_cost import StepWork
 from server.scheduler.audit import check_scheduler
-from server.scheduler.policy import make_policy
+from server.scheduler.policy import EVEN, make_policy
 from server.scheduler.request import Request, request_from
 from server.scheduler.scheduler import Limits, Scheduler
 from server.types import (
@@ -74,8 +76,33 @@ LIMITS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Device:
+    """How long steps take: `base_s` and `token_s` each with a part of a prompt, `floor_s` and `row_s` each without."""
+
+    base_s: float = 0.01
+    token_s: float = 0.001
+    floor_s: float = 0.01
+    row_s: float = 0.0001
+
+    def __call__(self, work: StepWork) -> float:
+        if work.decodes:
+            return self.floor_s + self.row_s * work.tokens
+        return self.base_s + self.token_s * work.tokens
+
+    def teach(self, kv: KVManager) -> None:
+        """What the daemon knows after a while."""
+        for _ in range(50):
+            for tokens in (1, 4, 32, 128, 512):
+                for work in (StepWork(tokens, decodes=True), StepWork(tokens, tokens * tokens // 2)):
+                    kv.planner.step.observe(work, self(work))
+
+
 class Bench:
-    """A scheduler over one KV manager, stepped by hand; both audited around every step."""
+    """A scheduler over one KV manager, stepped by hand; both audited around every step.
+
+    Every call takes a second, unless there is a `device`: then a step takes what that says, and all else no time.
+    """
 
     def __init__(
         self,
@@ -83,12 +110,19 @@ class Bench:
         *,
         lower: tuple[int, ...] = (),
         policy: str = "fcfs",
+        weights: Mapping[str, float] = EVEN,
+        device: Callable[[StepWork], float] | None = None,
         block_tokens: int = 2,
-        **limits: int,
+        **limits: float,
     ) -> None:
         self.kv = make_kv(frames, *lower, block_tokens=block_tokens)
-        self.scheduler = Scheduler(self.kv, make_policy(policy), Limits(**(LIMITS | limits)))
+        self.scheduler = Scheduler(self.kv, make_policy(policy, weights), Limits(**(LIMITS | limits)))  # type: ignore[arg-type]
+        self.device = device
+        if isinstance(device, Device):
+            device.teach(self.kv)
         self.now = 0.0
+        self.steps_s: list[float] = []
+        """How long each step took."""
         self.computed: dict[int, int] = {}
         """Tokens fed for each request so far."""
         self.events: dict[int, list[TokenEvent]] = {}
@@ -103,7 +137,7 @@ class Bench:
         service: ServiceClass | None = None,
         **params: object,
     ) -> Request:
-        self.now += 1
+        self.now += self.device is None
         request = request_from(
             len(self.events) + 1,
             prompt,
@@ -117,7 +151,7 @@ class Bench:
         return request
 
     def plan(self) -> StepPlan | None:
-        self.now += 1
+        self.now += self.device is None
         plan = self.scheduler.plan(self.now)
         audit.check(self.kv)
         check_scheduler(self.scheduler)
@@ -126,6 +160,11 @@ class Bench:
     def commit(self, plan: StepPlan, result: StepResult | None = None) -> list[TokenEvent]:
         for row in plan.rows:
             self.computed[row.request_id] = self.computed.get(row.request_id, 0) + len(row.tokens)
+        if self.device is not None:
+            work = StepWork.of(plan.rows)
+            self.steps_s.append(self.device(work))
+            self.now += self.steps_s[-1]
+            self.kv.planner.step.observe(work, self.steps_s[-1])
         events = self.scheduler.commit(plan, result or made_up(plan), self.now)
         for event in events:
             self.events[event.request_id].append(event)

@@ -19,11 +19,13 @@ from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
 from server.metrics import Metrics
 from server.types import (
+    NO_TARGETS,
     BlockLayout,
     FinishReason,
     HopReport,
     KvReport,
     SpanReport,
+    Targets,
     TierReport,
     TokenEvent,
     TokenLogprobs,
@@ -236,7 +238,14 @@ def text_reply(text: str) -> Callable[[GenerateSpec], Iterator[int]]:
     return reply
 
 
-def make_app(engine: FakeEngine, *, keys: Sequence[str] = (), admin_keys: Sequence[str] = (), **limits: Any) -> FastAPI:
+def make_app(
+    engine: FakeEngine,
+    *,
+    keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    default_targets: Targets = NO_TARGETS,
+    **limits: Any,
+) -> FastAPI:
     """The application over `engine` with a byte-level tokenizer."""
     metrics = Metrics("fake", "1.2.3", max_model_len=engine.max_model_len)
     metrics.bind(engine.snapshot)
@@ -251,6 +260,7 @@ def make_app(engine: FakeEngine, *, keys: Sequence[str] = (), admin_keys: Sequen
             limits=ServerConfig(**limits),
             api_key_hashes=hash_keys(keys),
             admin_key_hashes=hash_keys(admin_keys),
+            default_targets=default_targets,
         )
     )
 

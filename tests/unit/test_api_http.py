@@ -153,6 +153,9 @@ async def test_each_key_is_a_tenant_of_its_own() -> None:
     salts = [spec.cache_salt for spec in engine.submitted]
     assert len(set(salts)) == 3
     assert salts[0] == salts[3]
+    tenants = [spec.service.tenant for spec in engine.submitted]
+    assert tenants[0] == tenants[2] == tenants[3] != tenants[1], "whoever shares by tenant goes by the key alone"
+    assert "" not in tenants
 
 
 async def test_request_ids_are_accepted_if_sane_and_always_sent_back() -> None:
@@ -195,6 +198,12 @@ async def test_overload_and_drain_say_when_to_come_back() -> None:
             answer = await http.post("/v1/completions", json=BODY | extra)
             assert refused(answer, 429)["type"] == "rate_limit_error"
             assert answer.headers["retry-after"] == "7"
+        engine.refuse = Overloaded("the first token would come late", retry_after_s=3, code="too_late")
+        for extra in ({}, {"stream": True}):
+            answer = await http.post("/v1/completions", json=BODY | extra)
+            error = refused(answer, 429)
+            assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", "too_late", None)
+            assert answer.headers["retry-after"] == "3"
         engine.refuse = NotReady("the server is draining", retry_after_s=0)
         answer = await http.post("/v1/completions", json=BODY)
         assert refused(answer, 503)["code"] == "not_ready"

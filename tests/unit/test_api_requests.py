@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from server.api import requests, schema
 from server.errors import InvalidRequest
+from server.types import NO_TARGETS, ONLINE, Targets
 from tests.unit.api_fake import EOS, ByteTokenizer, FakeEngine, client, make_app, text_reply
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -57,6 +58,13 @@ BOTH: list[tuple[dict[str, Any], str | None]] = [
     ({"seed": 2**63}, "seed"),
     ({"seed": "x"}, "seed"),
     ({"priority": 1001}, "priority"),
+    ({"service_tier": "scale"}, "service_tier"),
+    ({"service_tier": 1}, "service_tier"),
+    ({"ttft_target_ms": 0}, "ttft_target_ms"),
+    ({"ttft_target_ms": "1s"}, "ttft_target_ms"),
+    ({"ttft_target_ms": 1e9}, "ttft_target_ms"),
+    ({"tpot_target_ms": -1}, "tpot_target_ms"),
+    ({"tpot_target_ms": True}, "tpot_target_ms"),
     ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"cache_salt": 1}, "cache_salt"),
     ({"stream": "yes"}, "stream"),
@@ -128,7 +136,6 @@ ONLY_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"audio": {"voice": "x"}}, "audio"),
     ({"prediction": {}}, "prediction"),
     ({"reasoning_effort": "low"}, "reasoning_effort"),
-    ({"service_tier": "flex"}, "service_tier"),
     ({"web_search_options": {}}, "web_search_options"),
     ({"chat_template_kwargs": {"a": []}}, "chat_template_kwargs.a"),
     ({"chat_template_kwargs": {"a": 1e300}}, "chat_template_kwargs.a"),
@@ -257,6 +264,35 @@ async def test_sampling_comes_from_client_then_model_then_neutral(monkeypatch: p
     assert four.seed == 2**63 - 1
     assert engine.submitted[3].service.priority == -3
     assert (four.min_tokens, four.repetition_penalty) == (2, 1.5)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)])
+async def test_service_and_targets_reach_the_engine(path: str, body: dict[str, Any]) -> None:
+    """Only `flex` is background; targets come in milliseconds; the defaults hold for online requests that name none."""
+    engine = FakeEngine()
+    cases: list[tuple[dict[str, Any], bool, Targets]] = [
+        ({}, False, Targets(2.0, 0.05)),
+        ({"service_tier": None}, False, Targets(2.0, 0.05)),
+        ({"service_tier": "auto"}, False, Targets(2.0, 0.05)),
+        ({"service_tier": "default", "ttft_target_ms": 500}, False, Targets(0.5, 0.05)),
+        ({"service_tier": "priority", "tpot_target_ms": 20.5}, False, Targets(2.0, 0.0205)),
+        ({"service_tier": "flex"}, True, NO_TARGETS),
+        ({"service_tier": "flex", "ttft_target_ms": 60_000}, True, Targets(ttft_s=60.0)),
+    ]
+    async with client(make_app(engine, default_targets=Targets(2.0, 0.05))) as http:
+        for extra, _, _ in cases:
+            answer = await http.post(path, json=body | extra | {"n": 2})
+            assert answer.status_code == 200, answer.text
+    expected = [(background, targets) for _, background, targets in cases for _ in range(2)]
+    assert [(spec.service.background, spec.service.targets) for spec in engine.submitted] == expected
+
+
+async def test_without_targets_any_time_is_good() -> None:
+    """Neither client nor configuration names a target: there is none."""
+    engine = FakeEngine()
+    async with client(make_app(engine)) as http:
+        await http.post("/v1/completions", json=TEXT)
+    assert engine.submitted[0].service == ONLINE
 
 
 async def test_seeds_name_the_draws() -> None:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from server.cli import main
-from server.config import OPTIONS, Config, Option, example_toml, load_config
+from server.config import OPTIONS, Config, Option, example_toml, key_weights, load_config
 from server.errors import ConfigError
 
 
@@ -89,6 +89,12 @@ def test_units(name, text, value):
         ({"kv.device_gib": "much"}, {}, "is not a size in GiB"),
         ({"kv.device_gib": "-1"}, {}, "greater than 0"),
         ({"kv.device_gib": "nan"}, {}, "kv.device_gib"),
+        ({"scheduler.ttft_target_ms": "-1"}, {}, "scheduler.ttft_target_ms = '-1' (flag --ttft-target-ms)"),
+        ({"scheduler.tpot_target_ms": "inf"}, {}, "scheduler.tpot_target_ms"),
+        ({"scheduler.background_step_ms": "0"}, {}, "greater than 0"),
+        ({"scheduler.background_slack": "1.5"}, {}, "less than or equal to 1"),
+        ({"scheduler.background_kv_share": "0"}, {}, "greater than 0"),
+        ({"scheduler.refuse_late": "perhaps"}, {}, "scheduler.refuse_late"),
         ({"server.port": "70000"}, {}, "less than or equal to 65535"),
         ({"server.max_body_bytes": "1.5"}, {}, "not a whole number"),
         ({"model.dtype": "int3"}, {}, "'float32', 'bfloat16' or 'float16'"),
@@ -206,6 +212,60 @@ def test_keys_are_never_shown(flag, capsys):
     field = f"server.{flag[2:].replace('-', '_')}s"
     assert "<1 set>" in captured.out
     assert "sesame" not in captured.out + captured.err + repr(load({field: "sesame"}))
+
+
+def test_keys_have_weights():
+    """An API key weighs 1 unless its entry says otherwise; all sources take KEY and KEY WEIGHT."""
+    assert key_weights(load(TERRACE_API_KEYS="a, b 3,c 0.5").server.api_keys) == {"a": 1, "b": 3, "c": 0.5}
+    assert key_weights(load({"server.api_keys": ["a  2", "b"]}).server.api_keys) == {"a": 2, "b": 1}
+    assert key_weights(["a 2", "a 2.0"]) == {"a": 2}
+
+
+def test_a_key_file_has_weights(tmp_path):
+    """In a key file a weight follows its key after blanks or a tab, before any comment; it joins those of the flags."""
+    file = write(tmp_path / "keys", "alpha 3 # paid\nbeta\ngamma\t0.5\n")
+    config = load({"server.api_key_file": str(file), "server.api_keys": "delta 2"})
+    assert key_weights(config.server.api_keys) == {"alpha": 3, "beta": 1, "gamma": 0.5, "delta": 2}
+
+
+@pytest.mark.parametrize("source", ["flag", "file"])
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["sesame x"], "holds an entry that is neither KEY nor KEY WEIGHT"),
+        (["sesame 1 2"], "holds an entry that is neither KEY nor KEY WEIGHT"),
+        (["sesame 0"], "holds a weight that is not between 0.001 and 1000"),
+        (["sesame -1"], "holds a weight that is not between 0.001 and 1000"),
+        (["sesame nan"], "holds a weight that is not between 0.001 and 1000"),
+        (["sesame inf"], "holds a weight that is not between 0.001 and 1000"),
+        (["sesame 2", "other", "sesame 3"], "holds a key twice, with different weights"),
+        (["sesame", "sesame 3"], "holds a key twice, with different weights"),
+    ],
+)
+def test_bad_key_weights_are_refused_without_the_key(source, entries, message, tmp_path):
+    """A weight that is none is an error at once that says what is wrong and where, and shows no key."""
+    file = write(tmp_path / "keys", "\n".join(entries))
+    overrides = {"server.api_keys": entries} if source == "flag" else {"server.api_key_file": str(file)}
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    assert message in caught.value.message
+    assert caught.value.message.startswith("server.api_key")
+    assert "sesame" not in caught.value.message
+
+
+def test_a_key_has_one_weight_in_all_sources(tmp_path):
+    """A key that a flag and the file give different weights is an error, not a guess."""
+    file = write(tmp_path / "keys", "sesame 3\n")
+    with pytest.raises(ConfigError, match="holds a key twice") as caught:
+        load({"server.api_key_file": str(file), "server.api_keys": "sesame"})
+    assert "sesame" not in caught.value.message
+
+
+def test_targets_and_background_by_default():
+    """Nothing is promised and nobody refused unless asked for; the background gets short steps and a quarter."""
+    knobs = load().scheduler
+    assert (knobs.ttft_target_ms, knobs.tpot_target_ms, knobs.refuse_late) == (0, 0, False)
+    assert (knobs.background_step_ms, knobs.background_slack, knobs.background_kv_share) == (20, 0.05, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ class EarliestDeadline(SchedulingPolicy):
         return request.arrival_s + wait_s - request.work_s, request.arrival_s, request.id
 
     def late(self, request: Request, done_s: float) -> Rank | None:
-        in_time = done_s <= request.arrival_s + request.service.targets.ttft_s
-        if in_time or request.rank[1] != self.rank(request):
+        target_s = request.service.targets.ttft_s
+        served = request.first_token_s is not None  # and preempted since: its target is behind it
+        if served or done_s <= request.arrival_s + target_s or request.rank[1] != self.rank(request):
             return None
-        return request.arrival_s + PATIENCE_S, request.arrival_s, request.id
+        return request.arrival_s + max(PATIENCE_S, target_s), request.arrival_s, request.id
