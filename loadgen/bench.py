@@ -91,7 +91,7 @@ async def run(settings: Settings, progress: Progress | None = None) -> Result:
     try:
         prompter = await _calibrate(client, settings)
         await _warm_up(client, settings, prompter)
-        before = await scrape(settings.base_url, settings.api_key)
+        before, started_s = await scrape(settings.base_url, settings.api_key), time.perf_counter()
         runs = []
         for repeat in range(settings.repeats):
             show = None if progress is None else _progress_of(progress, f"{repeat + 1}/{settings.repeats}")
@@ -99,6 +99,7 @@ async def run(settings: Settings, progress: Progress | None = None) -> Result:
             runs.append(await driver.run())
             if runs[-1].interrupted:
                 break
+        seconds = time.perf_counter() - started_s
         after = await scrape(settings.base_url, settings.api_key)
     finally:
         client.close()
@@ -107,7 +108,7 @@ async def run(settings: Settings, progress: Progress | None = None) -> Result:
     shown = settings.shown() | {"model": model, "parameters": described(workload)}
     if isinstance(prompter, TextPrompter):
         shown["tokens_per_word"] = round(prompter.tokens_per_word, 4)
-    document = make_document(runs, objectives, shown, server_section(before, after))
+    document = make_document(runs, objectives, shown, server_section(before, after, seconds))
     return Result(document, merged(runs))
 
 

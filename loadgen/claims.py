@@ -6,6 +6,7 @@ Ratios are of one arm to the first of its claim, round by round, side by side in
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from loadgen.bench import Settings
 
@@ -26,26 +27,45 @@ class Arm:
     """Slow its SSD down to this."""
     beside: Settings | None = None
     """Work that the daemon does at the same time, not measured."""
+    settings: Settings | None = None
+    """A load of its own, instead of the claim's."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """TTFT of `arm` as a multiple of that of the claim's first arm. The median of the rounds must lie in between."""
+    """A figure of `arm` as a multiple of that of the claim's first arm. The median of the rounds must lie in
+    between."""
 
     arm: str
     most: float
     least: float = 0.0
+    latency: str = "ttft"
+    """One of `measure.LATENCIES`."""
+    quantile: float | None = 0.5
+    """Over the requests of a round; None: their mean."""
+
+
+@dataclass(frozen=True)
+class Spare:
+    """What `arm` does for others beside the load of the claim's first arm: tokens computed and generated per second, as
+    a multiple of what the arm `full` does in the share of time in which the first arm leaves the device idle."""
+
+    arm: str
+    full: str
+    least: float
+    most: float = inf
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One benchmark of the suite. The first arm is what the others are held against."""
+    """One benchmark of the suite. The first arm is what the others are held against. Arms with the same flags are the
+    same daemon."""
 
     name: str
     says: str
     settings: Settings
     arms: tuple[Arm, ...]
-    goals: tuple[Goal, ...]
+    goals: tuple[Goal | Spare, ...]
     only_later_turns: bool = False
     """Count TTFT of turns after the first: only there is something to remember."""
     kill: bool = False
@@ -57,13 +77,23 @@ class Claim:
     def quick(self) -> Claim:
         """The same with little load: proves that it runs, measures nothing."""
         few = replace(self.settings, sessions=4, request_rate=4.0)
-        return replace(self, settings=few)
+        arms = tuple(
+            arm if arm.settings is None else replace(arm, settings=replace(arm.settings, duration_s=1.0))
+            for arm in self.arms
+        )
+        return replace(self, settings=few, arms=arms)
 
 
 def _load(workload: str, sessions: int, rate: float, **parameters: object) -> Settings:
     return Settings(workload=workload, parameters={key: str(value) for key, value in parameters.items()},
                     sessions=sessions, request_rate=rate, warmup=2)  # fmt: skip
 
+
+SHARED = ("demo", "--device-gib=0.1", "--block-size=64", "--threads=1")
+"""One core computes, the other one is for the client and for HTTP: what batch work takes of the device is measured, not
+what its client takes of the machine."""
+BATCH = Settings(workload="random", parameters={"input": "1000", "output": "64"}, sessions=None, duration_s=600.0,
+                 max_concurrency=4, warmup=0, body={"service_tier": "flex"})  # fmt: skip
 
 OFF = Arm("tiers off", DEVICE)
 WITH_DRAM = Arm("DRAM", DEVICE + DRAM)
@@ -120,15 +150,21 @@ CLAIMS = (
     ),
     Claim(
         "co-serving",
-        "Short chats while batch work runs on the same device, at a lower priority.",
-        replace(_load("random", 40, 2.0, input=200, output=16), body={"priority": 0}),
+        "Chats that come in bursts, and batch work without end in what they leave of the device.",
+        replace(_load("random", 300, 5.0, input=600, output=32), arrivals="gamma", burstiness=0.25),
         (
-            Arm("alone", (*DEVICE, "--policy=priority")),
-            Arm("beside batch work", (*DEVICE, "--policy=priority"), beside=Settings(
-                workload="random", parameters={"input": "1000", "output": "64"}, sessions=None, duration_s=600.0,
-                max_concurrency=2, warmup=0, body={"priority": 10})),
+            Arm("chats", SHARED),
+            Arm("beside batch work", SHARED, beside=BATCH),
+            Arm("batch work", SHARED, settings=replace(BATCH, duration_s=20.0)),
         ),
-        (Goal("beside batch work", 2.0),),
+        (
+            Goal("beside batch work", 1.1),
+            Goal("beside batch work", 1.1, quantile=None),
+            Goal("beside batch work", 1.1, quantile=0.99),
+            Goal("beside batch work", 1.1, latency="tpot", quantile=None),
+            Goal("beside batch work", 1.1, latency="tpot", quantile=0.99),
+            Spare("beside batch work", "batch work", 0.5),
+        ),
     ),
     Claim(
         "control-no-reuse",

@@ -66,8 +66,9 @@ def by_label(scrape: Mapping[Sample, float], name: str, *labels: str) -> dict[st
     return sums
 
 
-def server_section(before: Scrape | None, after: Scrape | None) -> dict[str, Any] | None:
-    """Terrace's own summary, and every counter that moved; None when there was nothing to read."""
+def server_section(before: Scrape | None, after: Scrape | None, seconds: float) -> dict[str, Any] | None:
+    """Terrace's own summary, and every counter that moved in the `seconds` between the two; None when there was nothing
+    to read."""
     if before is None or after is None:
         return None
     moved = difference(before, after)
@@ -75,7 +76,11 @@ def server_section(before: Scrape | None, after: Scrape | None) -> dict[str, Any
         "counters": {_shown(key): value for key, value in sorted(moved.items()) if value},
     }
     if any(name.startswith("terrace_") for name, _ in after):
+        computed = total(moved, "terrace_prompt_tokens_by_source_total", source="computed")
         section |= {
+            "seconds": seconds,
+            "busy_ratio": total(moved, "terrace_engine_busy_seconds_total") / seconds,
+            "tokens_per_s": (computed + total(moved, "terrace_generation_tokens_total")) / seconds,
             "prompt_tokens_by_source": by_label(moved, "terrace_prompt_tokens_by_source_total", "source"),
             "moved_bytes": by_label(moved, "terrace_kv_transfer_bytes_total", "src", "dst"),
             "moved_busy_s": by_label(moved, "terrace_kv_transfer_busy_seconds_total", "src", "dst"),

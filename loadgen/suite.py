@@ -15,17 +15,19 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from loadgen import agreement, bench, plots, report, selftest
 from loadgen.bench import Result, Settings
-from loadgen.claims import CLAIMS, Arm, Claim, Goal
+from loadgen.claims import CLAIMS, Arm, Claim, Goal, Spare
 from loadgen.daemon import Served
 from loadgen.errors import UsageError
-from loadgen.measure import ttft_s
+from loadgen.measure import latencies_ms, ttft_s
 from loadgen.page import rendered
 from loadgen.report import number
 
@@ -67,6 +69,7 @@ class Found:
             "flags": list(arm.flags),
             "disk_mb_per_s": arm.disk_mb_per_s,
             "beside": None if arm.beside is None else asdict(arm.beside),
+            "settings": None if arm.settings is None else asdict(arm.settings),
             "ttft_ms": [median_ttft_ms(self.claim, result) for result in results],
             "hit_ratio": hit_ratio(self.claim, results),
             "failed": sum(result.document["failed"] for result in results),
@@ -104,8 +107,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
 def verdicts(found: Found) -> list[dict[str, Any]]:
     """One per goal, and one for what the report must say, each with whether it is met."""
     claim = found.claim
-    base = claim.arms[0].name
-    made = [_verdict(claim, goal, found.rounds[base], found.rounds[goal.arm]) for goal in claim.goals]
+    made = [_spare(found, goal) if isinstance(goal, Spare) else _against_first(found, goal) for goal in claim.goals]
     if claim.remark is not None:
         last = claim.arms[-1].name
         said = [text for text in remarks(found.rounds[last]) if claim.remark.lower() in text.lower()]
@@ -115,13 +117,58 @@ def verdicts(found: Found) -> list[dict[str, Any]]:
     return made
 
 
-def _verdict(claim: Claim, goal: Goal, base: Sequence[Result], arm: Sequence[Result]) -> dict[str, Any]:
-    pairs = zip(arm, base, strict=True)
-    ratios = [median_ttft_ms(claim, one) / median_ttft_ms(claim, other) for one, other in pairs]
-    bounds = f"at most {goal.most:g}" if not goal.least else f"between {goal.least:g} and {goal.most:g}"
+def _against_first(found: Found, goal: Goal) -> dict[str, Any]:
+    claim = found.claim
+    first = claim.arms[0].name
+    pairs = zip(found.rounds[goal.arm], found.rounds[first], strict=True)
+    ratios = [_figure_ms(claim, goal, one) / _figure_ms(claim, goal, other) for one, other in pairs]
+    name = goal.latency.upper()
+    if goal.quantile != 0.5:
+        name += " mean" if goal.quantile is None else f" p{100 * goal.quantile:g}"
+    return _verdict(goal, name, f"{name} {_bounds(goal)} x that of {first}", ratios)
+
+
+def _figure_ms(claim: Claim, goal: Goal, result: Result) -> float:
+    samples = latencies_ms(counted(claim, result))[goal.latency]
+    return statistics.fmean(samples) if goal.quantile is None else float(np.quantile(samples, goal.quantile))
+
+
+def _spare(found: Found, goal: Spare) -> dict[str, Any]:
+    first = found.claim.arms[0].name
+    rounds = zip(found.rounds[goal.arm], found.rounds[goal.full], found.rounds[first], strict=True)
+    ratios = []
+    for beside, full, alone in rounds:
+        served = _served(full)["tokens_per_s"] * (1 - _served(alone)["busy_ratio"])
+        others = _served(beside)["tokens_per_s"] - asked_tokens_per_s(beside)
+        ratios.append(others / served)
+    statement = f"for others {_bounds(goal)} x what {goal.full} does in the time that {first} leaves"
+    return _verdict(goal, "spare time used", statement, ratios)
+
+
+def _served(result: Result) -> dict[str, float]:
+    server = result.document["terrace"]["server"]
+    if not server or "tokens_per_s" not in server:
+        raise UsageError("the daemon does not say how much it computed")
+    return dict(server)
+
+
+def asked_tokens_per_s(result: Result) -> float:
+    """Computed and generated for the requests that are measured, per second of the server's counting."""
+    good = [outcome for outcome in result.outcomes if outcome.error is None]
+    tokens = sum(o.prompt_tokens - o.cached_tokens + o.output_tokens for o in good)
+    return tokens / _served(result)["seconds"]
+
+
+def _bounds(goal: Goal | Spare) -> str:
+    if not goal.least:
+        return f"at most {goal.most:g}"
+    return f"at least {goal.least:g}" if goal.most == inf else f"between {goal.least:g} and {goal.most:g}"
+
+
+def _verdict(goal: Goal | Spare, figure: str, statement: str, ratios: Sequence[float]) -> dict[str, Any]:
     ratio = statistics.median(ratios)
-    return {"arm": goal.arm, "statement": f"TTFT {bounds} x that of {claim.arms[0].name}", "ratio": ratio,
-            "rounds": ratios, "met": goal.least <= ratio <= goal.most}  # fmt: skip
+    return {"arm": goal.arm, "statement": statement, "figure": figure, "ratio": ratio, "rounds": list(ratios),
+            "met": goal.least <= ratio <= goal.most}  # fmt: skip
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -136,13 +183,14 @@ def measure(claim: Claim, rounds: int, console: Console) -> Found:
                 disk = stack.enter_context(tempfile.TemporaryDirectory())
                 _killed(claim, disk, number_of, found, console)
             return found
-        served = {}
+        served: dict[Any, Served] = {}
         for arm in claim.arms:
-            disk = stack.enter_context(tempfile.TemporaryDirectory())
-            served[arm.name] = stack.enter_context(Served(_flags(arm, disk), arm.disk_mb_per_s))
+            if _daemon(arm) not in served:
+                disk = stack.enter_context(tempfile.TemporaryDirectory())
+                served[_daemon(arm)] = stack.enter_context(Served(_flags(arm, disk), arm.disk_mb_per_s))
         for number_of in range(rounds):
             for arm in claim.arms if number_of % 2 == 0 else claim.arms[::-1]:
-                result = _round(claim.settings, arm, served[arm.name].url, number_of)
+                result = _round(claim.settings, arm, served[_daemon(arm)].url, number_of)
                 found.rounds[arm.name].append(result)
                 _said(claim, arm, number_of, result, console)
     return found
@@ -163,12 +211,17 @@ def _killed(claim: Claim, disk: str, number_of: int, found: Found, console: Cons
                 served.start()
 
 
+def _daemon(arm: Arm) -> tuple[Any, ...]:
+    """What tells the daemons of arms apart."""
+    return arm.flags, arm.disk_mb_per_s
+
+
 def _flags(arm: Arm, disk: str) -> list[str]:
     return [flag.replace("{disk}", disk) for flag in arm.flags]
 
 
 def _round(settings: Settings, arm: Arm, url: str, number_of: int) -> Result:
-    asked = replace(settings, base_url=url, seed=1000 * number_of, label=arm.name)
+    asked = replace(arm.settings or settings, base_url=url, seed=1000 * number_of, label=arm.name)
     if arm.beside is None:
         return bench.run_sync(asked)
     result = asyncio.run(_beside(asked, replace(arm.beside, base_url=url, seed=1000 * number_of + 1)))
@@ -192,6 +245,10 @@ async def _beside(settings: Settings, other: Settings) -> Result:
 
 def _said(claim: Claim, arm: Arm, number_of: int, result: Result, console: Console) -> None:
     shown = f"TTFT {median_ttft_ms(claim, result):.1f} ms, {hit_ratio(claim, [result]):.0%} from the cache"
+    if arm.beside is not None or arm.settings is not None:
+        served = _served(result)
+        shown += f", {served['tokens_per_s'] - asked_tokens_per_s(result):.0f} tokens/s for others"
+        shown += f", device busy {served['busy_ratio']:.0%}"
     console.print(f"{claim.name}, round {number_of + 1}, {arm.name}: {shown}", highlight=False)
 
 
@@ -254,9 +311,9 @@ def table(documents: Sequence[Mapping[str, Any]]) -> str:
     ]
     for document in documents:
         for name, arm in document["arms"].items():
-            verdict = next((v for v in document["verdicts"] if v["arm"] == name and "ratio" in v), None)
-            against = "" if verdict is None else f"{verdict['ratio']:.2f} x"
-            goal = "" if verdict is None else ("met" if verdict["met"] else "**missed**")
+            judged = [v for v in document["verdicts"] if v["arm"] == name and "ratio" in v]
+            against = ", ".join(_multiple(verdict, alone=len(judged) == 1) for verdict in judged)
+            goal = "" if not judged else "met" if all(verdict["met"] for verdict in judged) else "**missed**"
             cells = [document["claim"] if name == next(iter(document["arms"])) else "", name,
                      number(statistics.median(arm["ttft_ms"])), f"{arm['hit_ratio']:.0%}", against, goal]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
@@ -265,6 +322,11 @@ def table(documents: Sequence[Mapping[str, Any]]) -> str:
     commits = sorted({str(document["environment"]["commit"]) for document in documents})
     machines = sorted({f"{d['environment']['cores']} cores of {d['environment']['processor']}" for d in documents})
     return "\n".join([*lines, "", f"Commit {', '.join(commits)}; {', '.join(machines)}."])
+
+
+def _multiple(verdict: Mapping[str, Any], *, alone: bool) -> str:
+    figure = "" if alone else f"{verdict['figure']} "
+    return f"{figure}{verdict['ratio']:.2f} x"
 
 
 def renewed(text: str) -> str:

@@ -16,6 +16,7 @@ BENCHES = {
     "grid": "server.bench.grid:run",
     "scale": "server.bench.scale:run",
     "soak": "server.bench.soak:run",
+    "split": "server.bench.split:run",
     "turns": "server.bench.turns:run",
     "tiers": "server.bench.tiers:run",
 }

@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
 from server.bench.model import Workload, make_model
+from server.bench.placing import first_token_s, place, serving
 from server.bench.report import Report
 from server.bench.throttled import SlowIo
 from server.build import Daemon, build
 from server.config import Config, KvConfig, ModelConfig
 from server.engine import GenerateSpec
-from server.types import BlockHash, SamplingParams
+from server.types import DEVICE, DRAM, SSD, SamplingParams
 
 MODEL = Workload(layers=6, hidden=384, vocab=8_000, prompt=0, output=0, concurrency=(1,), repeats=0)
 """25M parameters, 6 KiB of KV per token: computing on two cores and loading at 20 MB/s take about as long."""
@@ -53,7 +52,7 @@ QUICK = Shape((64,), 3)
 
 
 RATES = {"full": float("inf"), "200MB/s": 200e6, "20MB/s": 20e6, "stalled": 0.0}
-HITS = ("none", "device", "dram", "ssd")
+HITS = ("none", DEVICE, DRAM, SSD)
 
 
 def run(*, quick: bool) -> Report:
@@ -71,18 +70,9 @@ async def _run(report: Report, shape: Shape, folder: str, disk: Path) -> None:
     off = build(Config(model=model, kv=KvConfig(device_gib=0.25)))
     tiers = KvConfig(device_gib=0.25, dram_gib=0.25, ssd_gib=1.0, ssd_path=disk, ssd_min_free_gib=0.0)
     on = build(Config(model=model, kv=tiers), disk=io)
-    grid = _Grid(report, on, off, io, shape)
-    for daemon in (on, off):
-        await daemon.open()
-    serving = [asyncio.create_task(daemon.engine.run()) for daemon in (on, off)]
-    await asyncio.sleep(0)
-    await grid.all_cells()
-    io.set_rate(float("inf"))
-    for daemon in (on, off):
-        await daemon.engine.drain(5)
-    await asyncio.gather(*serving)
-    for daemon in (on, off):
-        await daemon.aclose()
+    async with serving((on, off)):
+        await _Grid(report, on, off, io, shape).all_cells()
+        io.set_rate(float("inf"))
 
 
 class _Grid:
@@ -109,10 +99,10 @@ class _Grid:
         for _ in range(SETTLE):
             prefix = self._tokens(length)
             self._io.set_rate(float("inf"))
-            await self._prepare(self._on, prefix, "ssd")
+            await place(self._on, prefix, SSD)
             self._io.set_rate(RATES[rate])
             kv.planner.up[1].probe_s = 0.0
-            spent.append((await self._first_token_s(self._on, prefix + self._tokens(SUFFIX_TOKENS)))[0])
+            spent.append((await first_token_s(self._on, prefix + self._tokens(SUFFIX_TOKENS)))[0])
         self._io.set_rate(float("inf"))
         self._report.row("(settle)", rate, length, "idle", "", f"{max(spent) * 1e3:.1f}", "", "", "")
         self._report.keep(settling=rate, tokens=length, on_s=spent)
@@ -146,7 +136,8 @@ class _Grid:
         prefix = self._tokens(length)
         self._io.set_rate(float("inf"))
         for daemon in (self._on, self._off):
-            await self._prepare(daemon, prefix, hit if daemon is self._on or hit == "device" else "none")
+            if hit == DEVICE or (daemon is self._on and hit != "none"):
+                await place(daemon, prefix, hit)
         self._io.set_rate(RATES[rate])
         prompt = prefix + self._tokens(SUFFIX_TOKENS)
         order = (self._on, self._off) if on_first else (self._off, self._on)
@@ -154,41 +145,6 @@ class _Grid:
         self._io.set_rate(float("inf"))
         (on_s, count), (off_s, _) = took[id(self._on)], took[id(self._off)]
         return on_s, off_s, count
-
-    async def _prepare(self, daemon: Daemon, prefix: Sequence[int], hit: str) -> None:
-        """Compute the prefix once and leave its blocks in the wanted tier only."""
-        if hit == "none":
-            return
-        await self._first_token_s(daemon, [*prefix, 0])
-        engine = daemon.engine
-        hashes = engine.chain(prefix, "")
-        if hit == "device":
-            return
-        target = ("device", "dram", "ssd").index(hit)
-        for _ in range(1000):
-            if all(engine.kv.levels[target].has(value) for value in hashes):
-                break
-            await asyncio.sleep(0.005)
-        for level in range(target):
-            self._drop(engine.kv.levels[level], hashes)
-
-    @staticmethod
-    def _drop(books: Any, hashes: Sequence[BlockHash]) -> None:
-        for value in reversed(hashes):
-            frame = books.find.get(value)
-            if frame is not None and books.may_go(frame):
-                books.drop(frame, "admin")
-
-    async def _first_token_s(self, daemon: Daemon, prompt: Sequence[int]) -> tuple[float, int]:
-        """Seconds to the first token, and how many tokens came from a tier."""
-        started = time.perf_counter()
-        stream = daemon.engine.submit(GenerateSpec(prompt, SamplingParams(1, temperature=0.0)))
-        try:
-            async for _ in stream:
-                return time.perf_counter() - started, stream.cached_tokens or 0
-        finally:
-            stream.close()
-        raise AssertionError("a stream without a token")
 
     async def _measure(self, daemon: Daemon, prompt: Sequence[int], loaded: bool) -> tuple[float, int]:
         """The same while, where wanted, other requests decode in this daemon (and nothing runs in the other one)."""
@@ -198,7 +154,7 @@ class _Grid:
         for stream in others:
             await anext(aiter(stream))
         try:
-            return await self._first_token_s(daemon, prompt)
+            return await first_token_s(daemon, prompt)
         finally:
             for stream in others:
                 stream.close()

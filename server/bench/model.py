@@ -54,6 +54,9 @@ class Workload:
     output: int
     concurrency: tuple[int, ...]
     repeats: int
+    kv_heads: int = 4
+    """Of 12 heads."""
+    positions: int = 2048
 
 
 FULL = Workload(layers=12, hidden=768, vocab=32_000, prompt=128, output=64, concurrency=(1, 16, 64), repeats=3)
@@ -98,8 +101,8 @@ def make_model(workload: Workload, folder: Path) -> Any:
         intermediate_size=workload.hidden * 8 // 3,
         num_hidden_layers=workload.layers,
         num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
+        num_key_value_heads=workload.kv_heads,
+        max_position_embeddings=workload.positions,
         bos_token_id=None,
         eos_token_id=None,
     )

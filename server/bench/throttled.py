@@ -20,15 +20,14 @@ class SlowIo(OsIo):
     def __init__(self) -> None:
         self.bytes_per_s = float("inf")
         self._free_at = 0.0
-        self._lock = threading.Lock()
-        self._moving = threading.Event()
-        self._moving.set()
+        self._changed = threading.Condition()
 
     def set_rate(self, bytes_per_s: float) -> None:
-        self.bytes_per_s = bytes_per_s
-        with self._lock:
+        """From now on, also for those that are on their way: what is left of them goes at the new rate."""
+        with self._changed:
+            self.bytes_per_s = bytes_per_s
             self._free_at = 0.0
-        (self._moving.set if bytes_per_s else self._moving.clear)()
+            self._changed.notify_all()
 
     def preadv(self, fd: int, buffers: Buffers, offset: int) -> int:
         self._wait(buffers)
@@ -39,13 +38,17 @@ class SlowIo(OsIo):
         return super().pwritev(fd, buffers, offset)
 
     def _wait(self, buffers: Buffers) -> None:
-        self._moving.wait()
-        with self._lock:
-            now = time.monotonic()
-            self._free_at = max(now, self._free_at) + sum(len(b) for b in buffers) / (self.bytes_per_s or 1e12)
-            delay_s = self._free_at - now
-        if delay_s > 0:
-            time.sleep(delay_s)
+        left = float(sum(len(buffer) for buffer in buffers))
+        with self._changed:
+            while left > 0:
+                rate = self.bytes_per_s
+                if not rate:
+                    self._changed.wait()
+                    continue
+                due_s = self._free_at = max(time.monotonic(), self._free_at) + left / rate
+                while (wait_s := due_s - time.monotonic()) > 0 and rate == self.bytes_per_s:
+                    self._changed.wait(wait_s)
+                left = min(left, max(0.0, wait_s) * rate) if wait_s > 0 else 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

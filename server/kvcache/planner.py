@@ -27,6 +27,9 @@ SLOWER_WEIGHT, FASTER_WEIGHT = 0.2, 0.6
 OUTLIER_FACTOR = 8.0
 """One gap or latency counts for at most this many times the mean: a stall of a minute says nothing about the pace once
 it is over, and a tier that did become that slow is known to be after a few landings."""
+RUN_SHARE = 1 / 8
+"""Blocks that land within this share of their burst's latency after its first came with that one: in one read. They
+say nothing about the pace."""
 GUESS_BLOCKS = 8.0
 """How many landings the first guess is worth."""
 LATE_FACTOR = 1.5
@@ -59,11 +62,12 @@ class Hop:
     """Blocks moving one way between two neighbouring tiers, as seen by their landings.
 
     `latency_s` is the mean time from the start of a burst to its first landing, `block_s` the mean gap between landings
-    while something is in flight; both decay, and both start from a guess.
+    while something is in flight, but no more than a whole burst took per block; both decay, and both start from a
+    guess.
     """
 
-    __slots__ = ("_blocks", "_mark_s", "_time_s", "busy_s", "failed", "fresh", "in_flight", "latency_s", "moved_blocks",
-                 "probe_s")  # fmt: skip
+    __slots__ = ("_blocks", "_burst_blocks", "_first_s", "_gaps", "_gaps_s", "_mark_s", "_start_s", "_time_s", "busy_s",
+                 "failed", "fresh", "in_flight", "latency_s", "moved_blocks", "probe_s")  # fmt: skip
 
     def __init__(self, block_s: float, latency_s: float) -> None:
         self.latency_s = latency_s
@@ -76,7 +80,10 @@ class Hop:
         """Nothing has landed since this hop was last idle."""
         self._blocks = GUESS_BLOCKS
         self._time_s = GUESS_BLOCKS * block_s
-        self._mark_s = 0.0
+        self._mark_s = self._start_s = 0.0
+        self._burst_blocks = 0
+        self._first_s = 0.0
+        self._gaps, self._gaps_s = 0, 0.0
 
     @property
     def block_s(self) -> float:
@@ -89,7 +96,8 @@ class Hop:
 
     def started(self, now: float) -> None:
         if self.in_flight == 0:
-            self._mark_s = now
+            self._mark_s = self._start_s = now
+            self._burst_blocks = 0
             self.fresh = True
         self.in_flight += 1
 
@@ -100,14 +108,31 @@ class Hop:
         if not good:
             return
         self.moved_blocks += 1
+        self._burst_blocks += 1
         if self.fresh:
             weight = SLOWER_WEIGHT if gap_s > self.latency_s else FASTER_WEIGHT
             self.latency_s += weight * (min(gap_s, OUTLIER_FACTOR * self.latency_s) - self.latency_s)
             self.fresh = False
+            self._first_s = gap_s
+            self._gaps, self._gaps_s = 0, 0.0
         else:
-            gap_s = min(gap_s, OUTLIER_FACTOR * max(self.block_s, self.latency_s / GUESS_BLOCKS))
-            self._blocks = self._blocks * BLOCK_DECAY + 1
-            self._time_s = self._time_s * BLOCK_DECAY + gap_s
+            self._gaps += 1
+            self._gaps_s += min(gap_s, OUTLIER_FACTOR * max(self.block_s, self.latency_s / GUESS_BLOCKS))
+            if self._gaps_s >= RUN_SHARE * self._first_s:
+                self._learn_pace()
+        if not self.in_flight:
+            self._no_slower((now - self._start_s) / self._burst_blocks)
+
+    def _learn_pace(self) -> None:
+        kept = BLOCK_DECAY**self._gaps
+        self._blocks = self._blocks * kept + self._gaps
+        self._time_s = self._time_s * kept + self._gaps_s
+        self._gaps, self._gaps_s, self._first_s = 0, 0.0, 0.0
+
+    def _no_slower(self, block_s: float) -> None:
+        """A whole burst, its latency included, took that much per block."""
+        if block_s < self.block_s:
+            self._time_s += FASTER_WEIGHT * (block_s * self._blocks - self._time_s)
 
     def late(self, waited_s: float, blocks: int) -> None:
         """In `waited_s` not even `blocks` blocks arrived: it is at least that slow, as far as anybody knows."""

@@ -12,7 +12,6 @@ from server.build import Daemon, build
 from server.config import load_config
 from server.engine import GenerateSpec
 from server.kvcache import audit
-from server.kvcache.step_cost import StepCost, StepWork
 from server.types import SamplingParams
 
 
@@ -52,27 +51,6 @@ async def complete_all(
     """All tokens of all requests, submitted at once."""
     each = params if not isinstance(params, SamplingParams) else [params] * len(prompts)
     return await asyncio.gather(*(complete(daemon, p, s) for p, s in zip(prompts, each, strict=True)))
-
-
-class Dear(StepCost):
-    """A second a token, whatever is observed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        super().observe(StepWork(1000), 1000.0)
-
-    def observe(self, work: StepWork, seconds: float) -> None:
-        """Nothing is learned."""
-
-
-def prefer_loading(daemon: Daemon) -> Daemon:
-    """Computing looks dear and loading slow, so that all that is cached is loaded and waited for: which path a test
-    takes does not depend on how fast or busy the machine is."""
-    planner = daemon.engine.kv.planner
-    planner.step = Dear()
-    for hop in planner.up:
-        hop.latency_s = 10.0
-    return daemon
 
 
 async def settled(daemon: Daemon) -> None:

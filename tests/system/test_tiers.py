@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import server.demo
+from server.bench.placing import prefer_loading
 from server.build import Daemon, build
 from server.config import load_config
 from server.demo.corpus import example
@@ -33,7 +34,7 @@ from server.text import Tokenizer
 from server.types import DEVICE, DRAM, SSD, SamplingParams
 from tests.e2e.daemon import write_model
 from tests.numeric.families import make_reference, save
-from tests.system.harness import complete, complete_all, prefer_loading, running, settled
+from tests.system.harness import complete, complete_all, running, settled
 
 FOLDER = Path(server.demo.__file__).parent / "model"
 GREEDY = SamplingParams(max_tokens=16, temperature=0)

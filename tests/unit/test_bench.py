@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from server.bench import clients, report
+from server.bench import clients, report, split
 from server.bench.scheduler import make_scheduler, measure_decode, measure_prefill
 
 
@@ -58,3 +58,32 @@ def test_lag_between_two_scrapes():
     assert clients.lag_quantile(before, after, 0.9) == 0.1
     assert clients.lag_quantile(before, after, 0.99) == math.inf
     assert math.isnan(clients.lag_quantile(before, before, 0.99))
+
+
+def _cell(load_ms: int, compute_ms: int, own_ms: int) -> split.Cell:
+    return split.Cell([load_ms / 1e3] * 3, [compute_ms / 1e3] * 3, [own_ms / 1e3] * 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("cells", "missed"),
+    [
+        ([_cell(100, 110, 65), _cell(100, 400, 104)], 0),
+        ([_cell(100, 110, 66), _cell(100, 400, 104)], 1),
+        ([_cell(100, 110, 65), _cell(400, 100, 106)], 1),
+        ([_cell(400, 100, 104)], 1),
+    ],
+)
+def test_split_judges_by_the_better_of_the_two(cells, missed):
+    """Never worse than the better of loading and computing, and far better where they are equal, of which there must be
+    a case."""
+    found = report.Report("split", quick=True)
+    split.judge(found, cells)
+    assert len(found.missed) == missed
+
+
+def test_split_measures_real_daemons():
+    """Small, it runs to its end: what is to be loaded is loaded, and every cell has all its rounds."""
+    found = split.run(quick=True)
+    cell = found.raw[-1]
+    assert len(cell["load_s"]) == len(cell["compute_s"]) == len(cell["own_s"]) >= 2
+    assert all(seconds > 0 for seconds in cell["load_s"] + cell["compute_s"] + cell["own_s"])

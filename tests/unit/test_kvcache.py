@@ -275,7 +275,7 @@ def test_nobody_waits_for_a_load_for_ever():
     kv.plan_transfers(1.0)
     assert kv.compute_until(lease, 1.0) == 0
     assert 1.0 < kv.wake_s < 1.1
-    assert kv.compute_until(lease, kv.wake_s) == 3
+    assert kv.compute_until(lease, kv.wake_s) > 3, "all of it, and what follows in the same step"
     kv.plan_transfers(60.0)
     assert not lease.loads
     assert not kv.planner.breakers[DRAM].closed

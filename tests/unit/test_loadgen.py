@@ -16,7 +16,7 @@ import pytest
 from loadgen import cli, compare, plots, report, selftest, suite
 from loadgen.arrivals import arrivals
 from loadgen.bench import Result, Settings
-from loadgen.claims import CLAIMS
+from loadgen.claims import CLAIMS, Arm, Claim, Goal, Spare
 from loadgen.driver import Run
 from loadgen.errors import UsageError
 from loadgen.measure import Objectives, confidence
@@ -255,12 +255,24 @@ def test_a_tier_that_does_not_help_is_named():
         'terrace_kv_tier_up{tier="ssd"} 0\nterrace_kv_integrity_failures_total{tier="ssd"} 2\n'
         'terrace_kv_restore_declined_blocks_total{tier="ssd",reason="slower_than_recompute"} 70\n'
     )
-    section = server_section(before, after)
+    section = server_section(before, after, 1.0)
     assert section is not None
     said = " / ".join(section["remarks"])
     for part in ("ssd tier is switched off", "70 blocks that the ssd tier had", "2 blocks were refused"):
         assert part in said
-    assert server_section(None, after) is None
+    assert server_section(None, after, 1.0) is None
+
+
+def test_what_the_daemon_did_per_second_is_told():
+    """Tokens that came from the cache are not counted as work; busy is the share of time in steps."""
+    name = "terrace_prompt_tokens_by_source_total"
+    page = (
+        f'{name}{{source="computed"}} %d\n{name}{{source="dram"}} %d\n'
+        "terrace_generation_tokens_total %d\nterrace_engine_busy_seconds_total %f\n"
+    )
+    section = server_section(parse(page % (10, 0, 5, 1.0)), parse(page % (110, 500, 25, 4.0)), 10.0)
+    assert section is not None
+    assert (section["tokens_per_s"], section["busy_ratio"]) == (12.0, 0.3)
 
 
 def test_a_report_says_what_to_type_for_the_same_load():
@@ -289,6 +301,7 @@ def test_claims_name_workloads_arms_and_files_that_exist():
         make_workload(claim.settings.workload, claim.settings.parameters)
         names = [arm.name for arm in claim.arms]
         assert {goal.arm for goal in claim.goals} <= set(names[1:])
+        assert {goal.full for goal in claim.goals if isinstance(goal, Spare)} <= set(names)
         assert len(set(names)) == len(names)
     assert {claim.name for claim in CLAIMS} >= set(CONTROLS)
 
@@ -307,6 +320,41 @@ def _found(ratio: float) -> suite.Found:
 def test_a_control_fails_by_a_gain_as_by_a_loss(ratio: float, met: bool):
     """A control that shows tiers faster is as wrong as one that shows them slower."""
     assert [v["met"] for v in suite.verdicts(_found(ratio)) if "ratio" in v] == [met]
+
+
+def _beside(slow: float, others_tokens: float) -> suite.Found:
+    """A fifth of the requests, the slowest, takes `slow` times as long beside other work, of which the daemon did `others_tokens` a
+    second; alone that work gets 100 tokens a second, and the requests take 0.4 of the device."""
+    claim = Claim("x", "", Settings(), (Arm("alone", ()), Arm("beside", ()), Arm("others", ())), (
+        Goal("beside", 1.1), Goal("beside", 1.1, quantile=0.99), Goal("beside", 1.1, latency="tpot", quantile=None),
+        Spare("beside", "others", 0.5),
+    ))  # fmt: skip
+    rounds = {}
+    for arm, tokens_per_s, factor in (("alone", 0.0, 1.0), ("beside", others_tokens, slow), ("others", 100.0, 1.0)):
+        runs = _runs()
+        for outcome in runs[0].outcomes[2::5]:
+            outcome.chunk_s = [outcome.scheduled_s + factor * (at_s - outcome.scheduled_s) for at_s in outcome.chunk_s]
+        server = {"seconds": 10.0, "busy_ratio": 0.4, "tokens_per_s": tokens_per_s, "remarks": []}
+        result = Result(report.make_document(runs, Objectives.parse([]), SETTINGS, server), runs[0].outcomes)
+        server["tokens_per_s"] += suite.asked_tokens_per_s(result) * (arm != "others")
+        rounds[arm] = [result]
+    return suite.Found(claim, rounds)
+
+
+@pytest.mark.parametrize(
+    ("slow", "others_tokens", "met"),
+    [(1.05, 31.0, [True] * 4), (1.2, 31.0, [True, False, True, True]), (2.0, 29.0, [True, False, False, False])],
+)
+def test_a_claim_about_tails_means_and_spare_time(slow: float, others_tokens: float, met: list[bool]):
+    """A fifth of slow requests shows in the p99 and, if slow enough, in the mean, not in the median; spare time is held
+    against what the first arm leaves."""
+    verdicts = [verdict for verdict in suite.verdicts(_beside(slow, others_tokens)) if "ratio" in verdict]
+    assert [verdict["met"] for verdict in verdicts] == met
+    assert verdicts[-1]["ratio"] == pytest.approx(others_tokens / 60)
+    shown = suite.table([_beside(slow, others_tokens).document(quick=False)])
+    assert "TTFT p99 " in shown
+    assert "spare time used " in shown
+    assert ("**missed**" in shown) != all(met)
 
 
 def test_the_suites_page_and_table_show_its_verdicts():

@@ -89,6 +89,17 @@ def test_a_queue_in_front_counts() -> None:
     assert not fast.worth(1, 0, 10, [10_000], 0.0)
 
 
+def test_latency_is_waited_for_once() -> None:
+    """Of blocks that are landing already, only the pace counts: nobody stops to wait shortly before the end."""
+    made = planner(block_s=0.005, latency_s=0.1)
+    assert made.front(1, 0, 10, [0], 0.0) == 10
+    for _ in range(11):
+        made.up[0].started(0.0)
+    assert made.front(1, 0, 10, [0], 0.0) == 10, "nothing has landed yet"
+    made.up[0].landed(0.1, good=True)
+    assert made.front(1, 0, 10, [0], 0.0) == 0
+
+
 def test_near_break_even_nothing_is_loaded() -> None:
     """A hit must spare a quarter of the computing to be worth the trouble."""
     assert planner(0.004).worth(1, 0, 1, [0], 0.0)
@@ -111,6 +122,23 @@ def test_pace_is_measured_over_bursts() -> None:
     assert hop.block_s == pytest.approx(0.04 / 15, rel=0.2)
     assert hop.in_flight == 0
     assert hop.moved_blocks == 640
+
+
+def test_blocks_of_one_read_say_nothing_about_the_pace() -> None:
+    """Two blocks that come together after 20 ms do not mean that a hundred would come as soon; but that a block takes
+    no more than 10 ms."""
+    hop = Hop(0.005, 0.02)
+    now = 0.0
+    for block_s in (0.005, 0.02):
+        hop.late(block_s, 1)
+        for _ in range(20):
+            hop.started(now)
+            hop.started(now)
+            now += 0.02
+            hop.landed(now, good=True)
+            hop.landed(now + 1e-5, good=True)
+            now += 1.0
+        assert hop.block_s == pytest.approx(min(block_s, 0.01), rel=0.01)
 
 
 def test_a_late_load_says_how_slow_its_tier_is() -> None:
