@@ -247,8 +247,8 @@ def _said(claim: Claim, arm: Arm, number_of: int, result: Result, console: Conso
     shown = f"TTFT {median_ttft_ms(claim, result):.1f} ms, {hit_ratio(claim, [result]):.0%} from the cache"
     if arm.beside is not None or arm.settings is not None:
         served = _served(result)
-        shown += f", {served['tokens_per_s'] - asked_tokens_per_s(result):.0f} tokens/s for others"
-        shown += f", device busy {served['busy_ratio']:.0%}"
+        others = served["tokens_per_s"] - (asked_tokens_per_s(result) if arm.settings is None else 0.0)
+        shown += f", {others:.0f} tokens/s of it, device busy {served['busy_ratio']:.0%}"
     console.print(f"{claim.name}, round {number_of + 1}, {arm.name}: {shown}", highlight=False)
 
 

@@ -118,7 +118,7 @@ class Hop:
         else:
             self._gaps += 1
             self._gaps_s += min(gap_s, OUTLIER_FACTOR * max(self.block_s, self.latency_s / GUESS_BLOCKS))
-            if self._gaps_s >= RUN_SHARE * self._first_s:
+            if now - self._start_s >= (1 + RUN_SHARE) * self._first_s:
                 self._learn_pace()
         if not self.in_flight:
             self._no_slower((now - self._start_s) / self._burst_blocks)

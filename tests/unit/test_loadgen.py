@@ -323,8 +323,8 @@ def test_a_control_fails_by_a_gain_as_by_a_loss(ratio: float, met: bool):
 
 
 def _beside(slow: float, others_tokens: float) -> suite.Found:
-    """A fifth of the requests, the slowest, takes `slow` times as long beside other work, of which the daemon did `others_tokens` a
-    second; alone that work gets 100 tokens a second, and the requests take 0.4 of the device."""
+    """A fifth of the requests, the slowest, takes `slow` times as long beside other work, of which the daemon did
+    `others_tokens` a second; alone that work gets 100 tokens a second, and the requests take 0.4 of the device."""
     claim = Claim("x", "", Settings(), (Arm("alone", ()), Arm("beside", ()), Arm("others", ())), (
         Goal("beside", 1.1), Goal("beside", 1.1, quantile=0.99), Goal("beside", 1.1, latency="tpot", quantile=None),
         Spare("beside", "others", 0.5),
