@@ -131,6 +131,9 @@ class _Split:
         self._prefixes = {n: [self._tokens(n) for _ in range(shape.prefixes)] for n in shape.lengths}
 
     async def all_cells(self) -> None:
+        for daemon in (self._load, self._own):
+            for prefix in (prefix for prefixes in self._prefixes.values() for prefix in prefixes):
+                await place(daemon, prefix, SSD)
         equal_rate = {length: await self._break_even(length) for length in self._shape.lengths}
         self._report.header("tokens", "x equal", "MB/s", "load ms", "compute ms", "own ms", "loaded tok", "at once ms",
                             "own/better", "worst", "")  # fmt: skip

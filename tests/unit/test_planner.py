@@ -141,18 +141,6 @@ def test_blocks_of_one_read_say_nothing_about_the_pace() -> None:
         assert hop.block_s == pytest.approx(min(block_s, 0.01), rel=0.01)
 
 
-def test_a_tier_that_became_slow_is_known_after_a_few_landings() -> None:
-    """Within one burst, while somebody waits for the rest of it."""
-    hop = Hop(0.0003, 0.002)
-    for _ in range(30):
-        hop.started(0.0)
-    for landing in range(1, 9):
-        for _ in range(3):
-            hop.landed(0.07 * landing, good=True)
-    assert hop.block_s > 0.01
-    assert hop.in_flight == 6
-
-
 def test_a_late_load_says_how_slow_its_tier_is() -> None:
     """What has not come in a second does not take a millisecond; the estimate never falls because of it."""
     hop = Hop(0.001, 0.0)
