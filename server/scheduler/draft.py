@@ -39,6 +39,15 @@ class Draft:
         """What the step takes as it is now."""
         return self._cost.step_s(self._decodes, self._context, self._prompt_s)
 
+    @property
+    def full(self) -> bool:
+        """Nobody else's prompt gets anything: no tokens are left, or one prompt has its part and no time is."""
+        return self.budget == 0 or (self._prompts > 0 and self.until_s < inf and not self.fitting(0, MIN_CHUNK_TOKENS))
+
+    def least(self, count: int) -> int:
+        """What a prompt gets of `count` tokens however little time is left: the first one of a step gets on."""
+        return 0 if self._prompts else min(count, MIN_CHUNK_TOKENS)
+
     def fitting(self, start: int, count: int) -> int:
         """How many of `count` tokens behind `start` others fit into the time that is left."""
         if self.until_s == inf:

@@ -36,17 +36,28 @@ def ttft_s(
     All that ranks before it is computed first, in steps of `step_tokens`, of which each also carries what decodes; its
     own blocks come up from lower tiers meanwhile.
     """
-    step = kv.planner.step
     position = bisect_left(waiting, request.rank, key=lambda other: other.rank)
     prompts = [other for other in running if other.lacking > 1 and other.rank < request.rank]
-    decodes = [other for other in running if other.lacking == 1 and other.service.background <= request.rank[0]]
     ahead_s = sum(left_s(kv, other) for other in prompts)
     ahead_s += sum(_in_company_s(kv, other) for other in islice(waiting, position))
     own_s = _in_company_s(kv, request)
-    tokens_s = step.tokens_s(0, step_tokens)
+    tokens_s, each_s = _step_s(kv, running, request.service.background, step_tokens)
     steps = max(1.0, (ahead_s + own_s) / tokens_s) if tokens_s else 1.0
-    each_s = step.base_s + sum(step.decode_s(other.computed_tokens) for other in decodes)
     return max(ahead_s, _load_s(kv, reusable)) + own_s + steps * each_s
+
+
+def stretch(kv: KVManager, running: Sequence[Request], background: bool, step_tokens: int) -> float:
+    """How long a second's work on prompts takes, in steps of `step_tokens` that also carry what decodes."""
+    tokens_s, each_s = _step_s(kv, running, background, step_tokens)
+    return 1 + each_s / tokens_s if tokens_s else 1.0
+
+
+def _step_s(kv: KVManager, running: Sequence[Request], background: bool, step_tokens: int) -> tuple[float, float]:
+    """Seconds of a full step: its prompt tokens, and what it takes beside them."""
+    step = kv.planner.step
+    decodes = [other for other in running if other.lacking == 1 and other.service.background <= background]
+    each_s = step.base_s + sum(step.decode_s(other.computed_tokens) for other in decodes)
+    return step.tokens_s(0, step_tokens), each_s
 
 
 def _in_company_s(kv: KVManager, request: Request) -> float:

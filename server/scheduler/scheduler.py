@@ -25,7 +25,7 @@ from server.kvcache.block import Lease
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager, Over
 from server.scheduler import forecast
-from server.scheduler.draft import MIN_CHUNK_TOKENS, Draft
+from server.scheduler.draft import Draft
 from server.scheduler.policy import SchedulingPolicy
 from server.scheduler.request import Request, RequestState
 from server.types import (
@@ -195,9 +195,18 @@ class Scheduler:
         alone = not draft.rows
         draft.until_s = limits.background_step_s if alone else draft.seconds * (1 + limits.background_slack)
         online = bisect_left(self.running, (True,), key=_by_rank)
+        self._shrink(online, draft)
         self._serve(self.running[online:], draft, now)
         if admits:
             self._admit(True, draft, now)
+
+    def _shrink(self, online: int, draft: Draft) -> None:
+        """Background requests that grew beyond their share of the device give way, but for the first of them."""
+        held = self.kv.layout.blocks_for(sum(len(other.tokens) for other in self.running[online:]))
+        while held > self.limits.background_kv_share * self.kv.device.pool.capacity and len(self.running) > online + 1:
+            held -= self.kv.layout.blocks_for(len(self.running[-1].tokens))
+            draft.drop(self.running[-1].id)
+            self._preempt(self.running[-1])
 
     def _expect_those_that_wait(self) -> None:
         """Who came since the last step and could not start: what it will use should still be there then."""
@@ -232,7 +241,7 @@ class Scheduler:
             return count
         fitting = draft.fitting(request.computed_tokens, count)
         if not request.service.background or not draft.rows:
-            return max(fitting, min(count, MIN_CHUNK_TOKENS))
+            return max(fitting, draft.least(count))
         return fitting
 
     def _victim(self, needy: Request) -> Request:
@@ -302,7 +311,7 @@ class Scheduler:
         """
         promised = self._promised_blocks()
         for request in self._candidates(background, now):
-            if draft.budget == 0 and not self.kv.would_load(self.reusable(request)):
+            if draft.full and not self.kv.would_load(self.reusable(request)):
                 return  # a request whose blocks are to be loaded may start that before its turn to compute
             while not self._place(request, promised, now):
                 displaced = self._cheapest([other for other in self._last() if self._may_displace(request, other)])
@@ -343,6 +352,7 @@ class Scheduler:
         later = self.policy.late(request, done_s)
         if later is None:
             return False
+        assert later > request.rank[1], "who is put back goes behind"
         self._leave_queue(request)
         request.rank = request.rank[0], later
         insort(self.waiting, request, key=_by_rank)

@@ -246,3 +246,13 @@ def test_one_may_be_larger_than_the_share():
     while not bench.scheduler.idle:
         assert len(bench.step()) == 1
     assert all(len(bench.answer(request)) == 2 for request in large)
+
+
+def test_the_share_holds_while_answers_grow():
+    """Requests that outgrow the share together give way, but for the first: it is never more than the share and one."""
+    bench = bench_of(frames=400, background_kv_share=0.25, max_running=32)
+    behind = [bench.submit(prompt(number, 15), max_tokens=100, service=BACKGROUND) for number in range(12)]
+    while not bench.scheduler.idle:
+        bench.step()
+        assert blocks_held(bench) <= 100 + 8  # each may begin one block more in the step that crosses it
+    assert all(bench.answer(request) == alone(request) for request in behind)

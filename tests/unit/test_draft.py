@@ -151,3 +151,16 @@ def test_a_dropped_row_leaves_nothing_behind():
         draft.drop(4)
         assert (draft.seconds, draft.budget) == (before_s, budget)
         assert draft.rows.keys() == {1}
+
+
+def test_many_prompts_do_not_break_a_target():
+    """However many prompts wait, a step holds the target: only the first of them gets on where no time is left."""
+    bench = bench_of()
+    bench.submit([1, 2, 3], max_tokens=100, service=paced(0.02))
+    bench.step()
+    for number in range(30):
+        bench.submit(prompt(1 + number, 300))
+    for _ in range(20):
+        bench.step()
+        assert bench.steps_s[-1] <= 1.02 * 0.02
+    bench.finish()
