@@ -2,7 +2,7 @@
 
 Three daemons in this process on the same random model and disk, the same requests in turns. One waits for all that is
 cached; one has nothing to load from; one does as its planner says. The disk is slowed to multiples of the bandwidth at
-which loading and computing take equally long, which is measured first, for each length of prefix.
+which loading and computing take equally long, which is measured before each cell.
 
 Where both take T, doing them at once takes T / 2 if nothing is lost: the step more, the suffix, loads that come in runs
 of a megabyte, an estimate that is off. One core computes, the other one moves blocks.
@@ -34,6 +34,8 @@ large, so that break-even is at megabytes per prefix and a second of computing."
 GOAL_RATIO = 1.05
 GOAL_EQUAL = 0.65
 EQUAL_WITHIN = 0.15
+EQUAL_TOKENS = 512
+"""A shorter prefix is computed in a few times the base of a step: a step more costs what doing both at once saves."""
 DOUBT = 3
 """A cell that misses its goal is measured this many times as long before it counts."""
 SUFFIX_TOKENS = 8
@@ -58,6 +60,7 @@ QUICK = Shape((64,), (1.0,), 2, 1)
 class Cell:
     """What was measured of one cell, seconds by round; `loaded`: tokens that the planner's own choice loaded, mean."""
 
+    tokens: int
     load_s: list[float]
     compute_s: list[float]
     own_s: list[float]
@@ -70,8 +73,9 @@ class Cell:
 
     @property
     def equal(self) -> bool:
-        """The two are about as fast."""
-        return abs(median(self.load_s) / median(self.compute_s) - 1) <= EQUAL_WITHIN
+        """The two are about as fast, and it takes long enough to do both."""
+        apart = abs(median(self.load_s) / median(self.compute_s) - 1)
+        return self.tokens >= EQUAL_TOKENS and apart <= EQUAL_WITHIN
 
     @property
     def ratio(self) -> float:
@@ -95,7 +99,8 @@ def judge(report: Report, cells: list[Cell]) -> None:
     report.goal(statement, met=worst <= GOAL_RATIO)
     equal = [cell.ratio for cell in cells if cell.equal]
     found = f"{len(equal)} cells, worst {max(equal):.3f}" if equal else "no cell"
-    statement = f"TTFT <= {GOAL_EQUAL} x where the two are within {EQUAL_WITHIN:.0%} of each other ({found})"
+    where = f"from {EQUAL_TOKENS} tokens on, where the two are within {EQUAL_WITHIN:.0%} of each other"
+    statement = f"TTFT <= {GOAL_EQUAL} x {where} ({found})"
     report.goal(statement, met=bool(equal) and max(equal) <= GOAL_EQUAL)
 
 
@@ -134,13 +139,12 @@ class _Split:
         for daemon in (self._load, self._own):
             for prefix in (prefix for prefixes in self._prefixes.values() for prefix in prefixes):
                 await place(daemon, prefix, SSD)
-        equal_rate = {length: await self._break_even(length) for length in self._shape.lengths}
         self._report.header("tokens", "x equal", "MB/s", "load ms", "compute ms", "own ms", "loaded tok", "at once ms",
                             "own/better", "worst", "")  # fmt: skip
         cells = []
         for share in self._shape.shares:
             for length in sorted(self._shape.lengths, reverse=True):
-                cells.append(await self._cell(length, share, share * equal_rate[length]))
+                cells.append(await self._cell(length, share, share * await self._break_even(length)))
         judge(self._report, cells)
 
     async def _break_even(self, length: int) -> float:
@@ -169,7 +173,7 @@ class _Split:
                     if daemon is self._own:
                         loaded.append(cached)
                     assert daemon is not self._load or cached >= length, "what is to be loaded was computed"
-            cell = Cell(load, compute, own, sum(loaded) // len(loaded))
+            cell = Cell(length, load, compute, own, sum(loaded) // len(loaded))
             if cell.met:
                 break
         worst = max(o / b for o, b in zip(own, cell.better_s, strict=True))

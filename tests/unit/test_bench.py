@@ -60,8 +60,8 @@ def test_lag_between_two_scrapes():
     assert math.isnan(clients.lag_quantile(before, before, 0.99))
 
 
-def _cell(load_ms: int, compute_ms: int, own_ms: int) -> split.Cell:
-    return split.Cell([load_ms / 1e3] * 3, [compute_ms / 1e3] * 3, [own_ms / 1e3] * 3, 0)
+def _cell(load_ms: int, compute_ms: int, own_ms: int, tokens: int = 1024) -> split.Cell:
+    return split.Cell(tokens, [load_ms / 1e3] * 3, [compute_ms / 1e3] * 3, [own_ms / 1e3] * 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,7 @@ def _cell(load_ms: int, compute_ms: int, own_ms: int) -> split.Cell:
         ([_cell(100, 110, 66), _cell(100, 400, 104)], 1),
         ([_cell(100, 110, 65), _cell(400, 100, 106)], 1),
         ([_cell(400, 100, 104)], 1),
+        ([_cell(100, 110, 65), _cell(100, 110, 104, tokens=256)], 0),
     ],
 )
 def test_split_judges_by_the_better_of_the_two(cells, missed):
