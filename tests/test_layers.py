@@ -34,7 +34,7 @@ LAYERS = [
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 BASE = {"types", "errors", "registry", "quantities"}
 
-LOADGEN_FILES = {"server/sim/simulate.py", "server/sim/summary.py", "server/sim/page.py"}
+LOADGEN_FILES = {"server/sim/study.py", "server/sim/simulate.py", "server/sim/summary.py", "server/sim/page.py"}
 """They read the traces that load tests replay, and show figures as those do."""
 CLOCKED = {"cli", "cachectl", "build", "sim", "bench", "demo"}
 TORCH = {"models", "runner", "build", "bench", "demo", "kernels"}

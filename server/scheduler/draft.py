@@ -40,6 +40,11 @@ class Draft:
         return self._cost.step_s(self._decodes, self._context, self._prompt_s)
 
     @property
+    def has_prompts(self) -> bool:
+        """Does somebody's prompt get on in it?"""
+        return self._prompts > 0
+
+    @property
     def full(self) -> bool:
         """Nobody else's prompt gets anything: no tokens are left, or one prompt has its part and no time is."""
         return self.budget == 0 or (self._prompts > 0 and self.until_s < inf and not self.fitting(0, MIN_CHUNK_TOKENS))

@@ -190,7 +190,10 @@ class Scheduler:
             draft.until_s = until_s
 
     def _fill(self, draft: Draft, now: float, *, admits: bool) -> None:
-        """Background work: in what others leave of their step, or in a short step of its own."""
+        """Background work: beside those that decode, or in a short step of its own. Not beside a prompt: somebody waits
+        for its first token."""
+        if draft.has_prompts:
+            return
         limits = self.limits
         alone = not draft.rows
         draft.until_s = limits.background_step_s if alone else draft.seconds * (1 + limits.background_slack)

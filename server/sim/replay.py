@@ -14,11 +14,12 @@ from functools import partial
 
 from server.engine import Engine, GenerateSpec, Stream
 from server.errors import InvalidRequest, Overloaded
+from server.kvcache.hashing import chain_root, extend_hashes
 from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Mover
 from server.kvcache.report import kv_report
 from server.kvcache.reuse import ReuseModel
-from server.kvcache.step_cost import StepWork
+from server.kvcache.step_cost import StepCost, StepWork
 from server.kvcache.tiers.base import Move, Recovered
 from server.metrics import Metrics
 from server.scheduler.policy import make_policy
@@ -31,6 +32,7 @@ from server.types import (
     DRAM,
     ONLINE,
     SSD,
+    BlockHash,
     BlockLayout,
     KvReport,
     Note,
@@ -88,6 +90,8 @@ class Setup:
     refuse_late: bool = False
     reuse: ReuseModel | None = None
     """What the tiers know of when blocks are used again, if not just what they learn. For one replay only."""
+    step_cost: StepCost | None = None
+    """What the planner thinks that steps cost, if not what it measures."""
 
 
 @dataclass(slots=True)
@@ -127,6 +131,8 @@ class Replay:
     preemptions: int
     background_tokens: int
     """Computed for background requests while there were others to come or in work."""
+    reuse: ReuseModel = field(compare=False)
+    """What the tiers know in the end of when blocks are used again."""
 
 
 def replay(setup: Setup, asked: Sequence[Asked]) -> Replay:
@@ -159,6 +165,8 @@ class _Replayer:
         }
         mover = Mover(tiers, run_blocks=max(1, RUN_BYTES // layout.block_bytes))
         self.engine = Engine(self.scheduler, self.runner, mover, Metrics("replay"), loop.time)
+        if setup.step_cost is not None:
+            self.kv.planner.step = setup.step_cost
         for tokens in (64, setup.step_tokens):  # as the daemon measures itself when it starts
             alone = profile.prefill(0, tokens)
             self.kv.planner.step.observe(alone, profile.step_s(alone))
@@ -181,8 +189,9 @@ class _Replayer:
         await engine
         seconds = max((self._over(served, stream) for served, stream in streams), default=0.0)
         everyone = [served for served, _ in streams]
-        return Replay(everyone, kv_report(self.kv), seconds, self.runner.busy_s, self.stalls.idle_s,
-                      self.runner.steps, self.scheduler.preemptions, self.runner.background_tokens)  # fmt: skip
+        runner = self.runner
+        return Replay(everyone, kv_report(self.kv), seconds, runner.busy_s, self.stalls.idle_s, runner.steps,
+                      self.scheduler.preemptions, runner.background_tokens, self.kv.reuse)  # fmt: skip
 
     def _submit(self, asked: Asked) -> tuple[Served, Stream | None]:
         served = Served(asked)
@@ -232,6 +241,17 @@ def prompt_of(asked: Asked, block_tokens: int) -> array[int]:
         tokens.extend(array("i", [block]) * block_tokens)
     del tokens[asked.prompt_tokens :]
     return tokens
+
+
+def hash_chains(asked: Sequence[Asked], block_tokens: int) -> list[list[BlockHash]]:
+    """By what names a replay knows the blocks that each request may find."""
+    root = chain_root(FINGERPRINT, "")
+    chains = []
+    for one in asked:
+        hashes: list[BlockHash] = []
+        extend_hashes(hashes, root, prompt_of(one, block_tokens), block_tokens)
+        chains.append(hashes[: (one.prompt_tokens - 1) // block_tokens])
+    return chains
 
 
 class CostRunner:
