@@ -90,7 +90,7 @@ def _load(workload: str, sessions: int, rate: float, **parameters: object) -> Se
 
 
 SHARED = ("demo", "--device-gib=0.1", "--block-size=64", "--threads=1", "--no-prefix-caching",
-          "--background-step-ms=8", "--background-slack=0.02")  # fmt: skip
+          "--background-step-ms=5", "--background-slack=0")  # fmt: skip
 """One core computes, the other one is for the client and for HTTP: what batch work takes of the device is measured, not
 what its client takes of the machine. Arms ask the same daemon the same, so it must not remember. Whoever comes waits
 for half a background step on average: 20 ms, the default, were 17 % of a TTFT of 70 ms."""
@@ -166,7 +166,7 @@ CLAIMS = (
             Goal("beside batch work", 1.1, latency="tpot", quantile=0.99),
             Spare("beside batch work", "batch work", 0.5),
         ),
-        rounds=2,
+        rounds=4,
     ),
     Claim(
         "control-no-reuse",

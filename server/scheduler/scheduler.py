@@ -192,10 +192,9 @@ class Scheduler:
     def _fill(self, draft: Draft, now: float, *, admits: bool) -> None:
         """Background work: beside those that decode, or in a short step of its own. Not beside a prompt: somebody waits
         for its first token."""
-        if draft.has_prompts:
+        limits, alone = self.limits, not draft.rows
+        if draft.has_prompts or not (alone or limits.background_slack):
             return
-        limits = self.limits
-        alone = not draft.rows
         draft.until_s = limits.background_step_s if alone else draft.seconds * (1 + limits.background_slack)
         online = bisect_left(self.running, (True,), key=_by_rank)
         self._shrink(online, draft)
