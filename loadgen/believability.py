@@ -2,10 +2,10 @@
 
     python -m loadgen.believability [NAME ...]
 
-The machine is measured first, from outside, over HTTP: prompts of several lengths alone, answers of one and of several
-requests at once, and the links from what the daemon says of its hops. That makes a profile. Then each load runs on a
-daemon with three tiers that records what it is asked; the recording is replayed with the profile; and what clients saw
-is held against it: the mean time to the first token and the share of prompt tokens from the cache.
+The machine is measured first, from outside, over HTTP: prompts and answers of several lengths alone, and the links
+from what the daemon says of its hops. That makes a profile. Then each load runs on a daemon with three tiers that
+records what it is asked; the recording is replayed with the profile; and what clients saw is held against it: the mean
+time to the first token and the share of prompt tokens from the cache.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 
 from loadgen import bench, report
@@ -30,6 +32,7 @@ from loadgen.bench import Result, Settings
 from loadgen.daemon import Served
 from loadgen.errors import UsageError
 
+Array = npt.NDArray[np.float64]
 RESULT = Path(__file__).parent / "results" / "believability.json"
 GOAL = 0.15
 STEP_TOKENS = 512
@@ -59,13 +62,14 @@ class Load:
 
 
 LOADS = (
-    Load("prompts of their own", "random", 60, 1.0, {"input": "200-1200", "output": "4-32"}),
-    Load("one system prompt", "shared-prefix", 80, 2.0, {"prefix": 1500, "question": "40-200", "output": 8}),
-    Load("conversations", "multi-turn", 16, 0.25,
+    Load("prompts of their own", "random", 30, 0.4, {"input": "200-1200", "output": "4-16"}),
+    Load("one system prompt", "shared-prefix", 50, 1.0, {"prefix": 1500, "question": "40-200", "output": 8}),
+    Load("conversations", "multi-turn", 10, 0.15,
          {"turns": 5, "first": 1000, "question": "50-100", "output": 8, "think_s": 4}),
-    Load("documents", "long-documents", 40, 0.5, {"documents": 8, "document": 2000, "question": 40, "output": 8}),
-    Load("back after a while", "idle-resume", 16, 0.4, {"history": 1800, "question": 60, "output": 8, "idle_s": 30}),
+    Load("documents", "long-documents", 24, 0.3, {"documents": 8, "document": 2000, "question": 40, "output": 8}),
+    Load("back after a while", "idle-resume", 10, 0.2, {"history": 1800, "question": 60, "output": 8, "idle_s": 25}),
 )  # fmt: skip
+"""At less than half of what the daemon can do: near all of it a tenth of an error in a step is a doubled queue."""
 
 
 # --- measuring the machine -------------------------------------------------------------------------------------------
@@ -73,11 +77,17 @@ LOADS = (
 
 def profile(folder: str, console: Console) -> dict[str, Any]:
     """What a step, a request and a block's way cost here, as `terrace simulate --profile` reads it."""
-    with Served([folder, *FLAGS]) as served:
+    seeds = count()
+    with (
+        tempfile.TemporaryDirectory() as disk,
+        Served([folder, *FLAGS, *LOWER, f"--ssd-path={disk}"]) as served,
+    ):
 
         def ask(input: int, output: int, count: int, at_once: int) -> Result:
+            # No prompt twice: nothing is found, and what is computed goes down to the tiers as it does under load.
             settings = Settings(base_url=served.url, workload="random", sessions=count, max_concurrency=at_once,
-                                parameters={"input": str(input), "output": str(output)}, warmup=1)  # fmt: skip
+                                parameters={"input": str(input), "output": str(output)}, warmup=1,
+                                seed=next(seeds))  # fmt: skip
             return bench.run_sync(settings)
 
         costs = step_costs(ask)
@@ -90,32 +100,39 @@ def profile(folder: str, console: Console) -> dict[str, Any]:
 
 
 def step_costs(ask: Callable[[int, int, int, int], Result]) -> dict[str, float]:
-    """From times to the first token of prompts alone, and times per token of answers alone and four at once.
+    """From times to the first token of prompts alone, and times per token of answers alone.
 
-    TTFT(n) = request + steps * base + token * n + pair * n^2 / 2, but the shortest prompt, which is at the floor of a
-    step; TPOT = base + weights + context * tokens before it, of all that decode.
+    TPOT(n) = base + context * n, and TTFT(n) = request + steps * base + token * n + pair * n^2 / 2.
     """
+    paces = []
+    for length in (LENGTHS[0], LENGTHS[-2]):
+        document = ask(length, 24, REPEATS, 1).document
+        paces.append((document["terrace"]["cache"]["prompt_tokens"] / REPEATS, document["median_tpot_ms"] / 1e3))
+    (few, short_s), (many, long_s) = paces
+    context_s = max(0.0, (long_s - short_s) / (many - few))
+    base_s = short_s - context_s * few
     prompts, seconds = [], []
     for length in LENGTHS:
         document = ask(length, 1, REPEATS, 1).document
         prompts.append(document["terrace"]["cache"]["prompt_tokens"] / REPEATS)
         seconds.append(document["median_ttft_ms"] / 1e3)
-    alone = ask(LENGTHS[0], 24, REPEATS, 1).document["median_tpot_ms"] / 1e3
-    long = ask(LENGTHS[-2], 24, REPEATS, 1).document["median_tpot_ms"] / 1e3
-    context_s = max(0.0, (long - alone) / (prompts[-2] - prompts[0]))
-    n = np.asarray(prompts)
-    steps = np.ceil(n / STEP_TOKENS)
-    # The floor of a step and the rest of the shortest request tell base and weights apart.
-    terms = np.stack([np.ones_like(n), n, n * n / 2], axis=1)[1:] / np.asarray(seconds)[1:, None]
-    constant, token_s, pair_s = np.linalg.lstsq(terms, np.ones(len(terms)), rcond=None)[0]
-    if pair_s < 0:
-        constant, token_s = np.linalg.lstsq(terms[:, :2], np.ones(len(terms)), rcond=None)[0]
-        pair_s = 0.0
-    floor_s = max(0.0, seconds[0] - constant)
-    base_s = min(max(0.0, alone - floor_s), constant) / float(steps.mean())
-    return {"base_s": float(base_s), "weights_s": float(min(floor_s, alone)), "token_s": float(token_s),
-            "pair_s": float(pair_s), "context_s": float(context_s),
-            "request_s": float(max(0.0, constant - base_s))}  # fmt: skip
+    n, took = np.asarray(prompts), np.asarray(seconds)
+    beyond = took - np.ceil(n / STEP_TOKENS) * base_s
+    request_s, token_s, pair_s = not_negative(np.stack([np.ones_like(n), n, n * n / 2], axis=1), beyond, took)
+    return {"base_s": base_s, "weights_s": 0.0, "token_s": token_s, "pair_s": pair_s, "context_s": context_s,
+            "request_s": request_s}  # fmt: skip
+
+
+def not_negative(terms: Array, values: Array, scale: Array) -> list[float]:
+    """Least squares of the errors over `scale`, by leaving out what would be below zero, the worst first."""
+    used = list(range(terms.shape[1]))
+    while used:
+        found = np.linalg.lstsq(terms[:, used] / scale[:, None], values / scale, rcond=None)[0]
+        if found.min() >= 0:
+            given = dict(zip(used, found.tolist(), strict=True))
+            return [given.get(place, 0.0) for place in range(terms.shape[1])]
+        del used[int(found.argmin())]
+    return [0.0] * terms.shape[1]
 
 
 def links(folder: str) -> dict[str, dict[str, float]]:

@@ -13,22 +13,11 @@ from contextlib import asynccontextmanager
 from server.build import Daemon
 from server.engine import GenerateSpec
 from server.kvcache.books import TierBooks
-from server.kvcache.step_cost import StepCost, StepWork
+from server.sim.forced import Dear
 from server.types import BlockHash, SamplingParams, TierName
 
 WAIT_S = 0.005
 WAITS_MAX = 20_000
-
-
-class Dear(StepCost):
-    """Computing takes a second a token, whatever is observed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        super().observe(StepWork(1000), 1000.0)
-
-    def observe(self, work: StepWork, seconds: float) -> None:
-        """Nothing is learned."""
 
 
 def prefer_loading(daemon: Daemon) -> Daemon:

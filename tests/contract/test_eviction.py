@@ -323,3 +323,60 @@ def test_an_unknown_policy_is_named_with_those_there_are():
     """A typing error in the configuration gets an answer that helps."""
     with pytest.raises(ConfigError, match=r"unknown eviction 'lur'; did you mean 'lru'\?"):
         TierBooks("dram", 1, "lur")
+
+
+def evicted(books: TierBooks) -> BlockHash:
+    """Make room for one block; what went."""
+    victim = order(books)[0]
+    books.drop(books.find[victim], "capacity")
+    return victim
+
+
+def test_fifo_goes_by_arrival():
+    """However often and lately a block was used."""
+    books = TierBooks("dram", 4, "fifo")
+    for key in (b"a", b"b", b"c"):
+        let_go(books, [key])
+    come_and_go(books, b"a", times=3)
+    assert [evicted(books), evicted(books)] == [b"a", b"b"]
+
+
+def test_lfu_goes_by_uses():
+    """The least often used goes first, however lately."""
+    books = TierBooks("dram", 4, "lfu")
+    for key, times in ((b"a", 2), (b"b", 0), (b"c", 1)):
+        let_go(books, [key])
+        come_and_go(books, key, times=times)
+    assert [evicted(books) for _ in range(3)] == [b"b", b"c", b"a"]
+
+
+def test_sieve_spares_what_was_used_once_a_round():
+    """A marked block survives the hand once and keeps its place; unmarked ones go in order of arrival."""
+    books = TierBooks("dram", 4, "sieve")
+    for key in (b"a", b"b", b"c"):
+        let_go(books, [key])
+    come_and_go(books, b"a")
+    assert evicted(books) == b"b"
+    let_go(books, [b"d"])
+    assert [evicted(books) for _ in range(3)] == [b"c", b"d", b"a"]
+
+
+def test_arc_learns_which_list_is_too_short():
+    """A block that comes back soon after it left from the list of those used once makes that list longer."""
+    books = TierBooks("dram", 4, "arc")
+    for key in (b"a", b"b"):
+        let_go(books, [key])
+        come_and_go(books, key)
+    let_go(books, [b"c"])
+    assert evicted(books) == b"c", "nothing says that what was used once is worth anything"
+    let_go(books, [b"c"])
+    let_go(books, [b"d"])
+    assert evicted(books) == b"a", "now it does"
+
+
+def come_and_go(books: TierBooks, key: BlockHash, times: int = 1) -> None:
+    """It is found so many times."""
+    for _ in range(times):
+        held = come_to(books, [key], match=True)
+        assert held is not None
+        leave(books, held)

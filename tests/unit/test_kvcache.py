@@ -559,3 +559,31 @@ def test_the_audit_sees_a_wrong_lease_count():
     kv.device.holds[0] += 1
     with pytest.raises(InvariantViolation, match="counts 1 holds, 0 are known"):
         audit.check(kv)
+
+
+# --- what giving way costs -------------------------------------------------------------------------------------------
+
+
+def test_the_price_of_a_lease_is_what_it_alone_holds():
+    """Blocks that others hold too stay on the device: they give no frame and cost nothing to get back."""
+    kv = make_kv(32)
+    kv.planner.step.observe(StepWork(100), 0.1)
+    one, other = come(kv, list(range(16))), come(kv, [*range(8), *range(50, 58)])
+    seconds, frames = kv.price(other, 16, kv.traffic.queued())
+    assert frames == 4
+    assert seconds == pytest.approx(kv.planner.step.tokens_s(8, 8))
+    kv.release(one)
+    assert kv.price(other, 16, kv.traffic.queued())[1] == 8
+
+
+def test_what_lies_below_too_is_loaded_if_that_is_faster():
+    """The price is that of the shorter way back."""
+    for block_s, loaded in ((1e-6, True), (10.0, False)):
+        kv = make_kv(32, 64, guesses=[(block_s, 0.0)])
+        kv.planner.step.observe(StepWork(100), 0.1)
+        lease = come(kv, list(range(16)))
+        for transfer in kv.plan_transfers(0.0):
+            kv.complete(transfer.id, None, 0.0)
+        seconds, frames = kv.price(lease, 16, kv.traffic.queued())
+        assert frames == 8
+        assert (seconds < 0.5 * kv.planner.step.tokens_s(0, 16)) == loaded

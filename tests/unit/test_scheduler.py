@@ -368,3 +368,29 @@ def test_a_request_waits_for_its_blocks_to_come_up():
     land(bench.kv)
     assert bench.step() == {again.id: 2}
     assert again.cached_tokens == 6
+
+
+def test_the_cheapest_gives_way():
+    """Of those that rank behind, the one that gives the most room for what it would take to get it back."""
+    bench = Bench(20, max_running=3, max_step_tokens=64, max_chunk_tokens=64)
+    needy = bench.submit([1, 2], 30)
+    long = bench.submit(list(range(100, 112)), 20)
+    short = bench.submit(list(range(200, 204)), 20)
+    while not bench.scheduler.preemptions:
+        bench.step()
+    assert needy.preemptions == 0
+    assert (long.preemptions, short.preemptions) in ((1, 0), (0, 1))
+    bench.finish()
+    assert needy.preemptions == 0, "the first in rank never gives way"
+    assert all(bench.answer(request) for request in (needy, long, short))
+
+
+def test_nobody_gives_way_again_and_again():
+    """What a request has given up makes it dearer: two that are alike take turns."""
+    bench = Bench(14, max_running=3, max_step_tokens=64, max_chunk_tokens=64, max_model_len=28)
+    bench.submit([1, 2], 25)
+    others = [bench.submit([100 * n, 1], 25) for n in (1, 2)]
+    bench.finish()
+    first, second = (request.preemptions for request in others)
+    assert first + second >= 1
+    assert abs(first - second) <= 1
