@@ -24,7 +24,7 @@ from server.kvcache.block import Lease
 from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.hashing import chain_root
 from server.kvcache.planner import Planner, WriteBudget
-from server.kvcache.reuse import ANSWER, ReuseModel, kind_of
+from server.kvcache.reuse import ANSWER, BATCH, ReuseModel, kind_of
 from server.kvcache.tiers.base import Recovered
 from server.kvcache.traffic import Traffic
 from server.types import DEVICE, BlockHash, BlockLayout, FrameId, Note, TierFault, TierName, Transfer
@@ -47,6 +47,7 @@ class Over:
 
     prompt_tokens: int | None = None
     answered_tokens: int = 0
+    background: bool = False
 
 
 OVER = Over()
@@ -383,6 +384,9 @@ class KVManager:
         asked = len(frames) if over.prompt_tokens is None else min(len(frames), over.prompt_tokens // size)
         kind = kind_of(max(0, asked - lease.served.total()) * size, over.answered_tokens)
         kinds = [kind] * asked + [ANSWER] * (len(frames) - asked)
+        if over.background:  # what it found is others' and stays theirs
+            found = min(len(frames), len(lease.hashes))
+            kinds = [device.kind[frame] for frame in frames[:found]] + [BATCH] * (len(frames) - found)
         for frame, its_kind in zip(frames, kinds, strict=True):
             device.kind[frame], device.used_s[frame] = its_kind, now
         for frame in frames[: len(lease.hashes)]:

@@ -34,7 +34,9 @@ HITS_MAX = 4
 NEW_KINDS, ANSWER_KINDS = 9, 7
 ANSWER = NEW_KINDS * ANSWER_KINDS
 """The kind of blocks that hold tokens of an answer: whether clients send it back, and as it was, is up to them."""
-KINDS = ANSWER + 1
+BATCH = ANSWER + 1
+"""The kind of blocks that only requests in the background have used."""
+KINDS = ANSWER + 2
 CLASSES = (HITS_MAX + 1) * KINDS
 BINS = 48
 """Ages: below a second, then each bin 1.28 times as long as the one before, the last from a day on."""

@@ -529,7 +529,7 @@ class Scheduler:
             if request.retention.keep_s:
                 kept = request.hashes[: request.lease.sealed]
                 self.kv.pin(kept, now + request.retention.keep_s, now)
-            self._retire(request, Over(request.prompt_tokens, request.generated))
+            self._retire(request, Over(request.prompt_tokens, request.generated, request.service.background))
         request.state = RequestState.FINISHED
 
     def _retire(self, request: Request, over: Over | None) -> None:

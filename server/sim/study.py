@@ -186,7 +186,7 @@ def coserving_goals(rows: Sequence[Row]) -> list[Goal]:
         ratio = both[key] / alone[key]
         goals.append(Goal(f"{name} at most 1.10 x that of online alone ({ratio:.3f} x)", ratio <= 1.1))
     allowed = batch["tokens_per_s"] * (1 - alone["device_busy"])
-    share = both["background"]["tokens_per_s"] / allowed
+    share = both["background"]["tokens_per_s"] / allowed if allowed else 1.0
     goals.append(Goal(f"the batch gets at least half of what the idle time allows ({share:.0%})", share >= 0.5))
     return goals
 

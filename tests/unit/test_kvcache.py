@@ -10,7 +10,9 @@ from server.kvcache import audit
 from server.kvcache.audit import InvariantViolation
 from server.kvcache.block import BlockTable
 from server.kvcache.hashing import block_hash, chain_root, extend_hashes
+from server.kvcache.manager import Over
 from server.kvcache.pool import FramePool
+from server.kvcache.reuse import BATCH
 from server.kvcache.step_cost import StepWork
 from server.kvcache.tiers.base import Recovered
 from server.types import DEVICE, DRAM, SSD, Retention, TierFault
@@ -587,3 +589,17 @@ def test_what_lies_below_too_is_loaded_if_that_is_faster():
         seconds, frames = kv.price(lease, 16, kv.traffic.queued())
         assert frames == 8
         assert (seconds < 0.5 * kv.planner.step.tokens_s(0, 16)) == loaded
+
+
+def test_a_batch_leaves_its_blocks_in_a_kind_of_their_own():
+    """What only the background used is told apart from what others will ask for; what it found stays theirs."""
+    kv = make_kv(32)
+    visit(kv, list(range(8)))
+    kinds = [kv.device.kind[kv.device.find[value]] for value in hashes_of(kv, list(range(8)))]
+    assert BATCH not in kinds
+    lease = come(kv, [*range(8), *range(50, 58)])
+    kv.release(lease, over=Over(16, 0, background=True))
+    after = [kv.device.kind[kv.device.find[value]] for value in hashes_of(kv, [*range(8), *range(50, 58)])]
+    assert after[:4] == kinds
+    assert set(after[4:]) == {BATCH}
+    audit.check(kv)
