@@ -133,9 +133,10 @@ async def test_dram_warm(prompts: list[list[int]], alone: list[list[int]]) -> No
     """What the device had no room for comes back from DRAM: the same answers."""
     async with running(**DEMO | {"kv__device_gib": SMALL, "kv__dram_gib": AMPLE}) as daemon:
         assert await ask(prefer_loading(daemon), prompts) == (alone, Counter())
-        answers, served = await ask(daemon, prompts)
+        await settled(daemon)
+        answers, served = await ask(prefer_loading(daemon), prompts)
         assert answers == alone
-        assert served[DRAM] > 30
+        assert served[DRAM] > 20
         assert set(served) <= {DEVICE, DRAM}
 
 
@@ -143,9 +144,10 @@ async def test_ssd_warm(tmp_path: Path, prompts: list[list[int]], alone: list[li
     """What neither device nor DRAM had room for comes back from SSD: the same answers, also asked all at once."""
     async with running(**on_ssd(tmp_path, kv__device_gib=SMALL, kv__dram_gib=SMALL)) as daemon:
         assert await ask(prefer_loading(daemon), prompts) == (alone, Counter())
-        answers, served = await ask(daemon, prompts)
+        await settled(daemon)
+        answers, served = await ask(prefer_loading(daemon), prompts)
         assert answers == alone
-        assert served[SSD] > 30
+        assert served[SSD] > 20
         assert await complete_all(daemon, [*prompts, *prompts], GREEDY) == [*alone, *alone]
 
 
