@@ -356,6 +356,8 @@ def test_sieve_spares_what_was_used_once_a_round():
     for key in (b"a", b"b", b"c"):
         let_go(books, [key])
     come_and_go(books, b"a")
+    books.hold(books.find[b"b"])  # not found, only copied
+    books.unhold(books.find[b"b"])
     assert evicted(books) == b"b"
     let_go(books, [b"d"])
     assert [evicted(books) for _ in range(3)] == [b"c", b"d", b"a"]

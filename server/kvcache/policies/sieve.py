@@ -6,6 +6,7 @@ evicts those that have none. What it has passed waits in `_passed` for its next 
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
@@ -28,13 +29,17 @@ class SIEVE(EvictionPolicy):
         self._passed: Line = OrderedDict()
         """From the oldest to the hand."""
         self._marked: set[FrameId] = set()
+        self._hits = array("i", bytes(4 * books.pool.capacity))
+        """As often had each block been found when it was ranked last."""
         self._count = 0
 
     def on_insert(self, frame: FrameId) -> int:
         key, hits = self._books.hashes[frame], self._books.hits[frame]
         self._count += 1
+        before, self._hits[frame] = self._hits[frame], hits
         if key in (self._ahead.get(frame), self._passed.get(frame)):
-            self._marked.add(frame)
+            if hits > before:  # else somebody else held it for a while, such as a transfer
+                self._marked.add(frame)
             return hits
         self._passed.pop(frame, None)
         self._ahead[frame] = key
