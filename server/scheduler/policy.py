@@ -9,6 +9,7 @@ Background requests rank behind all others and give way to all others; policies 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -30,16 +31,16 @@ EVEN: Mapping[str, float] = MappingProxyType({})
 """All tenants weigh 1."""
 
 
-class SchedulingPolicy:
+class SchedulingPolicy(ABC):
     """Ranks requests. Loop thread only, no clock of its own; all seconds are those of the scheduler's."""
 
     def __init__(self, weights: Mapping[str, float] = EVEN) -> None:
         """`weights`: of tenants that do not weigh 1."""
         self.weights = weights
 
+    @abstractmethod
     def rank(self, request: Request) -> Rank:
         """A place that no other request has. `work_s`, `hashes` and `arrival_s` of the request are known. Pure."""
-        raise NotImplementedError
 
     def outranks(self, waiting: Request, running: Request) -> bool:
         """May `waiting` take the place of `running`? False for two requests of which `rank` prefers the latter."""
@@ -52,13 +53,13 @@ class SchedulingPolicy:
         del request, done_s
         return None
 
-    def queued(self, request: Request) -> None:
+    def queued(self, request: Request) -> None:  # noqa: B027 - most policies do not care
         """`request` was taken, with the rank that it was given."""
 
-    def started(self, request: Request) -> None:
+    def started(self, request: Request) -> None:  # noqa: B027 - most policies do not care
         """`request` was admitted, for the first time or again."""
 
-    def ended(self, request: Request, decode_s: float) -> None:
+    def ended(self, request: Request, decode_s: float) -> None:  # noqa: B027 - most policies do not care
         """`request` is over; its answer took about `decode_s` of the device's time."""
 
 
