@@ -93,7 +93,7 @@ SHARED = ("demo", "--device-gib=0.1", "--block-size=64", "--threads=1", "--no-pr
           "--background-step-ms=5", "--background-slack=0")  # fmt: skip
 """One core computes, the other one is for the client and for HTTP: what batch work takes of the device is measured, not
 what its client takes of the machine. Arms ask the same daemon the same, so it must not remember. Whoever comes waits
-for half a background step on average: 20 ms, the default, were 17 % of a TTFT of 70 ms."""
+for half a background step on average, hence short ones."""
 BATCH = Settings(workload="random", parameters={"input": "1000", "output": "64"}, sessions=None, duration_s=600.0,
                  max_concurrency=4, warmup=0, body={"service_tier": "flex"})  # fmt: skip
 

@@ -40,7 +40,7 @@ class Goal(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """`jobs` of the paths of one trace or, if `pairs`, of two; a table and goals of the rows that come of them."""
+    """`jobs` of the paths of so many `traces`; a table and goals of the rows that come of them."""
 
     title: str
     jobs: Callable[..., Iterable[Job]]
