@@ -2,9 +2,10 @@
 
 Blocks are alike that were found equally often (`hits`) and whose last request was of the same kind: how many tokens of
 its prompt were new, how many it answered. For each such class the model knows, by age since that request ended, which
-share of the blocks that reached this age was asked for before the next (the hazard; those that still wait count as far
-as they got, after Kaplan and Meier, 1958). Classes with few observations lean on all that have as many hits, these on
-all, and those on the guess that a block is the less likely to be used the longer it was not, which is LRU.
+share of the blocks that reached this age was asked for before the next (the hazard, from a life table: those that
+still wait count as far as they got, in their present bin as the part of it that is over, after Cutler and Ederer,
+1958). Classes with few observations lean on all that have as many hits, these on all, and those on the guess that a
+block is the less likely to be used the longer it was not, which is LRU.
 
 From that follows the hit density of a class at an age: the most hits per block and second that keeping the block from
 now on can bring, over all times at which one could give it up (Gittins, 1979; Beckmann et al., LHD, NSDI 2018):
@@ -172,9 +173,12 @@ class ReuseModel:
 
     def _count(self, class_: int, age_s: float, *, returned: bool) -> None:
         reached = bin_of(age_s)
-        self._reached[class_, : reached + returned] += 1
+        self._reached[class_, :reached] += 1
         if returned:
+            self._reached[class_, reached] += 1
             self._returned[class_, reached] += 1
+        else:
+            self._reached[class_, reached] += min(1.0, (age_s - EDGES_S[reached]) / WIDTHS_S[reached])
 
     def _learn(self) -> None:
         """Hazards and densities from all observations: some 4 ms for a hundred classes."""
@@ -197,13 +201,17 @@ class ReuseModel:
         self.version += 1
 
     def _waiting(self) -> npt.NDArray[np.float64]:
-        """How many followed blocks that nobody asked for yet reached the end of each bin."""
-        counts = np.zeros((CLASSES, BINS + 1))
+        """How many followed blocks that nobody asked for yet reached the end of each bin; those that are in it count
+        as the part of it that is over. Old bins are long: without these, most of what they know would have returned."""
+        reached, entered = np.zeros((CLASSES, BINS)), np.zeros((CLASSES, BINS))
         if self._followed:
-            classes, since_s = zip(*self._followed.values(), strict=True)
-            ages = np.searchsorted(EDGES_S, self.now_s - np.asarray(since_s), side="right") - 1
-            np.add.at(counts, (np.asarray(classes), np.maximum(ages, 0)), 1)
-        return counts[:, :0:-1].cumsum(1)[:, ::-1]
+            classes, since_s = (np.asarray(column) for column in zip(*self._followed.values(), strict=True))
+            ages_s = self.now_s - since_s
+            bins = np.maximum(np.searchsorted(EDGES_S, ages_s, side="right") - 1, 0)
+            np.add.at(entered, (classes, bins), 1)
+            np.add.at(reached, (classes, bins), np.clip((ages_s - EDGES_S[bins]) / WIDTHS_S[bins], 0.0, 1.0))
+        reached[:, :-1] += entered[:, :0:-1].cumsum(1)[:, ::-1]
+        return reached
 
 
 def unused(hazard: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -115,6 +115,19 @@ def test_those_that_still_wait_count_as_far_as_they_got():
     assert model.likely(gone, model.now_s, np.inf, 0.0) < 1 - left[-1]
 
 
+def test_those_within_a_bin_count_as_the_part_of_it_that_is_over():
+    """Of 1000 blocks 20 come back in 100 s, within one long bin that is not over: that is not most of those in it."""
+    model, values = ReuseModel(), [number.to_bytes(8, "little") for number in range(1000)]
+    for value in values:
+        model.left([value], [0], [SHORT])
+    for number, value in enumerate(values[:20]):
+        model.asked([value], 800.0 + 5 * number)
+    model.now_s = 900.0
+    model.left([], [], [])
+    assert bin_of(800.0) == bin_of(900.0)
+    assert model.class_density(class_of(0, SHORT), 100.0) == pytest.approx(20 / (1000 * 100.0), rel=0.3)
+
+
 def test_what_it_follows_is_bounded():
     """However many blocks it sees it follows so many, every second of them, or every fourth; and it still learns."""
     model = taught(40_000, every_s=0.02)
