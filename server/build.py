@@ -26,9 +26,11 @@ from typing import Any
 import numpy as np
 import uvicorn
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from starlette.types import ASGIApp
 
 from server.api.app import create_app
 from server.api.auth import tenant_of
+from server.api.connections import Doors, may_connect
 from server.api.service import Service, hash_keys
 from server.config import Config, key_weights
 from server.engine import Engine
@@ -202,11 +204,7 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     app = create_app(service_of(daemon))
-    http = uvicorn.Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=65, lifespan="off"
-        )
-    )
+    http = uvicorn.Server(http_config(app, config))
     engine = asyncio.create_task(daemon.engine.run())
     lag = asyncio.create_task(_probe_lag(daemon.metrics))
     stop = asyncio.Event()
@@ -228,6 +226,16 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
         await engine
     log.info("stopped")
     return 0 if daemon.engine.state == "stopped" else 1
+
+
+def http_config(app: ASGIApp, config: Config) -> uvicorn.Config:
+    """How uvicorn serves `app` within the limits of `config`."""
+    limits = config.server
+    doors = Doors(may_connect(limits.max_connections), limits.max_header_bytes, limits.header_timeout_s)
+    return uvicorn.Config(
+        app, http=doors.protocol(), ws="none", log_config=None, access_log=False, server_header=False,
+        timeout_keep_alive=65, lifespan="off",
+    )  # fmt: skip
 
 
 def service_of(daemon: Daemon) -> Service:

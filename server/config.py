@@ -284,6 +284,17 @@ class ServerConfig(_Section):
     max_body_bytes: Bytes = Field(
         default=8 * 2**20, ge=1024, description="Largest request body in bytes, e.g. 8MiB; beyond it 413."
     )
+    max_connections: Count = Field(
+        default=4096,
+        ge=1,
+        description="Open connections; beyond it the one idle longest is closed, or with none idle the new one (429).",
+    )
+    max_header_bytes: Bytes = Field(
+        default=32 * 2**10, ge=1024, description="Largest request line and headers in bytes; beyond it 431."
+    )
+    header_timeout_s: Seconds = Field(
+        default=10.0, gt=0, description="How long a new connection or a begun request may take to send its headers."
+    )
     max_prompts_per_request: Count = Field(default=64, ge=1, description="Prompts in one /v1/completions request.")
     max_choices: Count = Field(default=16, ge=1, description="Largest `n` and `best_of`, per prompt.")
     max_stop_strings: Count = Field(default=16, ge=0, description="Stop strings per request.")

@@ -140,7 +140,7 @@ def test_only_commands_print():
 
 # Distributions that are used without an import of ours, and by whom.
 USED_BY_OTHERS = {
-    "httptools": "uvicorn picks it when present",
+    "httptools": "parses HTTP for uvicorn, whose class for it server/api/connections.py extends",
     "jinja2": "transformers renders chat templates with it",
     "uvloop": "resolved by name in server/cli.py",
 }
@@ -160,7 +160,8 @@ def _imports(top: str) -> set[str]:
 def _module(requirement: str) -> str:
     match = re.match(r"[A-Za-z0-9_.-]+", requirement)
     assert match, requirement
-    return match[0].lower().replace("-", "_").removesuffix("_python")
+    name = match[0].lower().replace("-", "_").removesuffix("_python")
+    return {"scikit_learn": "sklearn"}.get(name, name)
 
 
 @cache
@@ -172,7 +173,8 @@ def test_dependencies_are_used_and_declared():
     """Every core dependency is imported by the server, and it imports nothing else from outside."""
     declared = {_module(requirement) for requirement in project()["dependencies"]}
     imported = {name for name in _imports("server/") if name not in sys.stdlib_module_names}
-    optional = {_module(requirement) for requirement in project()["optional-dependencies"]["cuda"]}
+    extra = project()["optional-dependencies"]
+    optional = {_module(requirement) for requirement in [*extra["cuda"], *extra["study"]]}
     # Parts of FastAPI and of pydantic that those two pin themselves.
     assert imported - declared - optional - {"starlette", "pydantic_core"} == set()
     assert declared - imported - set(USED_BY_OTHERS) == set()

@@ -18,7 +18,8 @@ from server.sim.foresight import Foresight, Hindsight
 from server.sim.profile import PRESETS
 from server.sim.replay import Asked, Replay, Setup, Tiers, hash_chains, replay
 from server.sim.simulate import Trace, figures, load_trace
-from server.types import ServiceClass, Targets
+from server.sim.writes import kept
+from server.types import ServiceClass, Targets, Transfer
 
 Row = dict[str, Any]
 Job = Callable[[], Row]
@@ -76,6 +77,26 @@ def admission(path: str) -> Iterable[Job]:
     for policy, shares in (("lru", (1.0,)), ("learned", SHARES)):
         for share in shares:
             yield partial(_on_tiers, path, SPLITS[1], policy, share)
+
+
+WRITTEN = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Shares of the writes."""
+
+
+def writes(path: str) -> Iterable[Job]:
+    """What anybody who chooses which blocks to write could keep of the loads from SSD."""
+    yield partial(_writes, path)
+
+
+def _writes(path: str) -> Row:
+    trace = trace_of(path)
+    asked = at_load(trace.asked, LOAD, work_s(path, SPLITS[1]))
+    moved: list[tuple[float, Transfer]] = []
+    setup = Setup(PROFILE, Tiers(*SPLITS[1], "learned"), trace.block_tokens, moved=moved)
+    found = replay(setup, asked)
+    by_tier = figures(found, setup, {})
+    likeliest = kept(moved, asked, hash_chains(asked, trace.block_tokens), WRITTEN)
+    return {"shares": WRITTEN, "hit": by_tier["hit"], "ssd_hit": by_tier["hit_by_tier"]["ssd"], **likeliest}
 
 
 def _on_tiers(path: str, split: tuple[int, int, int], policy: str, share: float) -> Row:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,11 +16,11 @@ from server.engine import Engine, GenerateSpec, Stream
 from server.errors import InvalidRequest, Overloaded
 from server.kvcache.hashing import chain_root, extend_hashes
 from server.kvcache.manager import KVManager, TierSpec
-from server.kvcache.mover import Mover
+from server.kvcache.mover import Broke, Done, Mover
 from server.kvcache.report import kv_report
 from server.kvcache.reuse import ReuseModel
 from server.kvcache.step_cost import StepCost, StepWork
-from server.kvcache.tiers.base import Move, Recovered
+from server.kvcache.tiers.base import Move, Recovered, Tier
 from server.metrics import Metrics
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
@@ -43,6 +43,7 @@ from server.types import (
     TierFault,
     TierName,
     TokenEvent,
+    Transfer,
 )
 
 IN_FLIGHT_BYTES = 512 * 2**20
@@ -92,6 +93,8 @@ class Setup:
     """What the tiers know of when blocks are used again, if not just what they learn. For one replay only."""
     step_cost: StepCost | None = None
     """What the planner thinks that steps cost, if not what it measures."""
+    moved: list[tuple[float, Transfer]] | None = None
+    """If a list, every transfer is put there, with the time at which it starts."""
 
 
 @dataclass(slots=True)
@@ -163,7 +166,10 @@ class _Replayer:
             DEVICE: RateTier(DEVICE, setup.tiers.device, layout.block_bytes, profile.dram, profile.dram, loop),
             SSD: RateTier(SSD, setup.tiers.ssd, layout.block_bytes, profile.ssd_read, profile.ssd_write, loop),
         }
-        mover = Mover(tiers, run_blocks=max(1, RUN_BYTES // layout.block_bytes))
+        run_blocks = max(1, RUN_BYTES // layout.block_bytes)
+        mover = Mover(tiers, run_blocks=run_blocks)
+        if setup.moved is not None:
+            mover = Noting(tiers, run_blocks, setup.moved, loop)
         self.engine = Engine(self.scheduler, self.runner, mover, Metrics("replay"), loop.time)
         if setup.step_cost is not None:
             self.kv.planner.step = setup.step_cost
@@ -282,6 +288,20 @@ class CostRunner:
 
     async def aclose(self) -> None:
         """There is nothing to close."""
+
+
+class Noting(Mover):
+    """Also notes in `moved` what it starts."""
+
+    def __init__(
+        self, tiers: Mapping[TierName, Tier], run_blocks: int, moved: list[tuple[float, Transfer]], loop: VirtualLoop
+    ) -> None:
+        super().__init__(tiers, run_blocks=run_blocks)
+        self._moved, self._loop = moved, loop
+
+    def start(self, transfers: Sequence[Transfer], done: Done, broke: Broke) -> None:
+        self._moved.extend((self._loop.now_s, transfer) for transfer in transfers)
+        super().start(transfers, done, broke)
 
 
 class RateTier:

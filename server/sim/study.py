@@ -134,6 +134,25 @@ def admission_goals(rows: Sequence[Row]) -> list[Goal]:
     return [Goal(f"95 % of write-all's hits with at most 40 % of its bytes ({least:.1%})", least <= 0.4)]
 
 
+def writes_table(rows: Sequence[Row]) -> list[str]:
+    [row] = rows
+    lines = [[name, *(f"{share:.1%}" for share in row[key])]
+             for name, key in (("told what becomes of each", "future"), ("by all that is known", "known"))]  # fmt: skip
+    return markdown(["loads kept, of so many writes", *(f"{share:.0%}" for share in row["shares"])], lines)
+
+
+def needed(row: Row) -> float:
+    """Share of the loads from SSD that has to be kept so that 95 % of all hits are, if the other tiers keep theirs."""
+    return float(1 - 0.05 * row["hit"] / row["ssd_hit"])
+
+
+def writes_goals(rows: Sequence[Row]) -> list[Goal]:
+    [row] = rows
+    best = row["known"][list(row["shares"]).index(0.4)]
+    words = f"95 % of the hits need {needed(row):.1%} of the loads; by all that is known, 40 % of the writes have"
+    return [Goal(f"{words} as many ({best:.1%})", best >= needed(row))]
+
+
 # --- scheduling ------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +234,7 @@ EXPERIMENTS = {
     "eviction": Experiment("One cache, by what it evicts", experiments.eviction, eviction_table, eviction_goals),
     "tiers": Experiment("Two and three tiers, load 0.7", experiments.tiers, tiers_table, tiers_goals),
     "admission": Experiment("What is written to SSD", experiments.admission, admission_table, admission_goals),
+    "writes": Experiment("What could be chosen to be written", experiments.writes, writes_table, writes_goals),
     "slo": Experiment("Targets under load", experiments.slo, slo_table, slo_goals),
     "fairness": Experiment("One tenant floods", experiments.fairness, fairness_table, fairness_goals),
     "coserving": Experiment("A batch in the background", experiments.coserving, coserving_table, coserving_goals, 2),

@@ -20,7 +20,7 @@ import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from server.api.app import create_app
-from server.build import Daemon, build, service_of
+from server.build import Daemon, build, http_config, service_of
 from server.config import Config, load_config
 from server.engine import EngineSnapshot
 
@@ -158,7 +158,7 @@ class ServerThread:
 
     async def _serve(self) -> None:
         daemon = build(self._config)
-        http = uvicorn.Server(uvicorn.Config(create_app(service_of(daemon)), log_level="warning", lifespan="off"))
+        http = uvicorn.Server(http_config(create_app(service_of(daemon)), self._config))
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._stop = asyncio.Event()
         engine = asyncio.create_task(daemon.engine.run())

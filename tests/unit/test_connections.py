@@ -1,0 +1,140 @@
+"""What a connection may cost before it has sent a whole request, on real sockets over a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+
+from server.api.connections import SPARE_FILES, may_connect
+from server.build import http_config
+from server.config import Config, ModelConfig, ServerConfig
+from tests.unit.api_fake import FakeEngine, make_app
+
+GET = b"GET /v1/models HTTP/1.1\r\nHost: here\r\n"
+
+
+@asynccontextmanager
+async def listening(**limits: Any) -> AsyncIterator[int]:
+    """The port of a server with these limits."""
+    config = Config(model=ModelConfig(model="demo"), server=ServerConfig(**limits))
+    server = uvicorn.Server(http_config(make_app(FakeEngine()), config))
+    listener = socket.create_server(("127.0.0.1", 0))
+    serving = asyncio.create_task(server._serve([listener]))
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of what comes until the other side closes."""
+    head, _, body = (await asyncio.wait_for(reader.read(), 20)).partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    return int(first.split()[1]), dict(line.lower().split(": ", 1) for line in lines), body
+
+
+async def test_a_head_that_never_ends_is_refused_at_its_limit() -> None:
+    """A head is read up to its limit and no further, wherever the bytes are: 431."""
+    async with listening(max_header_bytes=1024) as port:
+        for endless in (b"GET /" + b"a" * 5000, GET + b"X-Long: " + b"b" * 5000, GET + b"X: y\r\n" * 1000):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(endless)
+            status, headers, body = await answer(reader)
+            assert (status, headers["connection"]) == (431, "close")
+            assert json.loads(body)["error"]["code"] == "headers_too_large"
+            assert "1024" in json.loads(body)["error"]["message"]
+            writer.close()
+
+
+async def test_a_head_in_drops_is_refused_when_its_time_is_over() -> None:
+    """Slowloris: a client that sends a header now and then gets 408 when its time is over."""
+    async with listening(header_timeout_s=0.3) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        dripping = asyncio.create_task(drip(writer))
+        status, _, body = await answer(reader)
+        dripping.cancel()
+        assert status == 408
+        assert json.loads(body)["error"]["code"] == "headers_timeout"
+        writer.close()
+
+
+async def drip(writer: asyncio.StreamWriter) -> None:
+    writer.write(GET)
+    while True:
+        writer.write(b"X: y\r\n")
+        await asyncio.sleep(0.01)
+
+
+async def test_who_says_nothing_is_closed_without_a_word() -> None:
+    """A connection without a byte ends with its deadline; there is no request to answer."""
+    async with listening(header_timeout_s=0.2) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+
+
+async def test_a_kept_connection_has_the_same_limits_for_its_next_request() -> None:
+    """Waiting between requests is fine; a second request's head has the same deadline as the first."""
+    async with listening(header_timeout_s=0.3, max_header_bytes=1024) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET + b"\r\n")
+        first = await reader.readuntil(b"\r\n\r\n")
+        assert b" 200 " in first
+        length = int(first.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        await reader.readexactly(length)
+        await asyncio.sleep(0.5)  # idle for longer than a head may take: that is no offence
+        writer.write(GET)
+        status, _, _ = await answer(reader)
+        assert status == 408
+        writer.close()
+
+
+async def test_the_connection_idle_longest_makes_room_for_a_new_one() -> None:
+    """At the cap a new client is served and the oldest silent one is closed."""
+    async with listening(max_connections=8) as port:
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            assert (await client.get("/v1/models")).status_code == 200
+        assert await asyncio.wait_for(idle[0][0].read(), 20) == b""
+        for _, writer in idle:
+            writer.close()
+
+
+async def test_with_none_idle_the_new_one_is_told_to_come_again() -> None:
+    """While every connection is in a request, the next one gets 429 and a time to come back."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    async with listening(max_connections=2) as port:
+        busy = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        for _, writer in busy:
+            writer.write(head)  # the body is still to come
+        await asyncio.sleep(0.1)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        status, headers, body = await answer(reader)
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert json.loads(body)["error"]["code"] == "too_many_connections"
+        writer.close()
+        for _, other in busy:
+            other.close()
+
+
+def test_as_many_as_files_may_be_open() -> None:
+    """The limit of open files is raised as far as the system lets it, and bounds the connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        assert may_connect(700) == 700
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 700 + SPARE_FILES
+        assert may_connect(hard * 2) == hard - SPARE_FILES
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
