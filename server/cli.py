@@ -158,11 +158,11 @@ def _load(args: argparse.Namespace) -> Config:
 def _serve(args: argparse.Namespace) -> int:
     config = _load(args)
     build = importlib.import_module("server.build")
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return int(runner.run(build.serve(config, args.disk)))
 
 
-def _loop_factory() -> Any:
+def loop_factory() -> Any:
     """uvloop's event loop where it is installed; None for asyncio's own."""
     try:
         return importlib.import_module("uvloop").new_event_loop
