@@ -284,6 +284,11 @@ class ServerConfig(_Section):
     max_body_bytes: Bytes = Field(
         default=8 * 2**20, ge=1024, description="Largest request body in bytes, e.g. 8MiB; beyond it 413."
     )
+    max_body_values: Count = Field(
+        default=0,
+        ge=0,
+        description="JSON values in a body; beyond it 413. 0: 32768, or twice the model's length if that is more.",
+    )
     max_connections: Count = Field(
         default=4096,
         ge=1,

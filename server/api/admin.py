@@ -120,7 +120,7 @@ class AdminRoutes:
         return JSONResponse(answer | {"recovered_blocks": kv.recovered_blocks, "pinned_blocks": kv.pinned_blocks})
 
     async def _body(self, request: Request, model: type[Any]) -> Any:
-        raw = await read_json_body(request.scope, request.receive, self._service.limits.max_body_bytes)
+        raw = await read_json_body(request.scope, request.receive, self._service.body_limits)
         return schema.parse(model, raw)
 
     async def _chain(self, body: schema.CacheRequest) -> tuple[int, list[BlockHash]]:

@@ -7,6 +7,8 @@ import logging
 import re
 import traceback
 import uuid
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +27,8 @@ BODY_TIMEOUT_S = 60.0
 DISCARD_BYTES = 64 * 2**20
 """How much of an over-long body is read and dropped, so that the client sees the 413 and not a reset connection."""
 DISCARD_TIMEOUT_S = 10.0
+SCAN_BYTES = 2**18
+_SEPARATORS = (b",", b"{", b"[")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
@@ -71,8 +75,49 @@ class RequestContext:
         log.log(level, "request %s %s %s %d", request_id, method, route, status, extra={REQUEST_ID: request_id})
 
 
-async def read_json_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The body, never holding more than `limit_bytes` of it. Raises BodyTooLarge and its like."""
+class BodyLimits(NamedTuple):
+    """`values`: JSON values in a body, about: its commas and brackets outside strings."""
+
+    bytes: int
+    values: int
+
+
+async def read_json_body(scope: Scope, receive: Receive, limits: BodyLimits) -> bytes:
+    """The body, never holding more than `limits.bytes` of it. Raises BodyTooLarge and its like.
+
+    Parsing holds up the loop, by what there is to build rather than by bytes: 1 ms for a prompt of 8 MiB, 300 ms for as
+    many bytes of small objects. So values are counted first, which is quicker by far.
+    """
+    body = await _read_bytes(scope, receive, limits.bytes)
+    # Most bodies have few such bytes, strings included, and need no closer look.
+    if sum(body.count(byte) for byte in _SEPARATORS) > limits.values:
+        values = 0
+        for part in outside_strings(body):
+            values += sum(part.count(byte) for byte in _SEPARATORS)
+            if values > limits.values:
+                raise BodyTooLarge(
+                    f"the body has more than the limit of {limits.values} JSON values", code="too_many_values"
+                )
+            await asyncio.sleep(0)
+    return body
+
+
+def outside_strings(body: bytes, piece_bytes: int = SCAN_BYTES) -> Iterator[bytes]:
+    """What of `body` is in no string, piece by piece, if it is JSON."""
+    inside, start = 0, 0
+    while start < len(body):
+        end = start + piece_bytes
+        piece = body[start:end]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # never between a backslash and what it escapes
+            end += 1
+            piece = body[start:end]
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        yield b"".join(parts[inside::2])
+        inside ^= (len(parts) - 1) & 1
+        start = end
+
+
+async def _read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     headers = Headers(scope=scope)
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":

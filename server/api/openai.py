@@ -142,7 +142,7 @@ class OpenAIRoutes:
         }
 
     async def _read(self, request: Request) -> bytes:
-        return await read_json_body(request.scope, request.receive, self._service.limits.max_body_bytes)
+        return await read_json_body(request.scope, request.receive, self._service.body_limits)
 
     async def _answer(
         self, request: Request, make: type[Format], plan: Plan, stream: bool, usage_in: schema.UsageIn

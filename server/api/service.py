@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from server.api.middleware import BodyLimits
 from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
 from server.text import Tokenizer
 from server.types import NO_TARGETS, Targets
+
+LEAST_BODY_VALUES = 2**15
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Service:
     @property
     def max_model_len(self) -> int:
         return self.engine.max_model_len
+
+    @property
+    def body_limits(self) -> BodyLimits:
+        """Room for two prompts of token ids as long as the model goes, or for many short ones."""
+        values = self.limits.max_body_values or max(LEAST_BODY_VALUES, 2 * self.max_model_len)
+        return BodyLimits(self.limits.max_body_bytes, values)
 
 
 def hash_keys(keys: Iterable[str]) -> tuple[bytes, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from server.bench.report import Report
 
 BENCHES = {
+    "abuse": "server.bench.abuse:run",
     "scheduler": "server.bench.scheduler:run",
     "model": "server.bench.model:run",
     "clients": "server.bench.clients:run",

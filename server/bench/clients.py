@@ -51,7 +51,7 @@ def run(*, quick: bool) -> Report:
     report = Report("clients", quick=quick)
     clients = 50 if quick else CLIENTS
     _allow_open_files(2 * clients + 512)
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "server", "serve", "demo", "--port", str(port), "--log-level", "warning"]
     command += ["--device-gib", DEVICE_TIER]
     with tempfile.TemporaryFile("w+") as log:
@@ -69,8 +69,8 @@ def run(*, quick: bool) -> Report:
 
 
 async def _waves(report: Report, process: subprocess.Popen[bytes], port: int, clients: int, log: IO[str]) -> None:
-    await _ready(process, port, log)
-    model = json.loads(await _get(port, "/v1/models"))["data"][0]["id"]
+    await ready(process, port, log)
+    model = json.loads(await get(port, "/v1/models"))["data"][0]["id"]
     before = rss_bytes(process.pid)
     report.header(
         "wave", "clients", "failed", "seconds", "chunks/s", "first p50 s", "first p99 s", "lag p99 ms", "RSS MiB"
@@ -78,11 +78,11 @@ async def _waves(report: Report, process: subprocess.Popen[bytes], port: int, cl
     report.row("start", 0, 0, "", "", "", "", "", f"{before / 2**20:.0f}")
     after, failed = [], 0
     for wave in range(WAVES):
-        lag_before = lag_buckets(await _get(port, "/metrics"))
+        lag_before = lag_buckets(await get(port, "/metrics"))
         started = time.perf_counter()
         outcomes = await asyncio.gather(*(_client(port, model, wave, number) for number in range(clients)))
         seconds = time.perf_counter() - started
-        lag_s = lag_quantile(lag_before, lag_buckets(await _get(port, "/metrics")), 0.99)
+        lag_s = lag_quantile(lag_before, lag_buckets(await get(port, "/metrics")), 0.99)
         await asyncio.sleep(1.0)  # connections close and the daemon turns idle
         after.append(rss_bytes(process.pid))
         faults = [outcome.fault for outcome in outcomes if outcome.fault]
@@ -149,7 +149,7 @@ def _request(method: str, path: str, body: bytes = b"") -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-async def _get(port: int, path: str) -> str:
+async def get(port: int, path: str) -> str:
     """The body of a GET; OSError when the answer is not 200."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -164,14 +164,14 @@ async def _get(port: int, path: str) -> str:
     return body
 
 
-async def _ready(process: subprocess.Popen[bytes], port: int, log: IO[str]) -> None:
+async def ready(process: subprocess.Popen[bytes], port: int, log: IO[str]) -> None:
     deadline = time.monotonic() + STARTUP_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             log.seek(0)
             raise SystemExit(f"the daemon ended with code {process.returncode}:\n{log.read()[-4000:]}")
         try:
-            await _get(port, "/readyz")
+            await get(port, "/readyz")
         except OSError:
             await asyncio.sleep(0.2)
         else:
@@ -202,7 +202,7 @@ def lag_quantile(before: Mapping[float, float], after: Mapping[float, float], q:
     return next((edge for edge, count in counts.items() if total and count >= q * total), float("nan"))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.api import middleware
 from server.errors import NotReady, Overloaded
@@ -312,3 +315,27 @@ async def test_openapi_document_describes_bodies_and_errors() -> None:
                 assert error == {"$ref": "#/components/schemas/ErrorResponse"}
     assert "text/event-stream" in document["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
     assert schemas["CompletionRequest"]["additionalProperties"] is False
+
+
+async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed() -> None:
+    """Parsing holds up the loop by what there is to build; a long prompt full of the same bytes is one value."""
+    app = make_app(FakeEngine(reply=text_reply("ok")))
+    async with client(app) as http:
+        prose = "if (a[0], b[1]) { return [x, y, z] } " * 4000
+        assert (await http.post("/v1/completions", json={"prompt": prose})).status_code in (200, 400)
+        for body in ({"prompt": [1] * 40_000}, {"messages": [{"role": "user", "content": '"[,{'}] * 30_000}):
+            answer = await http.post("/v1/completions", json=body)
+            assert refused(answer, 413)["code"] == "too_many_values"
+
+
+@given(
+    st.recursive(
+        st.text('a"\\\\,[]{}\n', max_size=6), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_what_is_in_strings_is_told_apart_wherever_a_piece_ends(value: Any) -> None:
+    """The counting of values reads bodies in pieces; quotes and escapes may lie on any border."""
+    body = json.dumps(value).encode()
+    plain = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", body)
+    for size in (1, 2, 3, 7):
+        assert b"".join(middleware.outside_strings(body, size)) == plain
