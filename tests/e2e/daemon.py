@@ -20,7 +20,7 @@ import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from server.api.app import create_app
-from server.build import Daemon, build, service_of
+from server.build import Daemon, build, run_batches, service_of
 from server.config import Config, load_config
 from server.engine import EngineSnapshot
 
@@ -158,10 +158,12 @@ class ServerThread:
 
     async def _serve(self) -> None:
         daemon = build(self._config)
-        http = uvicorn.Server(uvicorn.Config(create_app(service_of(daemon)), log_level="warning", lifespan="off"))
+        service = service_of(daemon)
+        http = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="off"))
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._stop = asyncio.Event()
         engine = asyncio.create_task(daemon.engine.run())
+        batches = asyncio.create_task(run_batches(service))
         # serve() would take over the process's signals, which belong to the test run.
         serving = asyncio.create_task(http._serve([listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -170,11 +172,13 @@ class ServerThread:
         self._served = Served(url, daemon, asyncio.get_running_loop())
         self._up.set()
         await self._stop.wait()
+        batches.cancel()
+        await asyncio.gather(batches, return_exceptions=True)
         await daemon.engine.drain(30)
         http.should_exit = True
         await serving
         await engine
-        await daemon.runner.aclose()
+        await daemon.aclose()
 
 
 class Wait:
