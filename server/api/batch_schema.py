@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue
+from pydantic_core import PydanticCustomError
 
 from server.api.schema import ShortText, _Request, _Response
 from server.batches.records import Status
@@ -12,8 +13,19 @@ from server.batches.records import Status
 MAX_CUSTOM_ID_CHARS = 512
 MIN_TTL_S, MAX_TTL_S = 3600, 30 * 86_400
 Ttl = Annotated[int, Field(ge=MIN_TTL_S, le=MAX_TTL_S)]
+MAX_METADATA_KEY_CHARS = 64
+
+
+def _short_keys(value: dict[str, str]) -> dict[str, str]:
+    if any(len(key) > MAX_METADATA_KEY_CHARS for key in value):
+        raise PydanticCustomError("metadata", f"keys must have at most {MAX_METADATA_KEY_CHARS} characters")
+    return value
+
+
 BatchMetadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[str, Annotated[str, Field(max_length=512)]],
+    Field(max_length=16, json_schema_extra={"propertyNames": {"maxLength": MAX_METADATA_KEY_CHARS}}),
+    AfterValidator(_short_keys),
 ]
 
 

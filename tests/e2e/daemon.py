@@ -94,9 +94,10 @@ def _byte_name(byte: int) -> str:
 
 
 def fuzz_config(folder: Path) -> Config:
-    """Short contexts and few choices, so that a valid request is soon done."""
+    """Short contexts and few choices, so that a valid request is soon done; files and batches are on."""
     limits = {"model.max_model_len": 96, "server.max_choices": 4, "server.max_prompts_per_request": 4}
-    return tiny_config(folder, **limits)
+    kept = {"batch.data_path": str(folder / "data"), "batch.data_min_free_gib": 0}
+    return tiny_config(folder, **limits, **kept)
 
 
 @dataclass(frozen=True)
