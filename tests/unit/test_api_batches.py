@@ -17,6 +17,7 @@ from server.api.app import create_app
 from server.api.inprocess import InProcess
 from server.batches.vault import Vault
 from server.errors import Overloaded
+from server.types import FinishReason
 from tests.unit.api_fake import FakeEngine, client, make_app, make_service
 from tests.unit.batch_fake import becomes, open_vault, running, until
 
@@ -173,6 +174,20 @@ async def test_a_full_queue_is_waited_out(tmp_path: Path) -> None:
         here.engine.refuse = None
         await becomes(here.vault, batch.id, lambda record: record.status == "completed")
         assert (await here.vault.batch(batch.id)).completed == 1
+
+
+async def test_what_the_model_fails_on_is_an_error_of_its_line(tmp_path: Path) -> None:
+    """A step that fails is tried three times; then the line has a 500, and the batch goes on to its end."""
+    async with site(tmp_path) as here:
+        here.engine.failure = FinishReason.ERROR
+        batch = await run(
+            here.sdk(), jsonl(request(1), request(2, messages=[{"role": "user", "content": "x"}], max_tokens=1))
+        )
+        assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 1)
+        (line,) = await read(here.sdk(), batch.error_file_id)
+        assert (line["custom_id"], line["response"]["status_code"]) == ("r1", 500)
+        assert line["response"]["body"]["error"]["code"] == "step_failed"
+        assert len(here.engine.submitted) == 4
 
 
 async def test_cancel_aborts_what_runs(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import aiofiles
 import pytest
 
-from server.batches.content import _open_file
 from server.batches.records import Page, Status
 from server.errors import (
     BodyTooLarge,
@@ -56,6 +56,13 @@ def eager(**more: Any) -> FakeAnswerer:
     answerer = FakeAnswerer(**more)
     answerer.gate.set()
     return answerer
+
+
+def disk_full() -> sqlite3.OperationalError:
+    """What SQLite raises then."""
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    return error
 
 
 async def test_a_batch_from_beginning_to_end(tmp_path: Path):
@@ -228,6 +235,44 @@ async def test_a_shutdown_aborts_lines_and_a_start_goes_on(tmp_path: Path):
     await vault.aclose()
 
 
+async def test_a_job_that_fails_waits_for_its_commits(tmp_path: Path):
+    """A batch that is taken up again while a result of it still waits for a full disk does not run that line again."""
+    full = False
+    refused = 0
+
+    def watch(statement: str) -> None:
+        nonlocal refused
+        if full and statement == "COMMIT":
+            refused += 1
+            raise disk_full()
+
+    def fail(name: str) -> None:
+        nonlocal full
+        if ("", "line-2") not in answerer.begun:
+            raise Overloaded("not before both are begun", retry_after_s=1)
+        if name == "line-1":
+            full = True
+        elif not refused:
+            raise Overloaded("not before a commit was refused", retry_after_s=1)
+        elif full:
+            raise RuntimeError("a bug")
+
+    vault = open_vault(tmp_path, below={"connect": watched(watch)}, batch_lines_in_flight=2)
+    answerer = eager(fail=fail)
+    batch_id = await start(vault, lines(2))
+    async with running(vault, answerer):
+        await until(lambda: refused > 0 and not answerer.running)
+        begun = answerer.begun.count(("", "line-1"))
+        for _ in range(20):
+            vault.changed.set()
+            await asyncio.sleep(0.001)
+        full = False
+        record = await ended(vault, batch_id, poke=True)
+    assert await outcome(vault, record) == (names(1, 2), [])
+    assert answerer.begun.count(("", "line-1")) == begun
+    await vault.aclose()
+
+
 @pytest.mark.parametrize("nth", range(1, 13))
 async def test_a_full_disk_at_any_commit_loses_nothing(tmp_path: Path, nth: int):
     """The nth commit finds the disk full, and so do the three after it: the batch waits, and then ends as if nothing
@@ -240,9 +285,7 @@ async def test_a_full_disk_at_any_commit_loses_nothing(tmp_path: Path, nth: int)
         if begun and statement == "COMMIT":
             commits += 1
             if nth <= commits < nth + 4:
-                full = sqlite3.OperationalError("database or disk is full")
-                full.sqlite_errorcode = sqlite3.SQLITE_FULL
-                raise full
+                raise disk_full()
 
     vault = open_vault(tmp_path, below={"connect": watched(watch)}, batch_lines_in_flight=2)
     batch_id = await start(vault, lines(8))
@@ -262,7 +305,7 @@ class FullDisk:
         self.full = False
 
     async def open(self, path: Path, mode: Any) -> Any:
-        handle = await _open_file(path, mode)
+        handle = await aiofiles.open(path, mode, buffering=0)
         plain = handle.write
 
         async def write(data: bytes) -> int:
