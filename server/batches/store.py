@@ -324,7 +324,7 @@ class Store:
                 "DELETE FROM results WHERE rowid IN (SELECT rowid FROM results WHERE batch_id=? LIMIT ?)",
                 (batch_id, PRUNED_ROWS),
             ).rowcount
-        self._db.execute("PRAGMA incremental_vacuum").fetchall()
+        self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would give back a single page
         return bool(gone == PRUNED_ROWS)
 
     # --- quotas ------------------------------------------------------------------------------------------------------

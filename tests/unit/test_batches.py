@@ -541,6 +541,21 @@ async def test_uploads_at_once_are_bounded(tmp_path: Path):
     await vault.aclose()
 
 
+async def test_the_database_gives_back_what_results_took(tmp_path: Path):
+    """What a batch needed while it ran is free again when it has ended: the database is as small as it was."""
+    vault = open_vault(tmp_path)
+    batch_id = await start(vault, b"".join(line(n, custom_id="x" * 10_000 + str(n)) + b"\n" for n in range(100)))
+    answerer = FakeAnswerer()
+    async with running(vault, answerer):
+        await until(lambda: len(answerer.running) == 64)
+        answerer.gate.set()
+        record = await ended(vault, batch_id)
+    await vault.aclose()
+    await open_vault(tmp_path).aclose()
+    assert (tmp_path / "batches" / "content" / str(record.output_file_id)).stat().st_size > 1_000_000
+    assert (tmp_path / "batches" / "state.sqlite3").stat().st_size < 100_000
+
+
 async def test_ended_batches_are_forgotten_in_the_end(tmp_path: Path):
     """Only so many ended batches of a tenant are remembered, the newest."""
     vault = open_vault(tmp_path, max_ended_batches=2)
