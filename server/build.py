@@ -31,7 +31,10 @@ from starlette.types import ASGIApp
 from server.api.app import create_app
 from server.api.auth import tenant_of
 from server.api.connections import Doors, may_connect
+from server.api.inprocess import InProcess
 from server.api.service import Service, hash_keys
+from server.batches.runner import Runner
+from server.batches.vault import Vault
 from server.config import Config, key_weights
 from server.engine import Engine
 from server.errors import ConfigError
@@ -100,6 +103,7 @@ class Daemon:
     model_name: str
     summary: str
     recorder: Recorder | None = None
+    vault: Vault | None = None
 
     async def open(self) -> None:
         """Take over what the SSD tier still holds, and measure what a step costs."""
@@ -119,6 +123,8 @@ class Daemon:
         """After the engine: no step and no transfer runs any more, or none that anybody waits for."""
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
+        if self.vault is not None:
+            await self.vault.aclose()
         await self.runner.aclose()
         for tier in self.tiers.values():
             await tier.aclose()
@@ -136,6 +142,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
             f"device {config.model.device!r} has no attention backend in this version; use --device cpu",
             param="model.device",
         )
+    vault = _vault(config)
     folder = DEMO_MODEL if config.model.model == "demo" else resolve_folder(config.model.model, config.model.revision)
     tokenizer = Tokenizer.load(folder, _chat_template(config))
     model = _load(config, folder)
@@ -168,6 +175,8 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
     recorder = _recorder(config)
     if recorder is not None:
         metrics.bind_recorder(recorder.outcomes)
+    if vault is not None:
+        metrics.bind_batches(vault)
     scheduler = Scheduler(kv, make_policy(config.scheduler.policy, _weights_of(config)), _limits(config, max_model_len))
     runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
     engine = Engine(
@@ -189,7 +198,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         f"attention {backend}"
         + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
-    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder)
+    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder, vault)
 
 
 async def serve(config: Config, disk: OsIo | None = None) -> int:
@@ -203,10 +212,11 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    app = create_app(service_of(daemon))
-    http = uvicorn.Server(http_config(app, config))
+    service = service_of(daemon)
+    http = uvicorn.Server(http_config(create_app(service), config))
     engine = asyncio.create_task(daemon.engine.run())
     lag = asyncio.create_task(_probe_lag(daemon.metrics))
+    batches = asyncio.create_task(run_batches(service))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -215,6 +225,8 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     _announce(daemon, listener)
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({engine, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+    batches.cancel()  # what they were at goes on at the next start, and keeps nobody waiting now
+    await asyncio.gather(batches, return_exceptions=True)
     log.info("stopping: no new requests, running ones get %g s", config.server.shutdown_timeout_s)
     await daemon.engine.drain(config.server.shutdown_timeout_s)
     http.should_exit = True
@@ -251,7 +263,18 @@ def service_of(daemon: Daemon) -> Service:
         api_key_hashes=hash_keys(key_weights(daemon.config.server.api_keys)),
         admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
         default_targets=_targets(daemon.config),
+        vault=daemon.vault,
     )
+
+
+async def run_batches(service: Service) -> None:
+    """Runs what is in the vault until cancelled; nothing where there is none."""
+    if service.vault is not None:
+        try:
+            await Runner(service.vault, InProcess(service)).run()
+        except Exception:
+            log.exception("batches stand still until the next start")
+            raise
 
 
 def version() -> str:
@@ -399,6 +422,11 @@ def _ssd(config: Config, host: HostArena, identity: bytes, path: Path, disk: OsI
             f"ssd_gib {knobs.ssd_gib:g} holds {ssd.capacity_blocks} blocks; raise --ssd-gib", param="kv.ssd_gib"
         )
     return ssd
+
+
+def _vault(config: Config) -> Vault | None:
+    path = config.batch.data_path
+    return None if path is None else Vault(config.batch, path, time.time)
 
 
 def _recorder(config: Config) -> Recorder | None:

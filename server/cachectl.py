@@ -15,7 +15,7 @@ from rich.table import Table
 
 from server.errors import ConfigError
 from server.kvcache.tiers.check import CacheInfo, list_caches, verify_cache
-from server.kvcache.tiers.segments import DirectoryLock
+from server.ownership import DirectoryLock
 
 SHOWN_FAULTS = 20
 """Faulty blocks that `verify` names; the others are counted."""
@@ -57,7 +57,7 @@ def clear(root: Path, wanted: str | None) -> int:
     skipped = 0
     for info in _matching(root, wanted):
         try:
-            lock = DirectoryLock(info.path)
+            lock = DirectoryLock(info.path, "kv.ssd_path")
         except ConfigError:
             print(f"{info.fingerprint.hex()[:16]}: in use by a daemon; stop it, or POST /v1/cache/clear to it")
             skipped += 1

@@ -19,7 +19,13 @@ from typing import Any
 from server.config import OPTIONS, Config, Option, example_toml, load_config, toml_value
 from server.errors import TerraceError
 
-SECTION_TITLES = {"model": "model", "kv": "KV cache", "scheduler": "scheduling", "server": "HTTP server and process"}
+SECTION_TITLES = {
+    "model": "model",
+    "kv": "KV cache",
+    "scheduler": "scheduling",
+    "server": "HTTP server and process",
+    "batch": "files and batches",
+}
 
 
 def main(argv: Sequence[str] | None = None, disk: Any = None) -> int:

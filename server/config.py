@@ -335,6 +335,39 @@ class ServerConfig(_Section):
     )
 
 
+class BatchConfig(_Section):
+    """What /v1/files and /v1/batches may keep and do."""
+
+    data_path: Annotated[Path | None, COMMON] = Field(
+        default=None,
+        description="Directory of uploaded files and batches, which survive restarts; none: /v1/files and /v1/batches "
+        "are off.",
+    )
+    data_min_free_gib: Gib = Field(
+        default=1.0, ge=0, description="Free space that files and batches leave on their file system, in GiB."
+    )
+    max_file_bytes: Bytes = Field(default=200 * 2**20, ge=1, description="Largest uploaded file; beyond it 413.")
+    max_files_per_tenant: Count = Field(
+        default=1000, ge=3, description="Files of one API key, two of each batch in work included; beyond it 403."
+    )
+    max_bytes_per_tenant: Bytes = Field(
+        default=10 * 2**30,
+        ge=1,
+        description="Bytes of all files of one API key; beyond it uploads and new batches get 403, running ones wait.",
+    )
+    max_batch_lines: Count = Field(default=50_000, ge=1, description="Requests in one batch; beyond it 413.")
+    max_batch_line_bytes: Bytes = Field(default=2**20, ge=64, description="Longest line of a batch; beyond it 413.")
+    max_batches_per_tenant: Count = Field(
+        default=16, ge=1, description="Batches of one API key in work at once; beyond it 429."
+    )
+    max_ended_batches: Count = Field(
+        default=1000, ge=1, description="Ended batches of one API key that are remembered; the oldest are forgotten."
+    )
+    batch_lines_in_flight: Count = Field(
+        default=64, ge=1, description="Lines of all batches that run at once, shared by API keys and their batches."
+    )
+
+
 class Config(_Section):
     """The whole configuration, valid and immutable. `load_config` makes it; a bare `Config()` is all defaults."""
 
@@ -342,6 +375,7 @@ class Config(_Section):
     kv: KvConfig = KvConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
+    batch: BatchConfig = BatchConfig()
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class TerraceError(Exception):
     """Base of every error a client or an operator may see. `param` names the request field at fault, if one is."""
@@ -30,6 +32,37 @@ class ModelNotFound(TerraceError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class NotFound(TerraceError):
+    """There is no such object, or it is another tenant's."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(TerraceError):
+    """The object's state forbids it; `message` says which state would allow it."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class QuotaExceeded(TerraceError):
+    """A tenant's quota is used up: waiting does not help, deleting does."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "quota_exceeded"
+
+
+class StorageFull(TerraceError):
+    """The disk has no room, or would have less than is to stay free. Nothing that was there is lost."""
+
+    status = 507
+    code = "storage_full"
 
 
 class Unauthorized(TerraceError):
@@ -78,3 +111,8 @@ class ConfigError(TerraceError):
     """The operator's configuration or environment cannot work; printed as one line, without a traceback."""
 
     code = "config_error"
+
+
+def error_body(error: TerraceError) -> dict[str, dict[str, Any]]:
+    """The one body that every failure has, with all four keys."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}

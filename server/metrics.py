@@ -71,6 +71,15 @@ class SsdNumbers(Protocol):
     def recovery_s(self) -> float: ...
 
 
+class BatchNumbers(Protocol):
+    """What whoever keeps batches counts."""
+
+    @property
+    def statuses(self) -> Mapping[str, int]: ...
+    @property
+    def lines(self) -> Mapping[str, int]: ...
+
+
 def lengths_up_to(limit: int) -> tuple[int, ...]:
     """1, 2, 5, 10, 20, 50, ... until `limit` is covered."""
     series: list[int] = []
@@ -124,6 +133,7 @@ class Metrics(Collector):
         self._served_tokens = dict.fromkeys(TIERS, 0)
         self._ssd: tuple[SsdNumbers, Callable[[], int]] | None = None
         self._recorded: Mapping[str, int] | None = None
+        self._batches: BatchNumbers | None = None
         self._busy_s = self._host_s = 0.0
         self._step_s = {kind: _Histogram(STEP_S) for kind in STEP_KINDS}
         self._batch_tokens = _Histogram(BATCH_TOKENS)
@@ -154,6 +164,10 @@ class Metrics(Collector):
     def bind_recorder(self, outcomes: Mapping[str, int]) -> None:
         """Requests are recorded: show how many were, and how many were left out."""
         self._recorded = outcomes
+
+    def bind_batches(self, numbers: BatchNumbers) -> None:
+        """Batches are kept: show how many there are, and what became of their lines."""
+        self._batches = numbers
 
     def first_token(self, seconds: float, source: str = "none") -> None:
         """A request's first token came `seconds` after it was received; `source` is the slowest tier it drew on."""
@@ -245,6 +259,9 @@ class Metrics(Collector):
         yield self._counters("admission_rejections", "Requests refused before queueing.", "reason", self._rejected)
         if self._recorded is not None:
             yield self._counters("recorded_requests", "Requests for the recording.", "outcome", self._recorded)
+        if self._batches is not None:
+            yield self._gauge("batches", "Batches remembered.", "status", self._batches.statuses)
+            yield self._counters("batch_lines", "Lines of batches that are over.", "outcome", self._batches.lines)
         yield self._counters(
             "preemptions", "Requests that lost their frames.", "action", {"recompute": self._preemptions}
         )

@@ -8,9 +8,11 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
-from server.api import errors, schema
+from server.api import batch_schema, errors, schema
 from server.api.admin import AdminRoutes
 from server.api.auth import BearerAuth
+from server.api.batches import BatchRoutes
+from server.api.files import FileRoutes
 from server.api.middleware import RequestContext
 from server.api.openai import OpenAIRoutes
 from server.api.ops import OpsRoutes
@@ -24,6 +26,7 @@ _BODIES = (
     schema.DetokenizeRequest,
     schema.CacheRequest,
     schema.CachePinRequest,
+    batch_schema.BatchCreate,
 )
 
 
@@ -39,7 +42,13 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    parts = (OpenAIRoutes(service, encoder), AdminRoutes(service, encoder), OpsRoutes(service))
+    parts = (
+        OpenAIRoutes(service, encoder),
+        FileRoutes(service),
+        BatchRoutes(service),
+        AdminRoutes(service, encoder),
+        OpsRoutes(service),
+    )
     for part in parts:
         app.include_router(part.router)
     errors.install(app)

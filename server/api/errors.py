@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.errors import InvalidRequest, NotReady, Overloaded, TerraceError, Unauthorized
+from server.errors import InvalidRequest, NotReady, Overloaded, TerraceError, Unauthorized, error_body
 
 LARGEST_RETRY_AFTER_S = 3600
 
@@ -31,10 +30,6 @@ class _Unexpected(TerraceError):
 
 
 UNEXPECTED = _Unexpected("the server failed on this request; its log names the error under the X-Request-Id")
-
-
-def error_body(error: TerraceError) -> dict[str, dict[str, Any]]:
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def error_response(error: TerraceError, headers: Mapping[str, str] | None = None) -> Response:

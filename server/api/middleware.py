@@ -154,6 +154,12 @@ async def _read(receive: Receive, limit_bytes: int) -> bytes:
 
 async def _refuse(receive: Receive, limit_bytes: int, size: int, *, more: bool) -> None:
     """Raises BodyTooLarge after dropping what is still to come, within reason."""
+    await discard(receive, size, more=more)
+    raise BodyTooLarge(f"the body is larger than the limit of {limit_bytes} bytes; send a shorter prompt")
+
+
+async def discard(receive: Receive, size: int, *, more: bool) -> None:
+    """Drops what is still to come of a body of which `size` bytes came, within reason."""
     try:
         async with asyncio.timeout(DISCARD_TIMEOUT_S):
             while more and size < DISCARD_BYTES:
@@ -162,4 +168,3 @@ async def _refuse(receive: Receive, limit_bytes: int, size: int, *, more: bool) 
                 more = message.get("more_body", False)
     except TimeoutError:
         pass
-    raise BodyTooLarge(f"the body is larger than the limit of {limit_bytes} bytes; send a shorter prompt")

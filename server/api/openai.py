@@ -13,15 +13,15 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from server.api import schema
-from server.api.auth import TENANT
-from server.api.errors import UNEXPECTED, error_body
+from server.api.auth import request_tenant
+from server.api.errors import UNEXPECTED
 from server.api.generate import Generation, collect
 from server.api.middleware import REQUEST_ID, read_json_body
 from server.api.render import ChatFormat, CompletionFormat, Format
 from server.api.requests import Encoder, Plan, check_ids, check_model, plan_chat, plan_completion, render_chat
 from server.api.service import Service
 from server.api.sse import CLIENT_GONE, DONE, EventStream, event, unless_gone
-from server.errors import InvalidRequest, TerraceError
+from server.errors import InvalidRequest, TerraceError, error_body
 
 log = logging.getLogger("terrace.api")
 
@@ -39,13 +39,16 @@ def answers(model: type[BaseModel], **more: Any) -> dict[int | str, dict[str, An
 _WHEN = {
     400: "The request cannot be served as it stands; `param` names the field.",
     401: "No API key, or one that is not known.",
-    404: "The model does not exist here.",
+    403: "A quota is used up; deleting helps, waiting does not.",
+    404: "What is named does not exist here.",
     408: "The body did not arrive in time.",
+    409: "The state of what is named forbids it.",
     413: "The body is larger than the limit.",
-    415: "The body is not declared as JSON.",
+    415: "The body is not declared as what the route takes.",
     429: "A queue is full; Retry-After says when to try again.",
     500: "The server failed on this request.",
     503: "Starting or shutting down; Retry-After says when to try again.",
+    507: "The disk is full.",
 }
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415, 500)
 _SSE = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks as server-sent events."}}}
@@ -166,7 +169,7 @@ class OpenAIRoutes:
 
 
 def _tenant(request: Request) -> str:
-    return str(request.scope.get("state", {}).get(TENANT, ""))
+    return request_tenant(request.scope)
 
 
 async def _events(

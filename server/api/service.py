@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from server.api.middleware import BodyLimits
+from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
@@ -35,6 +36,8 @@ class Service:
     admin_key_hashes: Sequence[bytes] = ()
     default_targets: Targets = NO_TARGETS
     """Of requests that name none; not of those in the background."""
+    vault: Vault | None = None
+    """Files and batches, where the operator gave a place for them."""
 
     @property
     def max_model_len(self) -> int:

@@ -20,7 +20,7 @@ import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from server.api.app import create_app
-from server.build import Daemon, build, http_config, service_of
+from server.build import Daemon, build, http_config, run_batches, service_of
 from server.config import Config, load_config
 from server.engine import EngineSnapshot
 
@@ -94,9 +94,10 @@ def _byte_name(byte: int) -> str:
 
 
 def fuzz_config(folder: Path) -> Config:
-    """Short contexts and few choices, so that a valid request is soon done."""
+    """Short contexts and few choices, so that a valid request is soon done; files and batches are on."""
     limits = {"model.max_model_len": 96, "server.max_choices": 4, "server.max_prompts_per_request": 4}
-    return tiny_config(folder, **limits)
+    kept = {"batch.data_path": str(folder / "data"), "batch.data_min_free_gib": 0}
+    return tiny_config(folder, **limits, **kept)
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,12 @@ class ServerThread:
 
     async def _serve(self) -> None:
         daemon = build(self._config)
-        http = uvicorn.Server(http_config(create_app(service_of(daemon)), self._config))
+        service = service_of(daemon)
+        http = uvicorn.Server(http_config(create_app(service), self._config))
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._stop = asyncio.Event()
         engine = asyncio.create_task(daemon.engine.run())
+        batches = asyncio.create_task(run_batches(service))
         # serve() would take over the process's signals, which belong to the test run.
         serving = asyncio.create_task(http._serve([listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -170,11 +173,13 @@ class ServerThread:
         self._served = Served(url, daemon, asyncio.get_running_loop())
         self._up.set()
         await self._stop.wait()
+        batches.cancel()
+        await asyncio.gather(batches, return_exceptions=True)
         await daemon.engine.drain(30)
         http.should_exit = True
         await serving
         await engine
-        await daemon.runner.aclose()
+        await daemon.aclose()
 
 
 class Wait:

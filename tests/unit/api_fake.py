@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from server.api.app import create_app
 from server.api.service import Service, hash_keys
+from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
@@ -238,31 +239,38 @@ def text_reply(text: str) -> Callable[[GenerateSpec], Iterator[int]]:
     return reply
 
 
-def make_app(
+def make_service(
     engine: FakeEngine,
     *,
     keys: Sequence[str] = (),
     admin_keys: Sequence[str] = (),
     default_targets: Targets = NO_TARGETS,
+    vault: Vault | None = None,
     **limits: Any,
-) -> FastAPI:
-    """The application over `engine` with a byte-level tokenizer."""
+) -> Service:
+    """What the routes need, over `engine` with a byte-level tokenizer."""
     metrics = Metrics("fake", "1.2.3", max_model_len=engine.max_model_len)
     metrics.bind(engine.snapshot)
-    return create_app(
-        Service(
-            engine=engine,  # type: ignore[arg-type]
-            tokenizer=ByteTokenizer(),  # type: ignore[arg-type]
-            metrics=metrics,
-            model_name="fake",
-            version="1.2.3",
-            wall_clock=lambda: 1_700_000_000.5,
-            limits=ServerConfig(**limits),
-            api_key_hashes=hash_keys(keys),
-            admin_key_hashes=hash_keys(admin_keys),
-            default_targets=default_targets,
-        )
+    if vault is not None:
+        metrics.bind_batches(vault)
+    return Service(
+        engine=engine,  # type: ignore[arg-type]
+        tokenizer=ByteTokenizer(),  # type: ignore[arg-type]
+        metrics=metrics,
+        model_name="fake",
+        version="1.2.3",
+        wall_clock=lambda: 1_700_000_000.5,
+        limits=ServerConfig(**limits),
+        api_key_hashes=hash_keys(keys),
+        admin_key_hashes=hash_keys(admin_keys),
+        default_targets=default_targets,
+        vault=vault,
     )
+
+
+def make_app(engine: FakeEngine, **more: Any) -> FastAPI:
+    """The application over `make_service`."""
+    return create_app(make_service(engine, **more))
 
 
 def client(app: FastAPI, **kwargs: Any) -> httpx.AsyncClient:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from server.errors import ConfigError
 from server.kvcache.tiers.files import ALIGNMENT, OsIo
+from server.ownership import DirectoryLock
 from server.types import FrameId
 
 log = logging.getLogger("terrace.ssd")
@@ -33,54 +34,8 @@ SEGMENT_BYTES = 2**30
 """Nominal size of a segment file; it holds as many whole slots as fit."""
 GROW_BYTES = 64 * 2**20
 """A segment is allocated in steps of about this size, so that a small disk is used to its end."""
-LOCK_TRIES = 10
-LOCK_WAIT_S = 0.02
-"""Another daemon that looks whether a directory is owned holds its lock for microseconds."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _SEGMENT = re.compile(r"segment-(\d{5,})\.kv")
-
-
-class DirectoryLock:
-    """Exclusive ownership of one directory, for as long as the process lives. Survives no crash, needs no cleaning."""
-
-    def __init__(self, directory: Path, tries: int = LOCK_TRIES) -> None:
-        """Makes the directory if need be. Raises ConfigError when it has another owner, OSError when it is unusable."""
-        path = directory / "LOCK"
-        while True:
-            directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory.mkdir(mode=0o700, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # removed while we were opening it: make it again
-                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                self._acquire(directory, tries)
-                with contextlib.suppress(FileNotFoundError):
-                    if os.stat(path).st_ino == os.fstat(self._fd).st_ino:
-                        break
-                os.close(self._fd)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
-
-    def _acquire(self, directory: Path, tries: int) -> None:
-        for left in reversed(range(tries)):
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError as error:
-                if left and error.errno == errno.EWOULDBLOCK:
-                    threading.Event().wait(LOCK_WAIT_S)
-                    continue
-                owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
-                os.close(self._fd)
-                if error.errno != errno.EWOULDBLOCK:
-                    raise
-                raise ConfigError(
-                    f"{directory} is in use by another daemon (pid {owner}); stop it, or give this one another "
-                    "--ssd-path",
-                    param="kv.ssd_path",
-                ) from None
-
-    def release(self) -> None:
-        os.ftruncate(self._fd, 0)
-        os.close(self._fd)
 
 
 def slots_per_segment(slot_bytes: int) -> int:
@@ -287,7 +242,7 @@ class Segments:
 def _remove(directory: Path) -> None:
     """Delete a directory unless somebody owns it by now."""
     try:
-        lock = DirectoryLock(directory, tries=1)
+        lock = DirectoryLock(directory, "kv.ssd_path", tries=1)
     except (ConfigError, OSError):
         return
     log.info("removing the cache of a model that is not served any more: %s", directory.name)

@@ -27,8 +27,9 @@ from server.kvcache.tiers.files import Buffers, OsIo, move_all
 from server.kvcache.tiers.index import Identity
 from server.kvcache.tiers.journal import Journal, JournalStats, bytes_needed
 from server.kvcache.tiers.pool import IoPool, Work
-from server.kvcache.tiers.segments import DirectoryLock, Limits, Segments, disk_bytes
+from server.kvcache.tiers.segments import Limits, Segments, disk_bytes
 from server.kvcache.tiers.slots import HEADER_BYTES, RAW, read_header, write_header
+from server.ownership import DirectoryLock
 from server.types import SSD, Note, TierFault
 
 Carry = Callable[[Sequence[Move]], list[TierFault | None]]
@@ -99,7 +100,7 @@ class SsdTier:
         self._slot_bytes = HEADER_BYTES + host.stride
         self._run_blocks = max(1, min(MAX_IO_BLOCKS, MAX_IO_BYTES // self._slot_bytes))
         self.capacity_blocks = frames_within(capacity_bytes, self._slot_bytes)
-        self._lock = DirectoryLock(self.directory)
+        self._lock = DirectoryLock(self.directory, "kv.ssd_path")
         limits = Limits(capacity_bytes, bytes_needed(self.capacity_blocks), min_free_bytes)
         self.segments = Segments(self.directory, self.capacity_blocks, self._slot_bytes, limits, self._io)
         self._journal = Journal(self.directory, Identity(fingerprint, host.block_bytes), self.capacity_blocks, self._io)
