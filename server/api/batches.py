@@ -38,8 +38,7 @@ class BatchRoutes:
     async def create(self, request: Request) -> Response:
         """Run every line of an uploaded file in the background."""
         vault = vault_of(self._service)
-        limit = self._service.limits.max_body_bytes
-        raw = await read_json_body(request.scope, request.receive, limit)
+        raw = await read_json_body(request.scope, request.receive, self._service.body_limits)
         body = schema.parse(batch_schema.BatchCreate, raw)
         endpoint_named(body.endpoint)
         record = await vault.create_batch(
