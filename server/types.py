@@ -91,6 +91,8 @@ class SamplingParams:
     `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` and `min_p == 0` switch the filters off.
     `stop_token_ids` already holds the model's EOS ids unless the client asked to ignore them.
     `logprobs` / `prompt_logprobs`: None for none, else the number of alternatives per token (0: only the token's own).
+    `allowed_token_ids`: nothing else is chosen; empty: anything. `bad_sequences`: runs of tokens that are not completed,
+    as far as they are generated; none is empty.
     """
 
     max_tokens: int
@@ -107,6 +109,8 @@ class SamplingParams:
     seed: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    allowed_token_ids: Sequence[int] = ()
+    bad_sequences: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,11 @@ def tenant_of(key_hash: bytes) -> str:
     return hashlib.sha256(b"tenant:" + key_hash).hexdigest()[:32]
 
 
+def request_tenant(scope: Scope) -> str:
+    """The tenant of the request's API key; empty where there are no keys."""
+    return str(scope.get("state", {}).get(TENANT, ""))
+
+
 class BearerAuth:
     """Pure ASGI middleware. Refuses by default: a new route is guarded unless it is listed as open.
 

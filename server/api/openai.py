@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from server.api import schema
-from server.api.auth import TENANT
+from server.api.auth import request_tenant
 from server.api.errors import UNEXPECTED, error_body
-from server.api.generate import Generation, collect
-from server.api.middleware import REQUEST_ID, read_json_body
+from server.api.generate import Generation, Whole, collect
+from server.api.middleware import REQUEST_ID, name_request, read_json_body
 from server.api.render import ChatFormat, CompletionFormat, Format
 from server.api.requests import Encoder, Plan, check_ids, check_model, plan_chat, plan_completion, render_chat
 from server.api.service import Service
@@ -84,13 +84,15 @@ class OpenAIRoutes:
     async def completions(self, request: Request) -> Response:
         """Generate text that goes on from a prompt."""
         body = schema.parse(schema.CompletionRequest, await self._read(request))
-        plan = await plan_completion(self._service, self._encoder, body, _tenant(request))
+        name_request(request.scope, body.request_id)
+        plan = await plan_completion(self._service, self._encoder, body, request_tenant(request.scope))
         return await self._answer(request, CompletionFormat, plan, bool(body.stream), body.usage_in)
 
     async def chat(self, request: Request) -> Response:
         """Generate the assistant's next turn."""
         body = schema.parse(schema.ChatRequest, await self._read(request))
-        plan = await plan_chat(self._service, self._encoder, body, _tenant(request))
+        name_request(request.scope, body.request_id)
+        plan = await plan_chat(self._service, self._encoder, body, request_tenant(request.scope))
         return await self._answer(request, ChatFormat, plan, bool(body.stream), body.usage_in)
 
     async def tokenize(self, request: Request) -> Response:
@@ -147,26 +149,51 @@ class OpenAIRoutes:
     async def _answer(
         self, request: Request, make: type[Format], plan: Plan, stream: bool, usage_in: schema.UsageIn
     ) -> Response:
-        generation = Generation(self._service, plan)
-        try:
-            created = int(self._service.wall_clock())
-            name = self._service.model_name
-            shape = make(self._service.tokenizer, uuid4().hex, created, name, generation)
-            if stream:
-                events = _events(generation, shape, usage_in, request.scope["state"].get(REQUEST_ID, ""))
-                return EventStream(events, generation.close, self._service.limits.sse_keepalive_s)
-            wholes = await unless_gone(request.receive, collect(generation))
-        except BaseException:
-            generation.close()
-            raise
+        service = self._service
+
+        def ways(generation: Generation) -> Ways:
+            created = int(service.wall_clock())
+            shape = make(service.tokenizer, uuid4().hex, created, service.model_name, generation)
+            return Ways(shape.whole, lambda request_id: _events(generation, shape, usage_in, request_id))
+
+        return await deliver(service, request, plan, ways, stream=stream)
+
+
+class Ways(NamedTuple):
+    """How to answer one generation: at once, or by server-sent events, which get the request's id for the log."""
+
+    whole: Callable[[Sequence[Whole]], bytes]
+    events: Callable[[str], AsyncGenerator[bytes, None]]
+
+
+async def deliver(
+    service: Service, request: Request, plan: Plan, ways: Callable[[Generation], Ways], *, stream: bool
+) -> Response:
+    """Runs `plan` and answers in one of its `ways`. However it ends, and also when the client goes away, nothing of it
+    goes on."""
+    generation = Generation(service, plan)
+    try:
+        way = ways(generation)
+        if stream:
+            events = way.events(request.scope["state"].get(REQUEST_ID, ""))
+            return EventStream(events, generation.close, service.limits.sse_keepalive_s)
+        wholes = await unless_gone(request.receive, collect(generation))
+    except BaseException:
         generation.close()
-        if wholes is None:
-            return Response(status_code=CLIENT_GONE)
-        return Response(shape.whole(wholes), media_type="application/json")
+        raise
+    generation.close()
+    if wholes is None:
+        return Response(status_code=CLIENT_GONE)
+    return Response(way.whole(wholes), media_type="application/json")
 
 
-def _tenant(request: Request) -> str:
-    return str(request.scope.get("state", {}).get(TENANT, ""))
+def told(error: Exception, request_id: str) -> TerraceError:
+    """What a client is told of an error after its answer has begun; what nobody expected goes to the log."""
+    if isinstance(error, TerraceError):
+        return error
+    # Type only: the message may quote the prompt.
+    log.error("stream %s failed: %s", request_id, type(error).__name__, extra={REQUEST_ID: request_id})
+    return UNEXPECTED
 
 
 async def _events(
@@ -184,13 +211,8 @@ async def _events(
                 if usage_in == "all":
                     tail = shape.usage_tail()
                 yield shape.chunk(choice.index, piece, choice.stop_reason, tail)
-    except TerraceError as error:
-        yield event(error_body(error))
-        return
     except Exception as error:  # noqa: BLE001 - the answer has begun, so the error goes into it
-        # Type only: the message may quote the prompt.
-        log.error("stream %s failed: %s", request_id, type(error).__name__, extra={REQUEST_ID: request_id})
-        yield event(error_body(UNEXPECTED))
+        yield event(error_body(told(error, request_id)))
         return
     if usage_in != "none":
         yield shape.usage_chunk()

@@ -74,6 +74,9 @@ class Plan:
     client_stop_ids: frozenset[int]
     score_only: bool
     """max_tokens was 0: the engine makes one token, which nobody sees."""
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+    """Log-probabilities name a token by its number."""
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -103,7 +106,9 @@ async def plan_completion(service: Service, encoder: Encoder, request: Completio
     if request.max_tokens == 0 and not (request.echo or request.prompt_logprobs is not None):
         raise InvalidRequest("'max_tokens' 0 generates nothing; use at least 1, or set echo", param="max_tokens")
     echo = bool(request.echo)
-    prompts = [await _prompt(service, encoder, item, index, echo) for index, item in enumerate(request.prompt)]
+    special = request.add_special_tokens is not False
+    prompts = [await _prompt(service, encoder, item, index, echo, special) for index, item in enumerate(request.prompt)]
+    prompts = [_last_tokens(service, prompt, request, request.max_tokens) for prompt in prompts]
     for prompt in prompts:
         _check_fits(service, len(prompt.ids), request.max_tokens or 1, "prompt")
     return _plan(
@@ -129,7 +134,8 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
         raise InvalidRequest("'top_logprobs' needs logprobs: true", param="top_logprobs")
     _at_most(service.limits.max_logprobs, request.top_logprobs or 0, "top_logprobs")
     text = render_chat(service, request.messages, True, request.chat_template_kwargs or {})
-    prompt = Prompt(await encoder.encode(text, add_special_tokens=False), "")
+    prompt = Prompt(await encoder.encode(text, add_special_tokens=bool(request.add_special_tokens)), "")
+    prompt = _last_tokens(service, prompt, request, max_tokens)
     if not prompt.ids:
         raise InvalidRequest("'messages' render to an empty prompt", param="messages")
     _check_fits(service, len(prompt.ids), 1, "messages")
@@ -190,6 +196,9 @@ def _check_common(service: Service, request: GenerationRequest) -> None:
         )
     check_ids(service, sorted(request.logit_bias or ()), "logit_bias")
     check_ids(service, request.stop_token_ids or (), "stop_token_ids")
+    check_ids(service, request.allowed_token_ids or (), "allowed_token_ids")
+    if request.truncate_prompt_tokens == 0:
+        raise InvalidRequest("'truncate_prompt_tokens' must be -1 or at least 1, got 0", param="truncate_prompt_tokens")
 
 
 def _at_most(limit: int, value: int, param: str) -> None:
@@ -197,10 +206,12 @@ def _at_most(limit: int, value: int, param: str) -> None:
         raise InvalidRequest(f"'{param}' must be at most {limit} on this server, got {value}", param=param)
 
 
-async def _prompt(service: Service, encoder: Encoder, item: str | list[int], index: int, echo: bool) -> Prompt:
+async def _prompt(
+    service: Service, encoder: Encoder, item: str | list[int], index: int, echo: bool, special: bool
+) -> Prompt:
     where = f"prompt[{index}]" if index else "prompt"
     if isinstance(item, str):
-        ids = await encoder.encode(item, add_special_tokens=True)
+        ids = await encoder.encode(item, add_special_tokens=special)
         if not item or not ids:
             raise InvalidRequest(f"'{where}' must not be empty", param="prompt")
         return Prompt(ids, item)
@@ -208,6 +219,17 @@ async def _prompt(service: Service, encoder: Encoder, item: str | list[int], ind
         raise InvalidRequest(f"'{where}' must not be empty", param="prompt")
     check_ids(service, item, where)
     return Prompt(item, service.tokenizer.decode(item, skip_special_tokens=False) if echo else "")
+
+
+def _last_tokens(service: Service, prompt: Prompt, request: GenerationRequest, max_tokens: int | None) -> Prompt:
+    """The end of `prompt` that `truncate_prompt_tokens` keeps; -1 leaves room for the output that was asked for."""
+    keep = request.truncate_prompt_tokens
+    if keep == -1:
+        keep = max(1, service.max_model_len - max(1, max_tokens or 1))
+    if keep is None or len(prompt.ids) <= keep:
+        return prompt
+    ids = prompt.ids[-keep:]
+    return Prompt(ids, service.tokenizer.decode(ids, skip_special_tokens=False) if prompt.text else "")
 
 
 def _check_fits(service: Service, prompt_tokens: int, output_tokens: int, param: str) -> None:
@@ -305,7 +327,20 @@ def _plan(
         skip_special_tokens=request.skip_special_tokens is not False,
         client_stop_ids=frozenset(request.stop_token_ids or ()),
         score_only=request.max_tokens == 0,
+        token_ids=bool(request.return_token_ids),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
     )
+
+
+def _bad_sequences(service: Service, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The words as the tokenizer writes them, at the start of a text and after a space, where that is other tokens."""
+    tokenizer = service.tokenizer
+    found = [
+        tuple(tokenizer.encode(text, add_special_tokens=False, param="bad_words"))
+        for word in words
+        for text in (word, f" {word.lstrip()}")
+    ]
+    return tuple(dict.fromkeys(ids for ids in found if ids))
 
 
 def _targets(service: Service, request: GenerationRequest) -> Targets:
@@ -350,4 +385,6 @@ def _sampling(service: Service, request: GenerationRequest) -> SamplingParams:
         logit_bias=request.logit_bias or {},
         min_tokens=request.min_tokens or 0,
         stop_token_ids=stops if request.ignore_eos else stops | frozenset(service.tokenizer.eos_token_ids),
+        allowed_token_ids=tuple(dict.fromkeys(request.allowed_token_ids or ())),
+        bad_sequences=_bad_sequences(service, request.bad_words or ()),
     )
