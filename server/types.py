@@ -91,8 +91,8 @@ class SamplingParams:
     `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` and `min_p == 0` switch the filters off.
     `stop_token_ids` already holds the model's EOS ids unless the client asked to ignore them.
     `logprobs` / `prompt_logprobs`: None for none, else the number of alternatives per token (0: only the token's own).
-    `allowed_token_ids`: nothing else is chosen; empty: anything. `bad_sequences`: runs of tokens that are not completed,
-    as far as they are generated; none is empty.
+    `allowed_token_ids`: nothing else is chosen; empty: anything. `bad_sequences`: runs of tokens that the output does
+    not complete; none of them is empty.
     """
 
     max_tokens: int

@@ -8,18 +8,20 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
-from server.api import errors, schema
+from server.api import errors, responses_schema, schema
 from server.api.admin import AdminRoutes
 from server.api.auth import BearerAuth
 from server.api.middleware import RequestContext
 from server.api.openai import OpenAIRoutes
 from server.api.ops import OpsRoutes
 from server.api.requests import Encoder
+from server.api.responses import ResponseRoutes
 from server.api.service import Service
 
 _BODIES = (
     schema.CompletionRequest,
     schema.ChatRequest,
+    responses_schema.ResponseRequest,
     schema.TokenizeRequest,
     schema.DetokenizeRequest,
     schema.CacheRequest,
@@ -39,7 +41,12 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    parts = (OpenAIRoutes(service, encoder), AdminRoutes(service, encoder), OpsRoutes(service))
+    parts = (
+        OpenAIRoutes(service, encoder),
+        ResponseRoutes(service, encoder),
+        AdminRoutes(service, encoder),
+        OpsRoutes(service),
+    )
     for part in parts:
         app.include_router(part.router)
     errors.install(app)

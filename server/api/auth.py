@@ -32,7 +32,7 @@ def tenant_of(key_hash: bytes) -> str:
 
 
 def request_tenant(scope: Scope) -> str:
-    """The tenant of the request's API key; empty where there are no keys."""
+    """The tenant whose request this is; empty where there are no API keys."""
     return str(scope.get("state", {}).get(TENANT, ""))
 
 

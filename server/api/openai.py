@@ -48,7 +48,7 @@ _WHEN = {
     503: "Starting or shutting down; Retry-After says when to try again.",
 }
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415, 500)
-_SSE = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks as server-sent events."}}}
+SSE = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks as server-sent events."}}}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class OpenAIRoutes:
         for path, handler, body, answer in posts:
             generates = path.startswith("/v1/")
             refusals = errors(*_BODY_ERRORS, 429, *([503] if generates else []))
-            ok = answers(answer, **({"content": _SSE} if generates else {}))
+            ok = answers(answer, **({"content": SSE} if generates else {}))
             add(path, handler, methods=["POST"], openapi_extra=body_of(body), responses=ok | refusals)
         add("/v1/models", self.models, methods=["GET"], responses=answers(schema.ModelList) | errors(401))
         one = answers(schema.ModelCard) | errors(401, 404)

@@ -327,7 +327,7 @@ class ChatRequest(GenerationRequest):
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = Field(
-        default=None, min_length=1, max_length=1, description="Only [\"text\"]."
+        default=None, min_length=1, max_length=1, description='Only ["text"].'
     )
     parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
     tool_choice: Literal["none", "auto"] | None = None

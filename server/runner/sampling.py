@@ -232,7 +232,9 @@ class Sampler:
         barred = [
             (i, t) for i, s in enumerate(specs) if s.generated < s.params.min_tokens for t in self._stops(s.params)
         ]
-        barred += [(i, t) for i, s in enumerate(specs) if s.params.bad_sequences for t in _completing(s) if t < self.vocab]
+        barred += [
+            (i, t) for i, s in enumerate(specs) if s.params.bad_sequences for t in _completing(s) if t < self.vocab
+        ]
         if barred:
             rows, tokens = zip(*barred, strict=True)
             x[_index(rows, x), _index(tokens, x)] = -torch.inf
