@@ -97,6 +97,7 @@ class Daemon:
     metrics: Metrics
     model_name: str
     summary: str
+    embedding_dimensions: int
     recorder: Recorder | None = None
 
     async def open(self) -> None:
@@ -187,7 +188,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         f"attention {backend}"
         + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
-    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder)
+    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, model.geometry.hidden, recorder)
 
 
 async def serve(config: Config, disk: OsIo | None = None) -> int:
@@ -243,6 +244,8 @@ def service_of(daemon: Daemon) -> Service:
         api_key_hashes=hash_keys(key_weights(daemon.config.server.api_keys)),
         admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
         default_targets=_targets(daemon.config),
+        pooling=daemon.config.model.embedding_pooling,
+        embedding_dimensions=daemon.embedding_dimensions,
     )
 
 

@@ -8,9 +8,10 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
-from server.api import errors, responses_schema, schema
+from server.api import embedding_schema, errors, response_schema, schema
 from server.api.admin import AdminRoutes
 from server.api.auth import BearerAuth
+from server.api.embeddings import EmbeddingRoutes
 from server.api.middleware import RequestContext
 from server.api.openai import OpenAIRoutes
 from server.api.ops import OpsRoutes
@@ -21,7 +22,8 @@ from server.api.service import Service
 _BODIES = (
     schema.CompletionRequest,
     schema.ChatRequest,
-    responses_schema.ResponseRequest,
+    response_schema.ResponseRequest,
+    embedding_schema.EmbeddingRequest,
     schema.TokenizeRequest,
     schema.DetokenizeRequest,
     schema.CacheRequest,
@@ -44,6 +46,7 @@ def create_app(service: Service) -> FastAPI:
     parts = (
         OpenAIRoutes(service, encoder),
         ResponseRoutes(service, encoder),
+        EmbeddingRoutes(service, encoder),
         AdminRoutes(service, encoder),
         OpsRoutes(service),
     )

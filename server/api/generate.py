@@ -18,7 +18,7 @@ from server.api.service import Service
 from server.engine import GenerateSpec, Stream
 from server.errors import NotReady, StepFailed, TerraceError
 from server.text import TextStream
-from server.types import DEVICE, DRAM, SSD, FinishReason, TokenEvent, TokenLogprobs
+from server.types import DEVICE, DRAM, SSD, FinishReason, TokenEvent, TokenLogprobs, Vector
 
 MERGE_QUEUE = 64
 """Pieces that wait for a slow client of a many-choice stream; more stay, joined, in the engine's streams."""
@@ -62,6 +62,7 @@ class Choice:
         self.finish: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.pooled: Vector | None = None
         self._service = service
         self._plan = plan
         self._prompt = prompt
@@ -95,6 +96,7 @@ class Choice:
             if event.prompt_logprobs is not None:
                 self.prompt_logprobs.extend(event.prompt_logprobs)
         last = events[-1]
+        self.pooled = last.pooled
         if last.finish in (FinishReason.ABORT, FinishReason.ERROR):
             raise self._aborted(last)
         piece = Piece("")

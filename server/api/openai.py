@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -160,10 +161,12 @@ class OpenAIRoutes:
 
 
 class Ways(NamedTuple):
-    """How to answer one generation: at once, or by server-sent events, which get the request's id for the log."""
+    """How to answer one generation: at once, or by server-sent events, which get the request's id for the log. `heavy`:
+    making the whole takes long, so it is done off the loop thread."""
 
     whole: Callable[[Sequence[Whole]], bytes]
-    events: Callable[[str], AsyncGenerator[bytes, None]]
+    events: Callable[[str], AsyncGenerator[bytes, None]] | None = None
+    heavy: bool = False
 
 
 async def deliver(
@@ -175,6 +178,7 @@ async def deliver(
     try:
         way = ways(generation)
         if stream:
+            assert way.events is not None, "who streams has events"
             events = way.events(request.scope["state"].get(REQUEST_ID, ""))
             return EventStream(events, generation.close, service.limits.sse_keepalive_s)
         wholes = await unless_gone(request.receive, collect(generation))
@@ -184,7 +188,8 @@ async def deliver(
     generation.close()
     if wholes is None:
         return Response(status_code=CLIENT_GONE)
-    return Response(way.whole(wholes), media_type="application/json")
+    body = await asyncio.to_thread(way.whole, wholes) if way.heavy else way.whole(wholes)
+    return Response(body, media_type="application/json")
 
 
 def told(error: Exception, request_id: str) -> TerraceError:

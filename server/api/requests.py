@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from server.api.embedding_schema import EmbeddingRequest
 from server.api.schema import ChatRequest, CompletionRequest, GenerationRequest, Message
 from server.api.service import Service
 from server.engine import GenerateSpec
@@ -108,7 +109,8 @@ async def plan_completion(service: Service, encoder: Encoder, request: Completio
     echo = bool(request.echo)
     special = request.add_special_tokens is not False
     prompts = [await _prompt(service, encoder, item, index, echo, special) for index, item in enumerate(request.prompt)]
-    prompts = [_last_tokens(service, prompt, request, request.max_tokens) for prompt in prompts]
+    keep_tokens, room = request.truncate_prompt_tokens, request.max_tokens or 1
+    prompts = [_last_tokens(service, prompt, keep_tokens, room) for prompt in prompts]
     for prompt in prompts:
         _check_fits(service, len(prompt.ids), request.max_tokens or 1, "prompt")
     return _plan(
@@ -135,7 +137,7 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
     _at_most(service.limits.max_logprobs, request.top_logprobs or 0, "top_logprobs")
     text = render_chat(service, request.messages, True, request.chat_template_kwargs or {})
     prompt = Prompt(await encoder.encode(text, add_special_tokens=bool(request.add_special_tokens)), "")
-    prompt = _last_tokens(service, prompt, request, max_tokens)
+    prompt = _last_tokens(service, prompt, request.truncate_prompt_tokens, max_tokens or 1)
     if not prompt.ids:
         raise InvalidRequest("'messages' render to an empty prompt", param="messages")
     _check_fits(service, len(prompt.ids), 1, "messages")
@@ -149,6 +151,41 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
         generate=keep,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         echo=False,
+    )
+
+
+async def plan_embeddings(service: Service, encoder: Encoder, request: EmbeddingRequest, tenant: str) -> Plan:
+    """One sequence per input, which ends with its prompt. Raises TerraceError for what cannot be served."""
+    check_model(service, request.model)
+    inputs, limit = request.input, service.limits.max_embedding_inputs
+    if len(inputs) > limit:
+        raise InvalidRequest(f"'input': at most {limit} inputs per request, got {len(inputs)}", param="input")
+    if (request.dimensions or 0) > service.embedding_dimensions:
+        raise InvalidRequest(
+            f"'dimensions' must be at most {service.embedding_dimensions} with this model, got {request.dimensions}",
+            param="dimensions",
+        )
+    _check_truncation(request)
+    special = request.add_special_tokens is not False
+    prompts = [await _prompt(service, encoder, item, i, False, special, "input") for i, item in enumerate(inputs)]
+    prompts = [_last_tokens(service, prompt, request.truncate_prompt_tokens, 0) for prompt in prompts]
+    for prompt in prompts:
+        _check_fits(service, len(prompt.ids), 0, "input")
+    urgency = ServiceClass(tenant, request.priority or 0, background=request.service_tier == "flex")
+    params = SamplingParams(max_tokens=0, pooling=service.pooling)
+    salt = cache_salt(tenant, request.cache_salt)
+    return Plan(
+        prompts=prompts,
+        specs=[[GenerateSpec(prompt.ids, params, salt, urgency)] for prompt in prompts],
+        keep=1,
+        logprobs=None,
+        prompt_logprobs=None,
+        echo=False,
+        stops=(),
+        include_stop=False,
+        skip_special_tokens=True,
+        client_stop_ids=frozenset(),
+        score_only=True,
     )
 
 
@@ -197,6 +234,10 @@ def _check_common(service: Service, request: GenerationRequest) -> None:
     check_ids(service, sorted(request.logit_bias or ()), "logit_bias")
     check_ids(service, request.stop_token_ids or (), "stop_token_ids")
     check_ids(service, request.allowed_token_ids or (), "allowed_token_ids")
+    _check_truncation(request)
+
+
+def _check_truncation(request: GenerationRequest | EmbeddingRequest) -> None:
     if request.truncate_prompt_tokens == 0:
         raise InvalidRequest("'truncate_prompt_tokens' must be -1 or at least 1, got 0", param="truncate_prompt_tokens")
 
@@ -207,25 +248,30 @@ def _at_most(limit: int, value: int, param: str) -> None:
 
 
 async def _prompt(
-    service: Service, encoder: Encoder, item: str | list[int], index: int, echo: bool, special: bool
+    service: Service,
+    encoder: Encoder,
+    item: str | list[int],
+    index: int,
+    echo: bool,
+    special: bool,
+    param: str = "prompt",
 ) -> Prompt:
-    where = f"prompt[{index}]" if index else "prompt"
+    where = f"{param}[{index}]" if index else param
     if isinstance(item, str):
         ids = await encoder.encode(item, add_special_tokens=special)
         if not item or not ids:
-            raise InvalidRequest(f"'{where}' must not be empty", param="prompt")
+            raise InvalidRequest(f"'{where}' must not be empty", param=param)
         return Prompt(ids, item)
     if not item:
-        raise InvalidRequest(f"'{where}' must not be empty", param="prompt")
+        raise InvalidRequest(f"'{where}' must not be empty", param=param)
     check_ids(service, item, where)
     return Prompt(item, service.tokenizer.decode(item, skip_special_tokens=False) if echo else "")
 
 
-def _last_tokens(service: Service, prompt: Prompt, request: GenerationRequest, max_tokens: int | None) -> Prompt:
-    """The end of `prompt` that `truncate_prompt_tokens` keeps; -1 leaves room for the output that was asked for."""
-    keep = request.truncate_prompt_tokens
+def _last_tokens(service: Service, prompt: Prompt, keep: int | None, output_tokens: int) -> Prompt:
+    """The end of `prompt`: `keep` tokens, or for -1 as many as fit beside `output_tokens`."""
     if keep == -1:
-        keep = max(1, service.max_model_len - max(1, max_tokens or 1))
+        keep = max(1, service.max_model_len - output_tokens)
     if keep is None or len(prompt.ids) <= keep:
         return prompt
     ids = prompt.ids[-keep:]

@@ -15,7 +15,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api import responses_schema as wire
+from server.api import response_schema as wire
 from server.api import schema
 from server.api.auth import request_tenant
 from server.api.generate import Choice, Generation, Shown, Whole

@@ -10,7 +10,7 @@ from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
 from server.text import Tokenizer
-from server.types import NO_TARGETS, Targets
+from server.types import NO_TARGETS, Pooling, Targets
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Service:
     admin_key_hashes: Sequence[bytes] = ()
     default_targets: Targets = NO_TARGETS
     """Of requests that name none; not of those in the background."""
+    pooling: Pooling = "last"
+    embedding_dimensions: int = 0
+    """How hidden states become an embedding, and the length of those."""
 
     @property
     def max_model_len(self) -> int:

@@ -14,7 +14,7 @@ from openai.types.responses import Response as ResponseType
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from server.api.responses_schema import ResponseRequest
+from server.api.response_schema import ResponseRequest
 from server.types import FinishReason
 from tests.unit.api_fake import FakeEngine, client, make_app, text_reply
 
