@@ -18,7 +18,10 @@ class EmbeddingRequest(_Request):
         default=None, description="base64: of little-endian float32; default: float."
     )
     dimensions: int | None = Field(
-        default=None, ge=1, le=INT31, description="Only so many of the first components, scaled to length 1 again."
+        default=None,
+        ge=1,
+        le=INT31,
+        description="The first so many components, scaled to length 1 again; default: all.",
     )
     user: ShortText | None = Field(default=None, description="Accepted; has no effect.")
     truncate_prompt_tokens: int | None = Field(

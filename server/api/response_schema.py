@@ -161,7 +161,7 @@ class ResponseRequest(GenerationRequest):
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; the answer repeats it.")
     parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
     max_tool_calls: int | None = Field(default=None, ge=1, le=INT31, description="Accepted; there are no tools.")
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
     tools: NoneOrEmpty | None = None
     background: Annotated[bool, AfterValidator(_foreground)] | None = Field(
         default=None, description="Only false: nothing is stored, so there would be nothing to fetch."

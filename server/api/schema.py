@@ -325,15 +325,15 @@ class ChatRequest(GenerationRequest):
     store: bool | None = Field(default=None, description="Accepted; nothing is ever stored.")
     metadata: Metadata | None = Field(default=None, description="Accepted; has no effect.")
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(default=None, description="Only plain text.")
     modalities: list[Literal["text"]] | None = Field(
         default=None, min_length=1, max_length=1, description='Only ["text"].'
     )
     parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
     tools: NoneOrEmpty | None = None
     functions: NoneOrEmpty | None = None
-    function_call: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
     verbosity: Literal["medium"] | None = Field(default=None, description="Only medium.")
     audio: NoneOnly = None
     prediction: NoneOnly = None

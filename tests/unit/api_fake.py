@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import httpx
+import numpy as np
 from fastapi import FastAPI
 
 from server.api.app import create_app
@@ -117,6 +118,10 @@ class FakeStream:
 
     def _script(self) -> Iterator[TokenEvent]:
         params, prompt = self.spec.params, self.spec.prompt
+        if params.pooling is not None:
+            vector = np.array([len(prompt), prompt[0], 4, 0], np.float32)
+            yield TokenEvent(self.request_id, None, finish=FinishReason.LENGTH, pooled=vector)
+            return
         known = None
         if params.prompt_logprobs is not None:
             known = [self._logprobs(token, params.prompt_logprobs) for token in prompt[1:]]
@@ -261,6 +266,7 @@ def make_app(
             api_key_hashes=hash_keys(keys),
             admin_key_hashes=hash_keys(admin_keys),
             default_targets=default_targets,
+            embedding_dimensions=4,
         )
     )
 
