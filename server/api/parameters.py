@@ -88,7 +88,7 @@ def _values(shape: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return _values(definitions[shape["$ref"].rpartition("/")[2]], definitions)
     if alternatives := shape.get("anyOf") or shape.get("oneOf"):
         found = dict.fromkeys(_values(inner, definitions) for inner in alternatives)
-        return " or ".join(words for words in found if words)
+        return "; or ".join(words for words in found if words)
     if "const" in shape or "enum" in shape:
         return ", ".join(f"`{str(v).lower()}`" for v in shape.get("enum", [shape.get("const")]))
     kind = shape.get("type", "any")
@@ -143,7 +143,7 @@ def page() -> str:
     for route in ROUTES:
         rows = list(parameters(route))
         counts = Counter(row.status for row in rows if row.of_openai)
-        told = ", ".join(f"{counts[status]} {status}" for status in (IMPLEMENTED, ACCEPTED, DEFAULT_ONLY, REFUSED))
+        told = "; ".join(f"{counts[status]} {status}" for status in (IMPLEMENTED, ACCEPTED, DEFAULT_ONLY, REFUSED))
         lines += ["", f"## {route}", "", f"Of OpenAI's {sum(counts.values())} parameters: {told}."]
         for of_openai, title in ((True, "OpenAI's"), (False, "extension")):
             lines += ["", f"| {title} | | values | |", "|---|---|---|---|"]

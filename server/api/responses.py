@@ -54,10 +54,9 @@ class ResponseRoutes:
         add(PATH, self.create, methods=["POST"], openapi_extra=body, responses=whole | refusals)
         counted = answers(wire.InputTokens) | refusals
         add(f"{PATH}/input_tokens", self.count, methods=["POST"], openapi_extra=body, responses=counted)
-        gone = errors(401, 404)
-        add(f"{PATH}/{{response_id}}", self.missing, methods=["GET", "DELETE"], responses=gone, status_code=404)
-        add(f"{PATH}/{{response_id}}/cancel", self.missing, methods=["POST"], responses=gone, status_code=404)
-        add(f"{PATH}/{{response_id}}/input_items", self.missing, methods=["GET"], responses=gone, status_code=404)
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")):
+            path = f"{PATH}/{{response_id}}{path}"
+            add(path, self.missing, methods=[method], responses=errors(401, 404), status_code=404)
 
     async def create(self, request: Request) -> Response:
         """Generate the assistant's next turn, as an item."""
