@@ -167,10 +167,12 @@ async def plan_embeddings(service: Service, encoder: Encoder, request: Embedding
         )
     _check_truncation(request)
     special = request.add_special_tokens is not False
-    prompts = [await _prompt(service, encoder, item, i, False, special, "input") for i, item in enumerate(inputs)]
-    prompts = [_last_tokens(service, prompt, request.truncate_prompt_tokens, 0) for prompt in prompts]
-    for prompt in prompts:
-        _check_fits(service, len(prompt.ids), 0, "input")
+    prompts = []
+    for index, item in enumerate(inputs):
+        prompt = await _prompt(service, encoder, item, index, False, special, "input")
+        prompts.append(_last_tokens(service, prompt, request.truncate_prompt_tokens, 0))
+        _check_fits(service, len(prompts[-1].ids), 0, "input")
+        await asyncio.sleep(0)  # a thousand inputs of a millisecond each must not hold the loop up
     urgency = ServiceClass(tenant, request.priority or 0, background=request.service_tier == "flex")
     params = SamplingParams(max_tokens=0, pooling=service.pooling)
     salt = cache_salt(tenant, request.cache_salt)

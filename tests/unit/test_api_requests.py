@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api import requests, schema
+from server.api.embedding_schema import EmbeddingRequest
+from server.api.response_schema import ResponseRequest
 from server.errors import InvalidRequest
 from server.types import NO_TARGETS, ONLINE, Targets
 from tests.unit.api_fake import EOS, ByteTokenizer, FakeEngine, client, make_app, text_reply
@@ -390,12 +392,28 @@ JSONISH = st.recursive(
 
 @given(
     st.dictionaries(
-        st.sampled_from([*schema.ChatRequest.model_fields, *schema.CompletionRequest.model_fields])
+        st.sampled_from(
+            [
+                *schema.ChatRequest.model_fields,
+                *schema.CompletionRequest.model_fields,
+                *ResponseRequest.model_fields,
+                *EmbeddingRequest.model_fields,
+            ]
+        )
         | st.text(max_size=4),
         JSONISH,
         max_size=5,
     ),
-    st.sampled_from([schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest]),
+    st.sampled_from(
+        [
+            schema.CompletionRequest,
+            schema.ChatRequest,
+            ResponseRequest,
+            EmbeddingRequest,
+            schema.TokenizeRequest,
+            schema.DetokenizeRequest,
+        ]
+    ),
 )
 def test_any_json_is_a_request_or_one_sentence(body: dict[str, Any], model: type[schema.BaseModel]) -> None:
     """Whatever JSON comes, the parser gives a request or InvalidRequest with a bounded sentence; nothing else."""
