@@ -102,6 +102,7 @@ class Daemon:
     metrics: Metrics
     model_name: str
     summary: str
+    embedding_dimensions: int
     recorder: Recorder | None = None
     vault: Vault | None = None
 
@@ -198,7 +199,9 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         f"attention {backend}"
         + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
-    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder, vault)
+    return Daemon(
+        config, engine, runner, tiers, tokenizer, metrics, name, summary, model.geometry.hidden, recorder, vault
+    )
 
 
 async def serve(config: Config, disk: OsIo | None = None) -> int:
@@ -264,6 +267,8 @@ def service_of(daemon: Daemon) -> Service:
         admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
         default_targets=_targets(daemon.config),
         vault=daemon.vault,
+        pooling=daemon.config.model.embedding_pooling,
+        embedding_dimensions=daemon.embedding_dimensions,
     )
 
 

@@ -139,6 +139,10 @@ class ModelConfig(_Section):
     chat_template: Path | None = Field(
         default=None, description="Jinja file to use in place of the model's own chat template."
     )
+    embedding_pooling: Literal["mean", "last"] = Field(
+        default="last",
+        description="Embeddings: the last token's hidden state, or the mean over all; only the former uses the cache.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="Seeds dummy weights and the sampling of requests that name no seed of their own."
     )
@@ -301,6 +305,7 @@ class ServerConfig(_Section):
         default=10.0, gt=0, description="How long a new connection or a begun request may take to send its headers."
     )
     max_prompts_per_request: Count = Field(default=64, ge=1, description="Prompts in one /v1/completions request.")
+    max_embedding_inputs: Count = Field(default=1024, ge=1, description="Inputs in one /v1/embeddings request.")
     max_choices: Count = Field(default=16, ge=1, description="Largest `n` and `best_of`, per prompt.")
     max_stop_strings: Count = Field(default=16, ge=0, description="Stop strings per request.")
     max_logprobs: Count = Field(default=20, ge=0, description="Largest number of alternatives per token in logprobs.")

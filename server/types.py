@@ -30,6 +30,11 @@ DRAM: TierName = "dram"
 SSD: TierName = "ssd"
 
 
+Pooling = Literal["mean", "last"]
+"""How the final hidden states of a prompt become one vector: their mean, or the last token's."""
+Vector = npt.NDArray[np.float32]
+
+
 class FinishReason(StrEnum):
     """Why a request ended. STOP and LENGTH are the client's own doing; the others are not."""
 
@@ -91,6 +96,9 @@ class SamplingParams:
     `temperature == 0` is greedy. `top_k == 0` and `top_p == 1` and `min_p == 0` switch the filters off.
     `stop_token_ids` already holds the model's EOS ids unless the client asked to ignore them.
     `logprobs` / `prompt_logprobs`: None for none, else the number of alternatives per token (0: only the token's own).
+    `allowed_token_ids`: nothing else is chosen; empty: anything. `bad_sequences`: runs of tokens that the output does
+    not complete; none of them is empty.
+    `pooling`: what is wanted is no token but the prompt's hidden state, pooled; then `max_tokens` is 0.
     """
 
     max_tokens: int
@@ -107,6 +115,9 @@ class SamplingParams:
     seed: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    allowed_token_ids: Sequence[int] = ()
+    bad_sequences: Sequence[Sequence[int]] = ()
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +207,16 @@ class StepRow:
     sample: SampleSpec | None = None
     prompt_logprobs: int | None = None
     targets: array[int] | None = None
+    pool: Pool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What to do with the hidden states of a row's tokens, after the final norm: add them to the request's own sum
+    (`mean`), and give the vector out if the prompt ends in this row (`ends`)."""
+
+    pooling: Pooling
+    ends: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +236,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outcome of one plan, aligned with its rows: the sampled token (None where the row samples nothing)."""
+    """Outcome of one plan, aligned with its rows: the sampled token (None where the row samples nothing). `pooled`: the
+    vectors, float32 [hidden], by the position of the row that a pooled prompt ended in."""
 
     id: int
     tokens: Sequence[int | None]
@@ -223,6 +245,7 @@ class StepResult:
     prompt_logprobs: Sequence[Sequence[TokenLogprobs] | None]
     started_s: float
     finished_s: float
+    pooled: Mapping[int, Vector] = field(default_factory=dict)
 
 
 class StepRunner(Protocol):
@@ -246,6 +269,7 @@ class TokenEvent:
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
     finish: FinishReason | None = None
     error: str | None = None
+    pooled: Vector | None = None
 
 
 @dataclass(frozen=True, slots=True)

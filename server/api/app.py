@@ -8,20 +8,24 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
-from server.api import batch_schema, errors, schema
+from server.api import batch_schema, embedding_schema, errors, response_schema, schema
 from server.api.admin import AdminRoutes
 from server.api.auth import BearerAuth
 from server.api.batches import BatchRoutes
+from server.api.embeddings import EmbeddingRoutes
 from server.api.files import FileRoutes
 from server.api.middleware import RequestContext
 from server.api.openai import OpenAIRoutes
 from server.api.ops import OpsRoutes
 from server.api.requests import Encoder
+from server.api.responses import ResponseRoutes
 from server.api.service import Service
 
 _BODIES = (
     schema.CompletionRequest,
     schema.ChatRequest,
+    response_schema.ResponseRequest,
+    embedding_schema.EmbeddingRequest,
     schema.TokenizeRequest,
     schema.DetokenizeRequest,
     schema.CacheRequest,
@@ -46,6 +50,8 @@ def create_app(service: Service) -> FastAPI:
         OpenAIRoutes(service, encoder),
         FileRoutes(service),
         BatchRoutes(service),
+        ResponseRoutes(service, encoder),
+        EmbeddingRoutes(service, encoder),
         AdminRoutes(service, encoder),
         OpsRoutes(service),
     )

@@ -18,7 +18,7 @@ from server.api.service import Service
 from server.engine import GenerateSpec, Stream
 from server.errors import NotReady, StepFailed, TerraceError
 from server.text import TextStream
-from server.types import DEVICE, DRAM, SSD, FinishReason, TokenEvent, TokenLogprobs
+from server.types import DEVICE, DRAM, SSD, FinishReason, TokenEvent, TokenLogprobs, Vector
 
 MERGE_QUEUE = 64
 """Pieces that wait for a slow client of a many-choice stream; more stay, joined, in the engine's streams."""
@@ -39,6 +39,8 @@ class Piece:
     text: str
     tokens: list[Shown] = field(default_factory=list)
     finish: FinishReason | None = None
+    ids: list[int] = field(default_factory=list)
+    """Every token counted, where the client asked for them; text and log-probabilities may come later."""
 
 
 class Aborted(TerraceError):
@@ -60,6 +62,7 @@ class Choice:
         self.finish: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.pooled: Vector | None = None
         self._service = service
         self._plan = plan
         self._prompt = prompt
@@ -80,7 +83,7 @@ class Choice:
         """What is new, per delivery of the engine; empty deliveries are swallowed. Raises what ended it early."""
         async for events in self.stream:
             piece = self._take(events)
-            if piece.text or piece.tokens or piece.finish is not None:
+            if piece.text or piece.tokens or piece.ids or piece.finish is not None:
                 yield piece
             if piece.finish is not None:
                 # A stop string ends the choice before the engine knows: give its frames back now.
@@ -93,6 +96,7 @@ class Choice:
             if event.prompt_logprobs is not None:
                 self.prompt_logprobs.extend(event.prompt_logprobs)
         last = events[-1]
+        self.pooled = last.pooled
         if last.finish in (FinishReason.ABORT, FinishReason.ERROR):
             raise self._aborted(last)
         piece = Piece("")
@@ -112,14 +116,16 @@ class Choice:
         hidden = last.finish is FinishReason.STOP and last.token in self._stop_ids and not self._plan.include_stop
         delta = self._text.push([event.token for event in events[: len(events) - hidden] if event.token is not None])
         text = delta.text
-        self.generated += delta.kept
+        counted = delta.kept + (hidden and delta.stopped is None)
+        self.generated += counted
+        if self._plan.token_ids:
+            piece.ids = [event.token for event in events[:counted] if event.token is not None]
         for event, offset in zip(events, delta.offsets, strict=False):
             if event.logprobs is not None:
                 self.logprob_sum += event.logprobs.logprob
                 if self._plan.logprobs is not None:
                     self._waiting.append(Shown(event.logprobs, event.logprobs.token, self._base + offset))
         if delta.stopped is None and last.finish is not None:
-            self.generated += hidden
             self.finish = last.finish
             if last.finish is FinishReason.STOP and last.token in self._plan.client_stop_ids:
                 self.stop_reason = last.token
@@ -240,17 +246,20 @@ class Whole:
     choice: Choice
     text: str
     tokens: list[Shown]
+    ids: list[int]
 
 
 async def collect(generation: Generation) -> list[Whole]:
     """Runs every choice to its end; per prompt the `keep` likeliest, in order of their index, or best first."""
     texts: dict[int, list[str]] = {choice.index: [] for choice in generation.choices}
     tokens: dict[int, list[Shown]] = {choice.index: [] for choice in generation.choices}
+    ids: dict[int, list[int]] = {choice.index: [] for choice in generation.choices}
     async with aclosing(generation.pieces()) as pieces:
         async for choice, piece in pieces:
             texts[choice.index].append(piece.text)
             tokens[choice.index].extend(piece.tokens)
-    wholes = [Whole(c, "".join(texts[c.index]), tokens[c.index]) for c in generation.choices]
+            ids[choice.index].extend(piece.ids)
+    wholes = [Whole(c, "".join(texts[c.index]), tokens[c.index], ids[c.index]) for c in generation.choices]
     per_prompt, keep = len(generation.plan.specs[0]), generation.plan.keep
     kept: list[Whole] = []
     for start in range(0, len(wholes), per_prompt):

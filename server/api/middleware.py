@@ -13,6 +13,7 @@ from typing import NamedTuple
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api import schema
 from server.api.errors import UNEXPECTED, BodyTimeout, UnsupportedMediaType, error_response
 from server.api.sse import CLIENT_GONE
 from server.errors import BodyTooLarge, InvalidRequest
@@ -21,7 +22,9 @@ from server.metrics import Metrics
 log = logging.getLogger("terrace.api")
 
 REQUEST_ID = "request_id"
-_GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+MAY_NAME = "may_name"
+"""Keys in the request's state: its id, and whether that was made here, so that the body may give a better one."""
+_GOOD_ID = re.compile(schema.REQUEST_ID_PATTERN)
 BODY_TIMEOUT_S = 60.0
 """A body that takes longer is a stuck or hostile client; 8 MiB in a minute is 1.1 Mbit/s."""
 DISCARD_BYTES = 64 * 2**20
@@ -44,15 +47,16 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})[REQUEST_ID] = request_id
+        state = scope.setdefault("state", {})
+        state[REQUEST_ID] = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+        state[MAY_NAME] = state[REQUEST_ID] != given
         status = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                MutableHeaders(scope=message)["X-Request-Id"] = state[REQUEST_ID]
             await send(message)
 
         try:
@@ -61,11 +65,11 @@ class RequestContext:
             # The message of an exception may quote the prompt, and prompts never go to the log: type and place only.
             place = traceback.extract_tb(error.__traceback__)[-6:]
             where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(place))
-            log.error("request failed: %s at %s", type(error).__name__, where, extra={REQUEST_ID: request_id})
+            log.error("request failed: %s at %s", type(error).__name__, where, extra={REQUEST_ID: state[REQUEST_ID]})
             if status == CLIENT_GONE:
                 await error_response(UNEXPECTED)(scope, receive, send_with_id)
         finally:
-            self._record(scope, status, request_id)
+            self._record(scope, status, state[REQUEST_ID])
 
     def _record(self, scope: Scope, status: int, request_id: str) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
@@ -115,6 +119,12 @@ def outside_strings(body: bytes, piece_bytes: int = SCAN_BYTES) -> Iterator[byte
         yield b"".join(parts[inside::2])
         inside ^= (len(parts) - 1) & 1
         start = end
+
+
+def name_request(scope: Scope, request_id: str | None) -> None:
+    """Take the id that a body gives, well formed, unless a header gave one."""
+    if request_id is not None and scope["state"][MAY_NAME]:
+        scope["state"][REQUEST_ID] = request_id
 
 
 async def _read_bytes(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
@@ -15,8 +16,8 @@ from starlette.responses import JSONResponse, Response
 from server.api import schema
 from server.api.auth import request_tenant
 from server.api.errors import UNEXPECTED
-from server.api.generate import Generation, collect
-from server.api.middleware import REQUEST_ID, read_json_body
+from server.api.generate import Generation, Whole, collect
+from server.api.middleware import REQUEST_ID, name_request, read_json_body
 from server.api.render import ChatFormat, CompletionFormat, Format
 from server.api.requests import Encoder, Plan, check_ids, check_model, plan_chat, plan_completion, render_chat
 from server.api.service import Service
@@ -51,7 +52,7 @@ _WHEN = {
     507: "The disk is full.",
 }
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415, 500)
-_SSE = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks as server-sent events."}}}
+SSE = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks as server-sent events."}}}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class OpenAIRoutes:
         for path, handler, body, answer in posts:
             generates = path.startswith("/v1/")
             refusals = errors(*_BODY_ERRORS, 429, *([503] if generates else []))
-            ok = answers(answer, **({"content": _SSE} if generates else {}))
+            ok = answers(answer, **({"content": SSE} if generates else {}))
             add(path, handler, methods=["POST"], openapi_extra=body_of(body), responses=ok | refusals)
         add("/v1/models", self.models, methods=["GET"], responses=answers(schema.ModelList) | errors(401))
         one = answers(schema.ModelCard) | errors(401, 404)
@@ -87,13 +88,15 @@ class OpenAIRoutes:
     async def completions(self, request: Request) -> Response:
         """Generate text that goes on from a prompt."""
         body = schema.parse(schema.CompletionRequest, await self._read(request))
-        plan = await plan_completion(self._service, self._encoder, body, _tenant(request))
+        name_request(request.scope, body.request_id)
+        plan = await plan_completion(self._service, self._encoder, body, request_tenant(request.scope))
         return await self._answer(request, CompletionFormat, plan, bool(body.stream), body.usage_in)
 
     async def chat(self, request: Request) -> Response:
         """Generate the assistant's next turn."""
         body = schema.parse(schema.ChatRequest, await self._read(request))
-        plan = await plan_chat(self._service, self._encoder, body, _tenant(request))
+        name_request(request.scope, body.request_id)
+        plan = await plan_chat(self._service, self._encoder, body, request_tenant(request.scope))
         return await self._answer(request, ChatFormat, plan, bool(body.stream), body.usage_in)
 
     async def tokenize(self, request: Request) -> Response:
@@ -150,26 +153,55 @@ class OpenAIRoutes:
     async def _answer(
         self, request: Request, make: type[Format], plan: Plan, stream: bool, usage_in: schema.UsageIn
     ) -> Response:
-        generation = Generation(self._service, plan)
-        try:
-            created = int(self._service.wall_clock())
-            name = self._service.model_name
-            shape = make(self._service.tokenizer, uuid4().hex, created, name, generation)
-            if stream:
-                events = _events(generation, shape, usage_in, request.scope["state"].get(REQUEST_ID, ""))
-                return EventStream(events, generation.close, self._service.limits.sse_keepalive_s)
-            wholes = await unless_gone(request.receive, collect(generation))
-        except BaseException:
-            generation.close()
-            raise
+        service = self._service
+
+        def ways(generation: Generation) -> Ways:
+            created = int(service.wall_clock())
+            shape = make(service.tokenizer, uuid4().hex, created, service.model_name, generation)
+            return Ways(shape.whole, lambda request_id: _events(generation, shape, usage_in, request_id))
+
+        return await deliver(service, request, plan, ways, stream=stream)
+
+
+class Ways(NamedTuple):
+    """How to answer one generation: at once, or by server-sent events, which get the request's id for the log. `heavy`:
+    making the whole takes long, so it is done off the loop thread."""
+
+    whole: Callable[[Sequence[Whole]], bytes]
+    events: Callable[[str], AsyncGenerator[bytes, None]] | None = None
+    heavy: bool = False
+
+
+async def deliver(
+    service: Service, request: Request, plan: Plan, ways: Callable[[Generation], Ways], *, stream: bool
+) -> Response:
+    """Runs `plan` and answers in one of its `ways`. However it ends, and also when the client goes away, nothing of it
+    goes on."""
+    generation = Generation(service, plan)
+    try:
+        way = ways(generation)
+        if stream:
+            assert way.events is not None, "who streams has events"
+            events = way.events(request.scope["state"].get(REQUEST_ID, ""))
+            return EventStream(events, generation.close, service.limits.sse_keepalive_s)
+        wholes = await unless_gone(request.receive, collect(generation))
+    except BaseException:
         generation.close()
-        if wholes is None:
-            return Response(status_code=CLIENT_GONE)
-        return Response(shape.whole(wholes), media_type="application/json")
+        raise
+    generation.close()
+    if wholes is None:
+        return Response(status_code=CLIENT_GONE)
+    body = await asyncio.to_thread(way.whole, wholes) if way.heavy else way.whole(wholes)
+    return Response(body, media_type="application/json")
 
 
-def _tenant(request: Request) -> str:
-    return request_tenant(request.scope)
+def told(error: Exception, request_id: str) -> TerraceError:
+    """What a client is told of an error after its answer has begun; what nobody expected goes to the log."""
+    if isinstance(error, TerraceError):
+        return error
+    # Type only: the message may quote the prompt.
+    log.error("stream %s failed: %s", request_id, type(error).__name__, extra={REQUEST_ID: request_id})
+    return UNEXPECTED
 
 
 async def _events(
@@ -187,13 +219,8 @@ async def _events(
                 if usage_in == "all":
                     tail = shape.usage_tail()
                 yield shape.chunk(choice.index, piece, choice.stop_reason, tail)
-    except TerraceError as error:
-        yield event(error_body(error))
-        return
     except Exception as error:  # noqa: BLE001 - the answer has begun, so the error goes into it
-        # Type only: the message may quote the prompt.
-        log.error("stream %s failed: %s", request_id, type(error).__name__, extra={REQUEST_ID: request_id})
-        yield event(error_body(UNEXPECTED))
+        yield event(error_body(told(error, request_id)))
         return
     if usage_in != "none":
         yield shape.usage_chunk()

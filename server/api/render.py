@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from server.api.generate import Generation, Piece, Shown, Whole
 from server.text import Tokenizer
@@ -17,12 +17,29 @@ LOWEST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON cannot say."""
 
 
+class TokenNames(Protocol):
+    """What log-probabilities call tokens: a `Tokenizer`, or a `NumberedTokens`."""
+
+    def token_text(self, id: int) -> str: ...
+    def token_bytes(self, id: int) -> bytes: ...
+
+
+class NumberedTokens:
+    """Calls tokens by their numbers, so that two with the same text can be told apart."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.token_bytes = tokenizer.token_bytes
+
+    def token_text(self, id: int) -> str:
+        return f"token_id:{id}"
+
+
 def _finite(logprob: float) -> float:
     # Written so that NaN fails the comparison too.
     return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Shown], count: int) -> dict[str, Any]:
+def completion_logprobs(tokenizer: TokenNames, tokens: Sequence[Shown], count: int) -> dict[str, Any]:
     """The `logprobs` object of /v1/completions: parallel lists. The first prompt token of an echo has none."""
     return {
         "text_offset": [shown.offset for shown in tokens],
@@ -32,7 +49,7 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Shown], count: in
     }
 
 
-def _top(tokenizer: Tokenizer, logprobs: TokenLogprobs, count: int) -> dict[str, float]:
+def _top(tokenizer: TokenNames, logprobs: TokenLogprobs, count: int) -> dict[str, float]:
     """Alternatives by text, likeliest first, the chosen one among them; of two tokens with one text the likelier."""
     shown: dict[str, float] = {}
     for token, logprob in (*logprobs.top[:count], (logprobs.token, logprobs.logprob)):
@@ -40,7 +57,7 @@ def _top(tokenizer: Tokenizer, logprobs: TokenLogprobs, count: int) -> dict[str,
     return shown
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Shown]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: TokenNames, tokens: Sequence[Shown]) -> dict[str, Any]:
     """The `logprobs` object of chat: one entry per token with its bytes and alternatives."""
     content = []
     for shown in tokens:
@@ -51,7 +68,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Shown]) -> dict[str, An
     return {"content": content, "refusal": None}
 
 
-def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _chat_token(tokenizer: TokenNames, token: int, logprob: float) -> dict[str, Any]:
     return {
         "token": tokenizer.token_text(token),
         "logprob": _finite(logprob),
@@ -81,11 +98,15 @@ class Format:
     kind: str
     chunk_kind: str
     id_prefix: str
+    prompt_ids_above = False
+    """Whether the prompt's ids stand beside the choices, of which all have the same prompt, or in each of them."""
 
     def __init__(self, tokenizer: Tokenizer, answer_id: str, created: int, model: str, generation: Generation) -> None:
         self._tokenizer = tokenizer
         self._generation = generation
         self._plan = generation.plan
+        self._names: TokenNames = NumberedTokens(tokenizer) if self._plan.tokens_as_ids else tokenizer
+        self._begun: set[int] = set()
         self._fields = {"id": f"{self.id_prefix}-{answer_id}", "created": created, "model": model}
         fixed = json.dumps({**self._fields, "object": self.chunk_kind}, separators=(",", ":"))
         self._head = f'data: {fixed[:-1]},"choices":['
@@ -94,6 +115,7 @@ class Format:
         """The answer of a request that does not stream."""
         choices = [self._choice(whole, index) for index, whole in enumerate(wholes)]
         body = {**self._fields, "object": self.kind, "choices": choices, "usage": self._generation.usage()}
+        body |= self._prompt_ids(0) if self.prompt_ids_above else {}
         return json.dumps(body, separators=(",", ":")).encode()
 
     def usage_tail(self) -> str:
@@ -115,7 +137,17 @@ class Format:
             "finish_reason": whole.choice.finish,
             "stop_reason": whole.choice.stop_reason,
             "prompt_logprobs": prompt_known,
+            **({"token_ids": whole.ids} if self._plan.token_ids else {}),
+            **({} if self.prompt_ids_above else self._prompt_ids(whole.choice.index)),
         }
+
+    def _prompt_ids(self, index: int) -> dict[str, list[int]]:
+        """The prompt of choice `index`, if the client wants to see it."""
+        prompt = self._plan.prompts[index // len(self._plan.specs[0])]
+        return {"prompt_token_ids": list(prompt.ids)} if self._plan.token_ids else {}
+
+    def _ids_of(self, piece: Piece) -> str:
+        return f'"token_ids":{json.dumps(piece.ids)},' if self._plan.token_ids else ""
 
     def _content(self, whole: Whole) -> dict[str, Any]:
         raise NotImplementedError
@@ -138,7 +170,7 @@ class CompletionFormat(Format):
 
     def _logprobs(self, tokens: Sequence[Shown]) -> dict[str, Any] | None:
         count = self._plan.logprobs
-        return None if count is None else completion_logprobs(self._tokenizer, tokens, count)
+        return None if count is None else completion_logprobs(self._names, tokens, count)
 
     def openings(self, tail: str) -> list[bytes]:
         return []
@@ -146,8 +178,12 @@ class CompletionFormat(Format):
     def chunk(self, index: int, piece: Piece, stop_reason: str | int | None, tail: str) -> bytes:
         logprobs = json.dumps(self._logprobs(piece.tokens)) if piece.tokens else "null"
         finish = "null" if piece.finish is None else f'"{piece.finish}","stop_reason":{json.dumps(stop_reason)}'
+        ids = self._ids_of(piece)
+        if ids and index not in self._begun:
+            self._begun.add(index)
+            ids = f"{json.dumps(self._prompt_ids(index))[1:-1]},{ids}"
         return (
-            f'{self._head}{{"index":{index},"text":{json.dumps(piece.text)},"logprobs":{logprobs},'
+            f'{self._head}{{"index":{index},"text":{json.dumps(piece.text)},"logprobs":{logprobs},{ids}'
             f'"finish_reason":{finish}}}]{tail}'
         ).encode()
 
@@ -156,26 +192,30 @@ class ChatFormat(Format):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
     id_prefix = "chatcmpl"
+    prompt_ids_above = True
 
     def _content(self, whole: Whole) -> dict[str, Any]:
-        logprobs = None if self._plan.logprobs is None else chat_logprobs(self._tokenizer, whole.tokens)
+        logprobs = None if self._plan.logprobs is None else chat_logprobs(self._names, whole.tokens)
         return {"message": {"role": "assistant", "content": whole.text, "refusal": None}, "logprobs": logprobs}
 
     def openings(self, tail: str) -> list[bytes]:
         delta = '{"role":"assistant","content":""}'
+        if self._plan.token_ids:
+            tail = f",{json.dumps(self._prompt_ids(0))[1:-1]}{tail}"
         return [self._event(index, delta, "null", "null", tail) for index in range(len(self._generation.choices))]
 
     def chunk(self, index: int, piece: Piece, stop_reason: str | int | None, tail: str) -> bytes:
         event = b""
-        if piece.text or piece.tokens:
-            logprobs = json.dumps(chat_logprobs(self._tokenizer, piece.tokens)) if piece.tokens else "null"
-            event = self._event(index, f'{{"content":{json.dumps(piece.text)}}}', logprobs, "null", tail)
+        if piece.text or piece.tokens or piece.ids:
+            logprobs = json.dumps(chat_logprobs(self._names, piece.tokens)) if piece.tokens else "null"
+            delta = f'{{"content":{json.dumps(piece.text)}}}'
+            event = self._event(index, delta, logprobs, "null", tail, self._ids_of(piece))
         if piece.finish is not None:
             finish = f'"{piece.finish}","stop_reason":{json.dumps(stop_reason)}'
             event += self._event(index, "{}", "null", finish, tail)
         return event
 
-    def _event(self, index: int, delta: str, logprobs: str, finish: str, tail: str) -> bytes:
+    def _event(self, index: int, delta: str, logprobs: str, finish: str, tail: str, ids: str = "") -> bytes:
         return (
-            f'{self._head}{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}]{tail}'
+            f'{self._head}{{"index":{index},"delta":{delta},"logprobs":{logprobs},{ids}"finish_reason":{finish}}}]{tail}'
         ).encode()

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from server.api.embedding_schema import EmbeddingRequest
 from server.api.schema import ChatRequest, CompletionRequest, GenerationRequest, Message
 from server.api.service import Service
 from server.engine import GenerateSpec
@@ -74,6 +75,9 @@ class Plan:
     client_stop_ids: frozenset[int]
     score_only: bool
     """max_tokens was 0: the engine makes one token, which nobody sees."""
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+    """Log-probabilities name a token by its number."""
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -103,7 +107,10 @@ async def plan_completion(service: Service, encoder: Encoder, request: Completio
     if request.max_tokens == 0 and not (request.echo or request.prompt_logprobs is not None):
         raise InvalidRequest("'max_tokens' 0 generates nothing; use at least 1, or set echo", param="max_tokens")
     echo = bool(request.echo)
-    prompts = [await _prompt(service, encoder, item, index, echo) for index, item in enumerate(request.prompt)]
+    special = request.add_special_tokens is not False
+    prompts = [await _prompt(service, encoder, item, index, echo, special) for index, item in enumerate(request.prompt)]
+    keep_tokens, room = request.truncate_prompt_tokens, request.max_tokens or 1
+    prompts = [_last_tokens(service, prompt, keep_tokens, room) for prompt in prompts]
     for prompt in prompts:
         _check_fits(service, len(prompt.ids), request.max_tokens or 1, "prompt")
     return _plan(
@@ -129,7 +136,8 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
         raise InvalidRequest("'top_logprobs' needs logprobs: true", param="top_logprobs")
     _at_most(service.limits.max_logprobs, request.top_logprobs or 0, "top_logprobs")
     text = render_chat(service, request.messages, True, request.chat_template_kwargs or {})
-    prompt = Prompt(await encoder.encode(text, add_special_tokens=False), "")
+    prompt = Prompt(await encoder.encode(text, add_special_tokens=bool(request.add_special_tokens)), "")
+    prompt = _last_tokens(service, prompt, request.truncate_prompt_tokens, max_tokens or 1)
     if not prompt.ids:
         raise InvalidRequest("'messages' render to an empty prompt", param="messages")
     _check_fits(service, len(prompt.ids), 1, "messages")
@@ -143,6 +151,43 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
         generate=keep,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         echo=False,
+    )
+
+
+async def plan_embeddings(service: Service, encoder: Encoder, request: EmbeddingRequest, tenant: str) -> Plan:
+    """One sequence per input, which ends with its prompt. Raises TerraceError for what cannot be served."""
+    check_model(service, request.model)
+    inputs, limit = request.input, service.limits.max_embedding_inputs
+    if len(inputs) > limit:
+        raise InvalidRequest(f"'input': at most {limit} inputs per request, got {len(inputs)}", param="input")
+    if (request.dimensions or 0) > service.embedding_dimensions:
+        raise InvalidRequest(
+            f"'dimensions' must be at most {service.embedding_dimensions} with this model, got {request.dimensions}",
+            param="dimensions",
+        )
+    _check_truncation(request)
+    special = request.add_special_tokens is not False
+    prompts = []
+    for index, item in enumerate(inputs):
+        prompt = await _prompt(service, encoder, item, index, False, special, "input")
+        prompts.append(_last_tokens(service, prompt, request.truncate_prompt_tokens, 0))
+        _check_fits(service, len(prompts[-1].ids), 0, "input")
+        await asyncio.sleep(0)  # a thousand inputs of a millisecond each must not hold the loop up
+    urgency = ServiceClass(tenant, request.priority or 0, background=request.service_tier == "flex")
+    params = SamplingParams(max_tokens=0, pooling=service.pooling)
+    salt = cache_salt(tenant, request.cache_salt)
+    return Plan(
+        prompts=prompts,
+        specs=[[GenerateSpec(prompt.ids, params, salt, urgency)] for prompt in prompts],
+        keep=1,
+        logprobs=None,
+        prompt_logprobs=None,
+        echo=False,
+        stops=(),
+        include_stop=False,
+        skip_special_tokens=True,
+        client_stop_ids=frozenset(),
+        score_only=True,
     )
 
 
@@ -190,6 +235,13 @@ def _check_common(service: Service, request: GenerationRequest) -> None:
         )
     check_ids(service, sorted(request.logit_bias or ()), "logit_bias")
     check_ids(service, request.stop_token_ids or (), "stop_token_ids")
+    check_ids(service, request.allowed_token_ids or (), "allowed_token_ids")
+    _check_truncation(request)
+
+
+def _check_truncation(request: GenerationRequest | EmbeddingRequest) -> None:
+    if request.truncate_prompt_tokens == 0:
+        raise InvalidRequest("'truncate_prompt_tokens' must be -1 or at least 1, got 0", param="truncate_prompt_tokens")
 
 
 def _at_most(limit: int, value: int, param: str) -> None:
@@ -197,17 +249,35 @@ def _at_most(limit: int, value: int, param: str) -> None:
         raise InvalidRequest(f"'{param}' must be at most {limit} on this server, got {value}", param=param)
 
 
-async def _prompt(service: Service, encoder: Encoder, item: str | list[int], index: int, echo: bool) -> Prompt:
-    where = f"prompt[{index}]" if index else "prompt"
+async def _prompt(
+    service: Service,
+    encoder: Encoder,
+    item: str | list[int],
+    index: int,
+    echo: bool,
+    special: bool,
+    param: str = "prompt",
+) -> Prompt:
+    where = f"{param}[{index}]" if index else param
     if isinstance(item, str):
-        ids = await encoder.encode(item, add_special_tokens=True)
+        ids = await encoder.encode(item, add_special_tokens=special)
         if not item or not ids:
-            raise InvalidRequest(f"'{where}' must not be empty", param="prompt")
+            raise InvalidRequest(f"'{where}' must not be empty", param=param)
         return Prompt(ids, item)
     if not item:
-        raise InvalidRequest(f"'{where}' must not be empty", param="prompt")
+        raise InvalidRequest(f"'{where}' must not be empty", param=param)
     check_ids(service, item, where)
     return Prompt(item, service.tokenizer.decode(item, skip_special_tokens=False) if echo else "")
+
+
+def _last_tokens(service: Service, prompt: Prompt, keep: int | None, output_tokens: int) -> Prompt:
+    """The end of `prompt`: `keep` tokens, or for -1 as many as fit beside `output_tokens`."""
+    if keep == -1:
+        keep = max(1, service.max_model_len - output_tokens)
+    if keep is None or len(prompt.ids) <= keep:
+        return prompt
+    ids = prompt.ids[-keep:]
+    return Prompt(ids, service.tokenizer.decode(ids, skip_special_tokens=False) if prompt.text else "")
 
 
 def _check_fits(service: Service, prompt_tokens: int, output_tokens: int, param: str) -> None:
@@ -305,7 +375,20 @@ def _plan(
         skip_special_tokens=request.skip_special_tokens is not False,
         client_stop_ids=frozenset(request.stop_token_ids or ()),
         score_only=request.max_tokens == 0,
+        token_ids=bool(request.return_token_ids),
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
     )
+
+
+def _bad_sequences(service: Service, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The words as the tokenizer writes them, at the start of a text and after a space, where that is other tokens."""
+    tokenizer = service.tokenizer
+    found = [
+        tuple(tokenizer.encode(text, add_special_tokens=False, param="bad_words"))
+        for word in words
+        for text in (word, f" {word.lstrip()}")
+    ]
+    return tuple(dict.fromkeys(ids for ids in found if ids))
 
 
 def _targets(service: Service, request: GenerationRequest) -> Targets:
@@ -350,4 +433,6 @@ def _sampling(service: Service, request: GenerationRequest) -> SamplingParams:
         logit_bias=request.logit_bias or {},
         min_tokens=request.min_tokens or 0,
         stop_token_ids=stops if request.ignore_eos else stops | frozenset(service.tokenizer.eos_token_ids),
+        allowed_token_ids=tuple(dict.fromkeys(request.allowed_token_ids or ())),
+        bad_sequences=_bad_sequences(service, request.bad_words or ()),
     )

@@ -9,8 +9,7 @@ default).
 
 from __future__ import annotations
 
-import difflib
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,12 +19,11 @@ from pydantic import (
     JsonValue,
     PlainValidator,
     Tag,
-    ValidationError,
     WithJsonSchema,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from server.errors import InvalidRequest
+from server.api.parsing import parse as parse
 
 MAX_CHOICES = 128
 """Static ceiling of `n` and `best_of`; the configured limit is usually lower."""
@@ -33,6 +31,8 @@ MAX_STOPS = 128
 MAX_STOP_CHARS = 1024
 """A stop string is searched for at every delivery and holds back that much text: it must stay short."""
 MAX_STOP_TOKENS = 128
+MAX_ALLOWED_TOKENS = 1024
+MAX_BAD_WORDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 1024
 MAX_MESSAGES = 4096
@@ -162,6 +162,7 @@ ShortText = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Metadata = Annotated[dict[str, str], Field(max_length=64)]
 
 
+REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:/+=-]{1,128}$"
 UsageIn = Literal["none", "last", "all"]
 
 
@@ -201,10 +202,37 @@ class GenerationRequest(_Request):
         default=None, description="Leave special tokens out of the text; default true."
     )
     seed: int | None = Field(default=None, ge=-INT63 - 1, le=INT63, description="Same seed, same output.")
+    allowed_token_ids: list[TokenId] | None = Field(
+        default=None, min_length=1, max_length=MAX_ALLOWED_TOKENS, description="Nothing else is generated."
+    )
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]] | None = Field(
+        default=None,
+        max_length=MAX_BAD_WORDS,
+        description="Not generated, as the tokenizer writes them: alone or after a space.",
+    )
+    add_special_tokens: bool | None = Field(
+        default=None, description="Let the tokenizer add its own, e.g. BOS; default: true for a prompt, not for a chat."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        default=None, ge=-1, le=INT31, description="Keep the prompt's last so many tokens; -1: as many as fit."
+    )
+    return_token_ids: bool | None = Field(
+        default=None, description="Answer with `token_ids` and `prompt_token_ids` too; the latter in the first chunk."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="Log-probabilities name tokens `token_id:NUMBER`."
+    )
+    request_id: str | None = Field(
+        default=None, pattern=REQUEST_ID_PATTERN, description="X-Request-Id of the answer, where no header gives one."
+    )
+    spaces_between_special_tokens: Literal[True] | None = Field(default=None, description="Only true.")
+    use_beam_search: Literal[False] | None = Field(default=None, description="Only false: there is no beam search.")
+    length_penalty: float | None = Field(default=None, ge=1, le=1, description="Only 1: there is no beam search.")
+    stream_interval: Literal[1] | None = Field(default=None, description="Only 1: chunks go out as tokens come.")
     priority: int | None = Field(
         default=None, ge=-1000, le=1000, description="Lower runs sooner, where the scheduling policy is `priority`."
     )
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = Field(
+    service_tier: Literal["auto", "default", "flex", "priority", "fast"] | None = Field(
         default=None, description="flex: in the background, on what other requests leave idle; all others are alike."
     )
     ttft_target_ms: float | None = Field(
@@ -297,21 +325,22 @@ class ChatRequest(GenerationRequest):
     store: bool | None = Field(default=None, description="Accepted; nothing is ever stored.")
     metadata: Metadata | None = Field(default=None, description="Accepted; has no effect.")
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
-    response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
+    response_format: ResponseFormat | None = Field(default=None, description="Only plain text.")
+    modalities: list[Literal["text"]] | None = Field(
+        default=None, min_length=1, max_length=1, description='Only ["text"].'
+    )
     parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
     tools: NoneOrEmpty | None = None
     functions: NoneOrEmpty | None = None
-    function_call: Literal["none", "auto"] | None = None
-    verbosity: Literal["medium"] | None = None
+    function_call: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
+    verbosity: Literal["medium"] | None = Field(default=None, description="Only medium.")
     audio: NoneOnly = None
     prediction: NoneOnly = None
     reasoning_effort: NoneOnly = None
     web_search_options: NoneOnly = None
     moderation: NoneOnly = None
     prompt_cache_options: NoneOnly = None
-    prompt_cache_retention: NoneOnly = None
 
 
 class TokenizeRequest(_Request):
@@ -455,6 +484,8 @@ class CompletionChoice(_Response):
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     prompt_logprobs: PromptLogprobs | None
+    prompt_token_ids: list[int] = Field(default=[], description="With return_token_ids.")
+    token_ids: list[int] = Field(default=[], description="With return_token_ids.")
 
 
 class CompletionResponse(_Response):
@@ -494,6 +525,7 @@ class ChatChoice(_Response):
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     prompt_logprobs: PromptLogprobs | None
+    token_ids: list[int] = Field(default=[], description="With return_token_ids.")
 
 
 class ChatResponse(_Response):
@@ -503,6 +535,7 @@ class ChatResponse(_Response):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] = Field(default=[], description="With return_token_ids.")
 
 
 class ModelCard(_Response):
@@ -535,54 +568,3 @@ class StatusResponse(_Response):
 
 class VersionResponse(_Response):
     version: str
-
-
-RequestT = TypeVar("RequestT", bound=_Request)
-
-
-def parse(model: type[RequestT], body: bytes) -> RequestT:
-    """The request in `body`, or InvalidRequest with one sentence that names the first field at fault and the fix."""
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        # One sentence is enough to go on with; the input is left out because it may be a whole prompt.
-        detail = error.errors(include_url=False, include_context=True)[0]
-    message, param = _explain(model, detail)
-    raise InvalidRequest(message, param=param, code="invalid_json" if param is None else None)
-
-
-def _explain(model: type[_Request], detail: ErrorDetails) -> tuple[str, str | None]:
-    kind, words, given = detail["type"], detail["msg"], detail["input"]
-    if kind == "json_invalid":
-        return f"the body is not valid JSON: {words.partition(': ')[2] or words}", None
-    param = _path(detail["loc"])
-    if param is None:
-        return "the body must be a JSON object", None
-    if kind == "missing":
-        return f"'{param}' is required", param
-    if kind == "extra_forbidden":
-        known = difflib.get_close_matches(str(detail["loc"][-1]), model.model_fields, n=1)
-        hint = f"; did you mean '{known[0]}'?" if known and len(detail["loc"]) == 1 else "; remove it"
-        return f"'{param}' is not a parameter that this server knows{hint}", param
-    if kind == "none_required" or (kind == "too_long" and "at most 0" in words):
-        return f"'{param}' is not supported by this server; remove it or set it to null", param
-    words = words.removeprefix("Input should ").removeprefix("Value error, ")
-    words = words if words.startswith(("be ", "have ", "must ", "each ", "keys ", "the ")) else f"be right: {words}"
-    sentence = words if words.startswith(("must ", "each ", "keys ", "the ")) else f"must {words}"
-    shown = f", got {given!r}" if isinstance(given, bool | float) or _short_int(given) else ""
-    return f"'{param}': {sentence}{shown}", param
-
-
-def _short_int(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) < 10**20
-
-
-def _path(loc: tuple[int | str, ...]) -> str | None:
-    """('messages', 0, '~text', 'content') -> 'messages[0].content'; None for the body itself."""
-    path = ""
-    for part in loc:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif not part.startswith("~"):
-            path += f".{part}" if path else part
-    return path[:MAX_NAME_CHARS] or None

@@ -12,7 +12,7 @@ from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
 from server.text import Tokenizer
-from server.types import NO_TARGETS, Targets
+from server.types import NO_TARGETS, Pooling, Targets
 
 LEAST_BODY_VALUES = 2**15
 
@@ -38,6 +38,9 @@ class Service:
     """Of requests that name none; not of those in the background."""
     vault: Vault | None = None
     """Files and batches, where the operator gave a place for them."""
+    pooling: Pooling = "last"
+    embedding_dimensions: int = 0
+    """How hidden states become an embedding, and the length of those."""
 
     @property
     def max_model_len(self) -> int:

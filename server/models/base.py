@@ -1,7 +1,7 @@
 """The model seam: what the runner and the loader need from a model family.
 
-Knows tensors in and logits out; refuses to know requests, blocks, frames or sampling. Attention over the cache comes in
-as a function, so that a model never sees where keys and values live.
+Knows tensors in, states and logits out; refuses to know requests, blocks, frames or sampling. Attention over the cache
+comes in as a function, so that a model never sees where keys and values live.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class Model(Protocol):
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, wanted: Tensor) -> Tensor:
         """One step over the flat batch `tokens` int64 [n] at absolute `positions` int64 [n].
 
-        `wanted` int64 [m]: the rows of the batch whose logits the caller needs, in any order.
-        Returns float32 [m, vocab].
+        `wanted` int64 [m]: the rows of the batch whose final states the caller needs, in any order.
+        Returns their hidden states after the final norm, [m, hidden] of `dtype`.
         """
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """What comes next after `states` [m, hidden] of `forward`: float32 [m, vocab]."""
         ...

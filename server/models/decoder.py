@@ -155,7 +155,11 @@ class Decoder:
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
             x = x + layer.output(attended)
             x = x + layer.down(silu_gate(layer.gate_up(layer.mlp_norm(x))))
-        return self.head(self.norm(x)).float()
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        return self.head(states).float()
 
     def _attention(self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         g = self.geometry

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from server.kernels.attention import AttentionBackend, AttentionBatch
 from server.models.base import Model
 from server.runner.sampling import Sampler
-from server.types import StepPlan, StepResult, StepRow, TokenLogprobs
+from server.types import RequestId, StepPlan, StepResult, StepRow, TokenLogprobs, Vector
 
 
 class TorchRunner:
@@ -30,6 +30,7 @@ class TorchRunner:
         self._model = model
         self._attention = attention
         self._sampler = Sampler(model.geometry.vocab)
+        self._sums: dict[RequestId, Tensor] = {}
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, "terrace-device", initializer=_set_threads, initargs=(threads,))
 
@@ -46,14 +47,16 @@ class TorchRunner:
         self._sampler.forget(plan.retired)
         batch, tokens, positions = _flatten(plan.rows)
         self._attention.plan(batch)
-        wanted, spans = _wanted(plan.rows, batch)
-        logits = self._model.forward(tokens, positions, self._attention.run, wanted)
+        wanted, spans, pools = _wanted(plan.rows, batch)
+        states = self._model.forward(tokens, positions, self._attention.run, wanted)
+        logits = self._model.logits(states[: pools[0][1]] if pools else states)
         sampled, logprobs = self._sample(plan.rows, logits)
         scored = [
             None if span is None else self._score(row, logits[span[0] : span[1]])
             for row, span in zip(plan.rows, spans, strict=True)
         ]
-        return StepResult(plan.id, sampled, logprobs, scored, started_s, self._clock())
+        pooled = self._pool(plan, states, pools)
+        return StepResult(plan.id, sampled, logprobs, scored, started_s, self._clock(), pooled)
 
     def _sample(self, rows: Sequence[StepRow], logits: Tensor) -> tuple[list[int | None], list[TokenLogprobs | None]]:
         """The sampled rows' logits are the first of `logits`, in row order."""
@@ -66,6 +69,24 @@ class TorchRunner:
             for place, (token, entry) in zip(places, drawn, strict=True):
                 tokens[place], logprobs[place] = token, entry
         return tokens, logprobs
+
+    def _pool(self, plan: StepPlan, states: Tensor, pools: Sequence[tuple[int, int, int]]) -> Mapping[int, Vector]:
+        """The vectors of the prompts that end in this step; what others add is kept until their prompts end."""
+        for id in plan.retired:
+            self._sums.pop(id, None)
+        found: dict[int, Vector] = {}
+        for place, start, end in pools:
+            row = plan.rows[place]
+            assert row.pool is not None
+            vector = states[start:end].sum(0, dtype=torch.float64)  # of one row where only the last counts
+            if row.start and row.pool.pooling == "mean":
+                vector = vector + self._sums.pop(row.request_id)
+            if not row.pool.ends:
+                self._sums[row.request_id] = vector
+                continue
+            tokens = row.start + len(row.tokens) if row.pool.pooling == "mean" else 1
+            found[place] = (vector / tokens).float().cpu().numpy()
+        return found
 
     def _score(self, row: StepRow, logits: Tensor) -> list[TokenLogprobs]:
         assert row.targets is not None
@@ -92,9 +113,12 @@ def _flatten(rows: Sequence[StepRow]) -> tuple[AttentionBatch, Tensor, Tensor]:
     return batch, torch.from_numpy(np.array(flat, dtype=np.int64)), torch.from_numpy(positions)
 
 
-def _wanted(rows: Sequence[StepRow], batch: AttentionBatch) -> tuple[Tensor, list[tuple[int, int] | None]]:
-    """Batch indices whose logits are needed, int64 [m]: the last token of each sampled row, then, for each row that
-    scores its prompt, every fed token with a target; and where in [m] the latter lie, per row."""
+def _wanted(
+    rows: Sequence[StepRow], batch: AttentionBatch
+) -> tuple[Tensor, list[tuple[int, int] | None], list[tuple[int, int, int]]]:
+    """Batch indices whose states are needed, int64 [m]: the last token of each sampled row, then, for each row that
+    scores its prompt, every fed token with a target; and where in [m] the latter lie, per row. Behind all that give
+    logits come those of pooled rows: (row, first, end in [m])."""
     ends = batch.query_starts[1:]
     wanted = [int(ends[i]) - 1 for i, row in enumerate(rows) if row.sample is not None]
     spans: list[tuple[int, int] | None] = [None] * len(rows)
@@ -103,4 +127,11 @@ def _wanted(rows: Sequence[StepRow], batch: AttentionBatch) -> tuple[Tensor, lis
             first = int(batch.query_starts[i])
             spans[i] = (len(wanted), len(wanted) + len(row.targets))
             wanted.extend(range(first, first + len(row.targets)))
-    return torch.tensor(wanted, dtype=torch.int64), spans
+    pools: list[tuple[int, int, int]] = []
+    for i, row in enumerate(rows):
+        if row.pool is not None and (row.pool.ends or row.pool.pooling == "mean"):
+            last = int(ends[i])
+            first = int(batch.query_starts[i]) if row.pool.pooling == "mean" else last - 1
+            pools.append((i, len(wanted), len(wanted) + last - first))
+            wanted.extend(range(first, last))
+    return torch.tensor(wanted, dtype=torch.int64), spans, pools

@@ -8,10 +8,10 @@ adds floats along the vocabulary to make a decision: probabilities relative to t
 `WEIGHT_BITS` bits, and integer sums are the same in every order. 40 bits keep every token down to 1e-12 of the best
 one, below the 24-bit mantissa of the logits' own exponential. Sums fit: 2^40 weight * 2^22 tokens < 2^63.
 
-**Order of effects** (as OpenAI and the field): log-probabilities are of the raw distribution; then logit_bias,
-min_tokens, repetition penalty (prompt and output), presence and frequency penalty (output), temperature, top_k, top_p
-(of what top_k left), min_p; then one uniform draw, named by (seed, position), through the inverse CDF. Where logits
-are equal the lowest id goes first, everywhere.
+**Order of effects** (as OpenAI and the field): log-probabilities are of the raw distribution; then allowed tokens,
+logit_bias, min_tokens, bad words, repetition penalty (prompt and output), presence and frequency penalty (output),
+temperature, top_k, top_p (of what top_k left), min_p; then one uniform draw, named by (seed, position), through the
+inverse CDF. Where logits are equal the lowest id goes first, everywhere.
 
 **Cost.** Rows are grouped by need, so a plain row never pays for another's features: all-greedy is one argmax; a drawn
 row without top_k/top_p has no sort; one with them ranks 512 tokens, and more only where those do not hold `top_p` of
@@ -217,13 +217,23 @@ class Sampler:
         return _draw_ranked if 0 < params.top_k < self.vocab or params.top_p < 1.0 else _draw
 
     def _edit(self, x: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> None:
-        """Apply bias, min_tokens and penalties in place, each as one scatter over its tokens. x: [rows, vocab]."""
+        """Apply what is allowed, bias, min_tokens, bad sequences and penalties in place, each as one scatter over its
+        tokens. x: [rows, vocab]."""
+        for i, spec in enumerate(specs):
+            if spec.params.allowed_token_ids:
+                allowed = _index([token for token in spec.params.allowed_token_ids if token < self.vocab], x)
+                kept = x[i, allowed]
+                x[i] = -torch.inf
+                x[i, allowed] = kept
         biased = [(i, t, b) for i, s in enumerate(specs) for t, b in s.params.logit_bias.items() if 0 <= t < self.vocab]
         if biased:
             rows, tokens, values = zip(*biased, strict=True)
             x[_index(rows, x), _index(tokens, x)] += torch.tensor(values, dtype=x.dtype, device=x.device)
         barred = [
             (i, t) for i, s in enumerate(specs) if s.generated < s.params.min_tokens for t in self._stops(s.params)
+        ]
+        barred += [
+            (i, t) for i, s in enumerate(specs) if s.params.bad_sequences for t in _completing(s) if t < self.vocab
         ]
         if barred:
             rows, tokens = zip(*barred, strict=True)
@@ -235,7 +245,8 @@ class Sampler:
     def _stops(self, params: SamplingParams) -> list[int]:
         """The stop ids that can be barred: all, unless that would leave no token to choose."""
         stops = [token for token in params.stop_token_ids if 0 <= token < self.vocab]
-        return stops if len(stops) < self.vocab else []
+        choosable = params.allowed_token_ids or range(self.vocab)
+        return stops if len(stops) < len(choosable) or not params.stop_token_ids.issuperset(choosable) else []
 
     def _penalise(
         self, x: Tensor, rows: Sequence[int], request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]
@@ -302,7 +313,15 @@ def _penalises(params: SamplingParams) -> bool:
 def _edits(spec: SampleSpec) -> bool:
     """Whether the row's logits change before a token is chosen."""
     params = spec.params
-    return bool(params.logit_bias) or spec.generated < params.min_tokens or _penalises(params)
+    restricts = bool(params.allowed_token_ids or params.bad_sequences)
+    return restricts or bool(params.logit_bias) or spec.generated < params.min_tokens or _penalises(params)
+
+
+def _completing(spec: SampleSpec) -> list[int]:
+    """The tokens that would complete a bad sequence now; only what was generated counts as its beginning."""
+    longest = max(len(run) for run in spec.params.bad_sequences)
+    said = tuple(spec.history[max(spec.prompt_tokens, spec.position - longest + 1) : spec.position])
+    return [run[-1] for run in spec.params.bad_sequences if said[max(0, len(said) - len(run) + 1) :] == tuple(run[:-1])]
 
 
 def _index(values: Sequence[int], like: Tensor) -> Tensor:

@@ -93,6 +93,11 @@ class Request:
         """Prompt logprobs are wanted and not complete: no prompt token may come from the cache unscored."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_tokens - 1
 
+    @property
+    def needs_all_states(self) -> bool:
+        """Every token of the prompt has to go through the model: none may come from the cache."""
+        return self.scores_prompt or self.params.pooling == "mean"
+
 
 def request_from(
     id: RequestId,

@@ -31,6 +31,7 @@ from server.scheduler.request import Request, RequestState
 from server.types import (
     BlockHash,
     FinishReason,
+    Pool,
     RequestId,
     SampleSpec,
     StepPlan,
@@ -280,6 +281,9 @@ class Scheduler:
         sample = None
         if end == len(tokens) and request.generated < request.params.max_tokens:
             sample = SampleSpec(request.params, end, request.prompt_tokens, tokens)
+        if request.params.pooling is not None:
+            pool = Pool(request.params.pooling, end == len(tokens))
+            return StepRow(request.id, tokens[start:end], start, request.lease.table.view(), pool=pool)
         if not request.scores_prompt:
             return StepRow(request.id, tokens[start:end], start, request.lease.table.view(), sample)
         return StepRow(
@@ -393,7 +397,9 @@ class Scheduler:
 
     def _usable_hashes(self, request: Request) -> int:
         """How many leading blocks may come from the cache: at least one token is left to sample from."""
-        return 0 if request.scores_prompt else min(len(request.hashes), (len(request.tokens) - 1) // self._block_tokens)
+        return (
+            0 if request.needs_all_states else min(len(request.hashes), (len(request.tokens) - 1) // self._block_tokens)
+        )
 
     def _place(self, request: Request, promised: int, now: float) -> bool:
         """Lease what is cached and start `request` if the rest of its tokens fits as well; else leave all as it was."""
@@ -505,7 +511,8 @@ class Scheduler:
         request.last_token_s = now
         if finish is not None:
             self._finish(request, now)
-        return TokenEvent(request.id, token, result.logprobs[position], prompt_logprobs, finish)
+        pooled = result.pooled.get(position)
+        return TokenEvent(request.id, token, result.logprobs[position], prompt_logprobs, finish, pooled=pooled)
 
     @staticmethod
     def _finish_reason(request: Request, token: int) -> FinishReason | None:

@@ -22,10 +22,14 @@ import httpx
 from pydantic import BaseModel
 
 from server.api import schema
+from server.api.embedding_schema import EmbeddingRequest
+from server.api.response_schema import ResponseRequest
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": schema.CompletionRequest,
     "/v1/chat/completions": schema.ChatRequest,
+    "/v1/responses": ResponseRequest,
+    "/v1/embeddings": EmbeddingRequest,
     "/tokenize": schema.TokenizeRequest,
     "/detokenize": schema.DetokenizeRequest,
 }
@@ -38,6 +42,20 @@ FIELDS = tuple(sorted({"unheard_of", *(name for body in BODIES.values() for name
 SENSIBLE: dict[str, tuple[Any, ...]] = {
     "prompt": ("hello", ["a", "b"], [1, 2, 3], [[4, 5], [6]], "日本語 " * 20, [257, 0, 255]),
     "messages": ([{"role": "user", "content": "hi"}], [{"role": "system", "content": [{"type": "text", "text": "é"}]}]),
+    "input": ("hello", [{"role": "user", "content": "hi"}], [1, 2], ["a", "b"], [{"role": "assistant", "content": []}]),
+    "instructions": ("", "Be brief."),
+    "max_output_tokens": (1, 9),
+    "include": (["message.output_text.logprobs"], ["reasoning.encrypted_content"], []),
+    "truncation": ("auto", "disabled"),
+    "encoding_format": ("float", "base64"),
+    "dimensions": (1, 32, 33),
+    "truncate_prompt_tokens": (-1, 1, 5, 10**6),
+    "allowed_token_ids": ([97], [97, 98, 255]),
+    "bad_words": (["a"], ["ab", "c"]),
+    "add_special_tokens": (True, False),
+    "return_token_ids": (True,),
+    "return_tokens_as_token_ids": (True,),
+    "request_id": ("r1",),
     "tokens": ([], [1, 2, 3], [255, 254, 253], [257]),
     "echo": (True, False),
     "n": (1, 2, 3),
@@ -104,6 +122,8 @@ def body_for(draw: random.Random, path: str) -> bytes:
     base: dict[str, Any] = {
         "/v1/completions": {"prompt": draw.choice(SENSIBLE["prompt"])},
         "/v1/chat/completions": {"messages": draw.choice(SENSIBLE["messages"])},
+        "/v1/responses": {"input": draw.choice(SENSIBLE["input"])},
+        "/v1/embeddings": {"input": draw.choice(SENSIBLE["input"])},
         "/tokenize": {"prompt": draw.choice(WORDS)},
         "/detokenize": {"tokens": draw.choice(SENSIBLE["tokens"])},
     }[path]
@@ -157,6 +177,10 @@ async def _send(client: httpx.AsyncClient, path: str, body: bytes, leaves: bool,
 
 def _fault(status: int, content: bytes) -> str | None:
     if status == 200:
+        if content.startswith(b"event:"):
+            last = content.rstrip().rpartition(b"\n\n")[2]
+            good = last.startswith((b"event: response.completed\n", b"event: response.incomplete\n"))
+            return None if good else "a broken stream"
         if content.startswith(b"data:"):
             return None if content.endswith(b"data: [DONE]\n\n") and b'"error"' not in content else "a broken stream"
         json.loads(content)

@@ -183,6 +183,55 @@ def test_best_of_and_many_prompts(client: openai.OpenAI) -> None:
     assert [choice.text[:3] for choice in two] == ["one", "one", "two", "two"]
 
 
+def test_responses_whole_streamed_and_continued(client: openai.OpenAI) -> None:
+    """The stream helper ends with what the whole answer says; its items are good input; the second turn is cached."""
+    arguments: dict[str, Any] = {
+        "model": NAME,
+        "input": [{"role": "user", "content": "Where is the key? Tell me all that you know about it."}],
+        "max_output_tokens": 24,
+        "temperature": 0,
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+        "extra_body": {"allowed_token_ids": [97, 98], "ignore_eos": True},
+    }
+    whole = client.responses.create(**arguments)
+    assert whole.status == "incomplete"
+    assert len(whole.output_text) == 24
+    kinds = []
+    with client.responses.stream(**arguments) as stream:
+        for event in stream:
+            kinds.append(event.type)
+            if event.type == "response.incomplete":
+                assert event.response.output_text == whole.output_text
+                assert event.response.usage is not None
+                assert event.response.usage.output_tokens == 24
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.incomplete"
+    again: list[Any] = [*arguments["input"], *[item.model_dump() for item in whole.output]]
+    again.append({"role": "user", "content": "And the mill?"})
+    second = client.responses.create(**arguments | {"input": again})
+    assert second.usage is not None
+    assert second.usage.input_tokens_details.cached_tokens >= 48
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(whole.id)
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.responses.create(model=NAME, input="x", previous_response_id=whole.id)
+    assert "whole conversation" in refusal.value.message
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    """The same text gives the same vector, alone, beside others, cached or not; every vector has length 1."""
+    texts = ["the key is in the mill", "the tower", "k" * 200]
+    several = [item.embedding for item in client.embeddings.create(model=NAME, input=texts).data]
+    assert [len(vector) for vector in several] == [32] * 3
+    assert all(sum(x * x for x in vector) == pytest.approx(1, abs=1e-5) for vector in several)
+    for text, vector in zip(texts, several, strict=True):
+        answer = client.embeddings.create(model=NAME, input=text)
+        assert answer.data[0].embedding == pytest.approx(vector, abs=1e-4)
+    assert several[0] != pytest.approx(several[1], abs=1e-2)
+    assert answer.usage.prompt_tokens == 200
+
+
 def test_errors_arrive_as_the_client_knows_them(client: openai.OpenAI) -> None:
     """OpenAI's exception classes, with the field and the code, for what is refused."""
     with pytest.raises(openai.BadRequestError) as refusal:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import httpx
+import numpy as np
 from fastapi import FastAPI
 
 from server.api.app import create_app
@@ -48,7 +49,7 @@ class ByteTokenizer:
     is_byte_level = True
     strips_leading_space = False
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -118,6 +119,10 @@ class FakeStream:
 
     def _script(self) -> Iterator[TokenEvent]:
         params, prompt = self.spec.params, self.spec.prompt
+        if params.pooling is not None:
+            vector = np.array([len(prompt), prompt[0], 4, 0], np.float32)
+            yield TokenEvent(self.request_id, None, finish=FinishReason.LENGTH, pooled=vector)
+            return
         known = None
         if params.prompt_logprobs is not None:
             known = [self._logprobs(token, params.prompt_logprobs) for token in prompt[1:]]
@@ -265,6 +270,7 @@ def make_service(
         admin_key_hashes=hash_keys(admin_keys),
         default_targets=default_targets,
         vault=vault,
+        embedding_dimensions=4,
     )
 
 

@@ -29,6 +29,59 @@ async def whole(engine: FakeEngine, path: str, body: dict[str, Any]) -> dict[str
     return answer.json()
 
 
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+@pytest.mark.parametrize("burst", [1, 3, 100])
+async def test_token_ids_are_shown_if_asked_for(path: str, burst: int) -> None:
+    """`return_token_ids`: every counted token, the one that ended the text too, whole as streamed, and the prompt once
+    for each choice; without it none of this."""
+    engine = FakeEngine(text_reply("grün"))
+    engine.burst = burst
+    body = {"return_token_ids": True, "n": 2} | ({"prompt": ["a", "b"]} if path == TEXT else {"messages": HI})
+    answer = await whole(engine, path, body)
+    expected = [*"grün".encode(), EOS]
+    assert [choice["token_ids"] for choice in answer["choices"]] == [expected] * (4 if path == TEXT else 2)
+    rendered = list(b"<user>hi\n<assistant>")
+    if path == TEXT:
+        prompts = [choice["prompt_token_ids"] for choice in answer["choices"]]
+        assert prompts == [[BOS, 97], [BOS, 97], [BOS, 98], [BOS, 98]]
+    else:
+        assert answer["prompt_token_ids"] == rendered
+    ids: dict[int, list[int]] = {}
+    prompts_of: dict[int, list[list[int]]] = {}
+    for chunk in await streamed(engine, path, body):
+        for choice in chunk["choices"]:
+            ids.setdefault(choice["index"], []).extend(choice.get("token_ids", []))
+            shown = choice.get("prompt_token_ids", chunk.get("prompt_token_ids"))
+            prompts_of.setdefault(choice["index"], []).extend([] if shown is None else [shown])
+    assert list(ids.values()) == [expected] * len(answer["choices"])
+    wanted = [[p] for p in prompts] if path == TEXT else [[rendered]] * 2
+    assert [prompts_of[index] for index in sorted(prompts_of)] == wanted
+    del body["return_token_ids"]
+    assert "token_ids" not in json.dumps(await whole(engine, path, body))
+
+
+async def test_token_ids_end_where_a_stop_string_does() -> None:
+    """Tokens after the one that completed a stop string are neither counted nor shown."""
+    engine = FakeEngine(text_reply("abcdef"))
+    engine.burst = 100
+    answer = await whole(engine, TEXT, {"prompt": "x", "stop": "cd", "return_token_ids": True})
+    assert answer["choices"][0]["token_ids"] == list(b"abcd")
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+async def test_log_probabilities_name_tokens_by_number_if_asked() -> None:
+    """`return_tokens_as_token_ids`: `token_id:N` in both shapes of log-probabilities; the text stays as it is."""
+    engine = FakeEngine(text_reply("ab"))
+    more = {"return_tokens_as_token_ids": True}
+    shown = (await whole(engine, TEXT, {"prompt": "x", "logprobs": 1} | more))["choices"][0]
+    assert shown["text"] == "ab"
+    assert shown["logprobs"]["tokens"] == ["token_id:97", "token_id:98"]
+    assert list(shown["logprobs"]["top_logprobs"][0]) == ["token_id:97"]
+    shown = (await whole(engine, CHAT, {"messages": HI, "logprobs": True, "top_logprobs": 1} | more))["choices"][0]
+    assert [entry["token"] for entry in shown["logprobs"]["content"]] == ["token_id:97", "token_id:98"]
+    assert shown["logprobs"]["content"][0]["bytes"] == [97]
+
+
 def events_of(answer: httpx.Response) -> list[Any]:
     """Payloads of a finished event stream, in order; the closing [DONE] is checked and left out."""
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"

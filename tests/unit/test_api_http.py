@@ -19,6 +19,7 @@ from server.errors import NotReady, Overloaded
 from tests.unit.api_fake import FakeEngine, client, make_app, text_reply
 
 BODY = {"prompt": "abc", "max_tokens": 2}
+BODILESS = ("/v1/cache/clear", "/v1/batches/{batch_id}/cancel", "/v1/responses/{response_id}/cancel")
 
 
 def refused(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -159,6 +160,22 @@ async def test_each_key_is_a_tenant_of_its_own() -> None:
     tenants = [spec.service.tenant for spec in engine.submitted]
     assert tenants[0] == tenants[2] == tenants[3] != tenants[1], "whoever shares by tenant goes by the key alone"
     assert "" not in tenants
+
+
+async def test_a_body_may_name_its_request() -> None:
+    """`request_id` is the answer's X-Request-Id, of refusals too, unless a well-formed header gave one."""
+    async with client(make_app(FakeEngine())) as http:
+        for path, body in (
+            ("/v1/completions", {"prompt": "a"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+            ("/v1/responses", {"input": "a"}),
+        ):
+            for extra, status in (({}, 200), ({"stream": True}, 200), ({"model": "other"}, 404)):
+                answer = await http.post(path, json=body | extra | {"request_id": "mine-1"})
+                assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine-1")
+            headers = {"x-request-id": "theirs"}
+            answer = await http.post(path, json=body | {"request_id": "mine-1"}, headers=headers)
+            assert answer.headers["x-request-id"] == "theirs"
 
 
 async def test_request_ids_are_accepted_if_sane_and_always_sent_back() -> None:
@@ -308,7 +325,7 @@ async def test_openapi_document_describes_bodies_and_errors() -> None:
         assert name in schemas
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            takes_body = method == "post" and path not in ("/v1/cache/clear", "/v1/batches/{batch_id}/cancel")
+            takes_body = method == "post" and path not in BODILESS
             assert takes_body == ("requestBody" in operation), path
             if path.startswith("/v1"):
                 error = operation["responses"]["401"]["content"]["application/json"]["schema"]

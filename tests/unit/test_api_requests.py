@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api import requests, schema
+from server.api.embedding_schema import EmbeddingRequest
+from server.api.response_schema import ResponseRequest
 from server.errors import InvalidRequest
 from server.types import NO_TARGETS, ONLINE, Targets
 from tests.unit.api_fake import EOS, ByteTokenizer, FakeEngine, client, make_app, text_reply
@@ -73,6 +75,22 @@ BOTH: list[tuple[dict[str, Any], str | None]] = [
     ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ({"ignore_eos": 1}, "ignore_eos"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [258]}, "allowed_token_ids"),
+    ({"bad_words": "x"}, "bad_words"),
+    ({"bad_words": [""]}, "bad_words[0]"),
+    ({"bad_words": ["\ud800"]}, None),
+    ({"return_token_ids": "yes"}, "return_token_ids"),
+    ({"return_tokens_as_token_ids": 1}, "return_tokens_as_token_ids"),
+    ({"add_special_tokens": 1}, "add_special_tokens"),
+    ({"request_id": "a b"}, "request_id"),
+    ({"request_id": ""}, "request_id"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"length_penalty": 0.5}, "length_penalty"),
+    ({"stream_interval": 10}, "stream_interval"),
     ({"user": {}}, "user"),
     ({"model": ""}, "model"),
     ({"tempreature": 1}, "tempreature"),
@@ -195,6 +213,39 @@ async def test_context_length_is_refused_with_the_numbers() -> None:
         messages = [{"role": "user", "content": "x" * 30}]
         error = (await http.post("/v1/chat/completions", json={"messages": messages})).json()["error"]
         assert error["code"] == "context_length_exceeded"
+
+
+async def test_prompts_are_cut_from_the_left_if_asked() -> None:
+    """`truncate_prompt_tokens` keeps the end, also of what is echoed; -1 leaves just the room that the output needs."""
+    engine = FakeEngine(text_reply("ok"), max_model_len=40)
+    async with client(make_app(engine)) as http:
+        for extra in (
+            {"prompt": "abcdef", "truncate_prompt_tokens": 3, "echo": True},
+            {"prompt": "x" * 90, "truncate_prompt_tokens": -1, "max_tokens": 30},
+            {"prompt": list(range(90)), "truncate_prompt_tokens": -1, "max_tokens": 39},
+            {"prompt": "ab", "truncate_prompt_tokens": 30, "add_special_tokens": False},
+        ):
+            answer = await http.post("/v1/completions", json=extra)
+            assert answer.status_code == 200, answer.text
+        messages = [{"role": "user", "content": "x" * 90}]
+        chat = {"messages": messages, "truncate_prompt_tokens": -1, "add_special_tokens": True, "max_tokens": 5}
+        assert (await http.post("/v1/chat/completions", json=chat)).status_code == 200
+    prompts = [list(spec.prompt) for spec in engine.submitted]
+    assert prompts[0] == list(b"def")
+    assert [len(prompt) for prompt in prompts[1:]] == [10, 1, 2, 35]
+    assert prompts[3] == list(b"ab")
+
+
+async def test_words_and_tokens_to_keep_to_reach_the_engine() -> None:
+    """Bad words as the tokenizer writes them, alone and after a space; allowed tokens once each."""
+    engine = FakeEngine()
+    async with client(make_app(engine)) as http:
+        for path, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
+            more = {"bad_words": ["no", " x"], "allowed_token_ids": [7, 7, 9]}
+            assert (await http.post(path, json=body | more)).status_code == 200
+    for spec in engine.submitted:
+        assert spec.params.bad_sequences == tuple(map(tuple, (b"no", b" no", b" x")))
+        assert spec.params.allowed_token_ids == (7, 9)
 
 
 async def test_default_lengths_fit_what_is_left() -> None:
@@ -341,12 +392,28 @@ JSONISH = st.recursive(
 
 @given(
     st.dictionaries(
-        st.sampled_from([*schema.ChatRequest.model_fields, *schema.CompletionRequest.model_fields])
+        st.sampled_from(
+            [
+                *schema.ChatRequest.model_fields,
+                *schema.CompletionRequest.model_fields,
+                *ResponseRequest.model_fields,
+                *EmbeddingRequest.model_fields,
+            ]
+        )
         | st.text(max_size=4),
         JSONISH,
         max_size=5,
     ),
-    st.sampled_from([schema.CompletionRequest, schema.ChatRequest, schema.TokenizeRequest, schema.DetokenizeRequest]),
+    st.sampled_from(
+        [
+            schema.CompletionRequest,
+            schema.ChatRequest,
+            ResponseRequest,
+            EmbeddingRequest,
+            schema.TokenizeRequest,
+            schema.DetokenizeRequest,
+        ]
+    ),
 )
 def test_any_json_is_a_request_or_one_sentence(body: dict[str, Any], model: type[schema.BaseModel]) -> None:
     """Whatever JSON comes, the parser gives a request or InvalidRequest with a bounded sentence; nothing else."""

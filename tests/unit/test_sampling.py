@@ -38,12 +38,19 @@ def draw(logits: torch.Tensor, *specs: SampleSpec) -> list[int]:
 
 
 def naive_edit(logits: Array, s: SampleSpec) -> Array:
-    """Bias, min_tokens and penalties, one token at a time."""
+    """Allowed tokens, bias, min_tokens, bad sequences and penalties, one token at a time."""
     x, p = logits.copy(), s.params
+    for token in range(len(x)):
+        if p.allowed_token_ids and token not in p.allowed_token_ids:
+            x[token] = -np.inf
     for token, bias in p.logit_bias.items():
         x[token] += bias
     if s.generated < p.min_tokens:
         for token in p.stop_token_ids:
+            x[token] = -np.inf
+    said = list(s.history[s.prompt_tokens :])
+    for *begin, token in p.bad_sequences:
+        if len(begin) <= len(said) and said[len(said) - len(begin) :] == begin:
             x[token] = -np.inf
     counts = Counter(s.history[s.prompt_tokens :])
     for token in set(s.history):
@@ -90,9 +97,32 @@ PARAMS = st.fixed_dictionaries(
         "min_tokens": st.integers(0, 6),
         "stop_token_ids": st.frozensets(st.integers(0, 31), max_size=3),
         "seed": st.integers(-(2**63), 2**63 - 1),
+        "allowed_token_ids": st.lists(st.integers(0, 31), min_size=12, max_size=20, unique=True),
+        "bad_sequences": st.lists(st.lists(st.integers(0, 31), min_size=1, max_size=2), max_size=4),
     },
 )
 TOKENS = st.lists(st.integers(0, 31), max_size=8)
+
+
+def test_nothing_but_what_is_allowed_is_chosen() -> None:
+    """Greedy and drawn rows keep to their allowed tokens beside rows that need not; unknown ids are no allowance."""
+    logits = torch.linspace(0, 5, 24)
+    free, greedy = spec(temperature=0.0), spec(temperature=0.0, allowed_token_ids=[3, 9, 99])
+    drawn = [at(position, allowed_token_ids=[1, 2]) for position in range(50)]
+    tokens = draw(logits, free, greedy, *drawn)
+    assert tokens[:2] == [23, 9]
+    assert set(tokens[2:]) == {1, 2}
+    stops = spec(temperature=0.0, allowed_token_ids=[4], stop_token_ids=frozenset({4}), min_tokens=5)
+    assert draw(logits, stops) == [4]
+
+
+def test_bad_sequences_are_not_completed() -> None:
+    """A run is barred at its last token, where the output, and not the prompt, ends with its beginning."""
+    logits = torch.linspace(0, 5, 24)
+    bad = {"temperature": 0.0, "bad_sequences": [(5, 6, 23), (22,), (99,), (1, 99)]}
+    assert draw(logits, spec([5, 6], [5, 6], **bad)) == [21]
+    assert draw(logits, spec([5, 6], [], **bad)) == [23]
+    assert draw(logits, spec([1], [6], **bad)) == [23]
 
 
 # -- distribution -----------------------------------------------------------------------------------------------------

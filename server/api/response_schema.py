@@ -1,0 +1,271 @@
+"""The wire formats of /v1/responses: what a request may say, item by item, and what an answer looks like.
+
+Everything that a chat request may say of sampling, urgency and the cache may be said here too, under the same names.
+Nothing is stored: whatever refers to an earlier answer is refused, with the advice to send the whole conversation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.api.schema import (
+    INT31,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    CachedTokensByTier,
+    ChatLogprob,
+    GenerationRequest,
+    JsonValue,
+    NoneOnly,
+    NoneOrEmpty,
+    ShortText,
+    StreamOptions,
+    TemplateVariables,
+    _Request,
+    _Response,
+)
+
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` names to get log-probabilities."""
+MAX_PARTS = 1024
+_WHOLE = "nothing is stored here; send the whole conversation as input"
+
+
+def _stateless(value: Any) -> None:
+    if value is not None:
+        raise PydanticCustomError("stateless", f"must be absent or null: {_WHOLE}")
+
+
+def _foreground(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("stateless", f"must be false: {_WHOLE}, and wait or stream")
+    return value
+
+
+Stateless = Annotated[
+    None,
+    PlainValidator(_stateless),
+    WithJsonSchema({"type": "null"}),
+    Field(description="Not supported: nothing is stored; send the whole conversation."),
+]
+
+
+class InputPart(_Request):
+    """A piece of a message: of the client's (input_text), or of an earlier answer (output_text, refusal)."""
+
+    type: Literal["input_text", "output_text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+    annotations: list[JsonValue] | None = Field(default=None, description="Accepted as earlier answers hold them.")
+    logprobs: list[JsonValue] | None = Field(default=None, description="Accepted as earlier answers hold them.")
+    prompt_cache_breakpoint: NoneOnly = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        field = "refusal" if self.type == "refusal" else "text"
+        if getattr(self, field) is None:
+            raise PydanticCustomError("part", f"must have '{field}'")
+        return self
+
+    @property
+    def said(self) -> str:
+        return self.text or self.refusal or ""
+
+
+def _content_tag(value: Any) -> str:
+    return "~text" if isinstance(value, str) else "~parts"
+
+
+class InputMessage(_Request):
+    """One turn, as a client writes it or as the output of an earlier answer holds it."""
+
+    type: Literal["message"] | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Annotated[
+        Annotated[str, Tag("~text")]
+        | Annotated[list[InputPart], Field(min_length=1, max_length=MAX_PARTS), Tag("~parts")],
+        Discriminator(_content_tag),
+    ]
+    id: ShortText | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class TextFormat(_Request):
+    type: Literal["text"] = Field(description="Only plain text; json_object and json_schema are not supported.")
+
+
+class TextConfig(_Request):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = Field(default=None, description="Only medium.")
+
+
+class Reasoning(_Request):
+    """For models that think in a channel of their own, which none here does: only what asks for nothing."""
+
+    effort: Literal["none"] | None = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
+class ResponseStreamOptions(StreamOptions):
+    include_usage: NoneOnly = None
+    continuous_usage_stats: NoneOnly = None
+
+
+Includable = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+class ResponseRequest(GenerationRequest):
+    """Body of POST /v1/responses."""
+
+    input: Annotated[
+        Annotated[str, Tag("~text")]
+        | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES), Tag("~parts")],
+        Discriminator(_content_tag),
+    ] = Field(description="Text, or the whole conversation as messages.")
+    instructions: str | None = Field(default=None, description="A system message in front of the input.")
+    max_output_tokens: int | None = Field(default=None, ge=1, le=INT31, description="Most tokens to generate.")
+    include: list[Includable] | None = Field(
+        default=None, max_length=16, description=f"`{LOGPROBS}` shows them; the others concern items that never occur."
+    )
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description=f"Alternatives per token; needs include: [`{LOGPROBS}`]."
+    )
+    text: TextConfig | None = Field(default=None, description="Only plain text of medium verbosity.")
+    truncation: Literal["auto", "disabled"] | None = Field(
+        default=None, description="auto: where the input is too long, its oldest turns are left out."
+    )
+    reasoning: Reasoning | None = Field(default=None, description="Only what asks for none.")
+    chat_template_kwargs: TemplateVariables | None = Field(
+        default=None, description="Variables for the model's chat template, e.g. enable_thinking."
+    )
+    store: bool | None = Field(default=None, description="Accepted; nothing is ever stored.")
+    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = Field(
+        default=None, description="Accepted; the answer repeats it."
+    )
+    safety_identifier: ShortText | None = Field(default=None, description="Accepted; the answer repeats it.")
+    parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
+    max_tool_calls: int | None = Field(default=None, ge=1, le=INT31, description="Accepted; there are no tools.")
+    tool_choice: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
+    tools: NoneOrEmpty | None = None
+    background: Annotated[bool, AfterValidator(_foreground)] | None = Field(
+        default=None, description="Only false: nothing is stored, so there would be nothing to fetch."
+    )
+    previous_response_id: Stateless = None
+    conversation: Stateless = None
+    prompt: Stateless = None
+    context_management: NoneOnly = None
+    access_programs: NoneOnly = None
+    background_options: NoneOnly = None
+    image: NoneOnly = None
+    moderation: NoneOnly = None
+    prompt_cache_options: NoneOnly = None
+    stream_options: ResponseStreamOptions | None = None
+    # Of chats and completions only.
+    n: NoneOnly = None
+    max_tokens: NoneOnly = None
+    prompt_logprobs: NoneOnly = None
+    return_token_ids: NoneOnly = None
+    return_tokens_as_token_ids: NoneOnly = None
+
+    @property
+    def shows_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
+
+
+class OutputText(_Response):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[JsonValue]
+    logprobs: list[ChatLogprob]
+
+
+class OutputMessage(_Response):
+    id: str
+    type: Literal["message"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class InputTokensDetails(_Response):
+    cached_tokens: int
+    cached_tokens_by_tier: CachedTokensByTier
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(_Response):
+    reasoning_tokens: int
+
+
+class ResponseUsage(_Response):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseFault(_Response):
+    code: str
+    message: str
+
+
+class IncompleteDetails(_Response):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseObject(_Response):
+    """The answer of POST /v1/responses, and what its stream's first and last events carry."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    background: Literal[False]
+    error: ResponseFault | None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    max_tool_calls: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[OutputMessage]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    prompt_cache_key: str | None
+    prompt_cache_retention: str | None
+    reasoning: dict[str, None]
+    safety_identifier: str | None
+    service_tier: Literal["default", "flex"]
+    store: Literal[False]
+    temperature: float
+    text: dict[str, JsonValue]
+    tool_choice: Literal["none", "auto"]
+    tools: list[JsonValue]
+    top_logprobs: int
+    top_p: float
+    truncation: Literal["auto", "disabled"]
+    usage: ResponseUsage | None
+    user: str | None
+
+
+class InputTokens(_Response):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
