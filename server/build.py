@@ -29,6 +29,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from server.api.app import create_app
 from server.api.auth import tenant_of
+from server.api.dialects.dialect import NO_DIALECT, Dialect, dialect_of
 from server.api.service import Service, hash_keys
 from server.config import Config, key_weights
 from server.engine import Engine
@@ -98,6 +99,7 @@ class Daemon:
     model_name: str
     summary: str
     recorder: Recorder | None = None
+    dialect: Dialect = NO_DIALECT
 
     async def open(self) -> None:
         """Take over what the SSD tier still holds, and measure what a step costs."""
@@ -136,6 +138,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         )
     folder = DEMO_MODEL if config.model.model == "demo" else resolve_folder(config.model.model, config.model.revision)
     tokenizer = Tokenizer.load(folder, _chat_template(config))
+    dialect = dialect_of(tokenizer, config.model.tool_call_parser, config.model.reasoning_parser)
     model = _load(config, folder)
     layout = _layout(config, model)
     kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
@@ -187,7 +190,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         f"attention {backend}"
         + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
-    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder)
+    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder, dialect)
 
 
 async def serve(config: Config, disk: OsIo | None = None) -> int:
@@ -243,6 +246,7 @@ def service_of(daemon: Daemon) -> Service:
         api_key_hashes=hash_keys(key_weights(daemon.config.server.api_keys)),
         admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
         default_targets=_targets(daemon.config),
+        dialect=daemon.dialect,
     )
 
 
@@ -453,6 +457,7 @@ def _announce(daemon: Daemon, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("%s", daemon.summary)
+    log.info("%s", daemon.dialect.summary)
     log.info("ready at %s (API: %s/v1, metrics: %s/metrics)", url, url, url)
     body = json.dumps({"model": daemon.model_name, "prompt": "Once upon a time", "max_tokens": 16})
     if daemon.model_name == "demo":

@@ -139,6 +139,16 @@ class ModelConfig(_Section):
     chat_template: Path | None = Field(
         default=None, description="Jinja file to use in place of the model's own chat template."
     )
+    tool_call_parser: Annotated[str, COMMON] = Field(
+        default="auto",
+        description="How the model writes calls of tools: hermes, llama3, mistral or pythonic; auto: by its chat "
+        "template; none: requests with tools are refused.",
+    )
+    reasoning_parser: Annotated[str, COMMON] = Field(
+        default="auto",
+        description="How the model marks its thoughts: qwen3, deepseek_r1 or mistral; auto: by its chat template; "
+        "none: they stay in the text.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="Seeds dummy weights and the sampling of requests that name no seed of their own."
     )

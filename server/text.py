@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from server.errors import ConfigError, InvalidRequest
 
 CONTEXT_TOKENS = 4
@@ -82,6 +84,9 @@ class Tokenizer:
         self.eos_token_ids: frozenset[int] = _eos_ids(generation, config, tokenizer.eos_token_id)
         self.generation_defaults: Mapping[str, float | int] = _generation_defaults(generation)
         self.has_chat_template: bool = bool(tokenizer.chat_template)
+        self.chat_template: str = _joined(tokenizer.chat_template)
+        """Its source, of several named ones all; "" where there is none."""
+        self.template_names: frozenset[str] = _names_in(self.chat_template)
         added = self._backend.get_added_tokens_decoder()
         self._special: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
         stages = _decoder_stages(self._backend.decoder)
@@ -139,6 +144,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> str:
         """The prompt that the chat template makes of `messages`; encode it with `add_special_tokens=False`.
@@ -162,6 +168,7 @@ class Tokenizer:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
+                documents=[dict(document) for document in documents] if documents else None,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=False,
@@ -204,6 +211,13 @@ class Tokenizer:
         if self._marks_spaces and name is not None and name.startswith(_SPACE_MARK):
             text = name.replace(_SPACE_MARK, " ")  # the decoder strips the spaces of a text's first token
         return text.encode("utf-8")
+
+    # -- control tokens -------------------------------------------------------------------------------------------
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Control tokens by name."""
+        return {self._backend.id_to_token(id): id for id in self._special}
 
     # -- for the detokenizer --------------------------------------------------------------------------------------
 
@@ -294,6 +308,19 @@ def _decoder_stages(decoder: Any) -> list[dict[str, Any]]:
     return stages
 
 
+def _joined(chat_template: str | Mapping[str, str] | None) -> str:
+    return "\n".join(chat_template.values()) if isinstance(chat_template, Mapping) else chat_template or ""
+
+
+def _names_in(template: str) -> frozenset[str]:
+    """Variables, attributes and strings in the code of a Jinja template; its comments and its text do not count."""
+    try:
+        lexed = list(jinja2.Environment().lex(template))
+    except jinja2.TemplateError:
+        return frozenset()  # it will not render either, and says so then
+    return frozenset(value.strip("'\"") for _, kind, value in lexed if kind in ("name", "string"))
+
+
 def _template_text(chat_template: str) -> str:
     if "{" in chat_template or "\n" in chat_template:
         return chat_template
@@ -310,10 +337,21 @@ class Detokenizer:
     U+FFFD with the token that shows it never will.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
-        """Reads the last few of `prompt_ids`, so that the text continues the prompt's (spacing, half a character)."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """Reads the last few of `prompt_ids`, so that the text continues the prompt's (spacing, half a character).
+
+        `shown_ids`: special tokens that are not skipped.
+        """
         self._tokenizer = tokenizer
         self._skips = skip_special_tokens
+        self._shown = shown_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._context: list[int] = []  # visible tokens whose text is out
         self._held: list[int] = []  # visible text tokens whose text is not
@@ -342,7 +380,7 @@ class Detokenizer:
         return self._without_owed(self._flush_bytes() + self._flush_held())
 
     def _visible(self, id: int) -> bool:
-        if self._skips and self._tokenizer.is_special(id):
+        if self._skips and self._tokenizer.is_special(id) and id not in self._shown:
             return False
         return self._tokenizer.byte_piece(id) != b""
 
@@ -504,9 +542,12 @@ class TextStream:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """The text of the first `min_tokens` tokens is not searched for stop strings."""
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens)
+        """The text of the first `min_tokens` tokens is not searched for stop strings. `shown_ids` as in Detokenizer."""
+        self._detokenizer = Detokenizer(
+            tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids
+        )
         self._matcher = StopMatcher(stops, include_stop)
         self._min_tokens = min_tokens
         self.tokens = 0

@@ -9,6 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from server.api.dialects.answer import assemble
+from server.api.dialects.parts import Arguments, CallStart, Content, Part, Thought
 from server.api.generate import Generation, Piece, Shown, Whole
 from server.text import Tokenizer
 from server.types import TokenLogprobs
@@ -112,7 +114,7 @@ class Format:
         return {
             "index": index,
             **self._content(whole),
-            "finish_reason": whole.choice.finish,
+            "finish_reason": whole.choice.finish_reason,
             "stop_reason": whole.choice.stop_reason,
             "prompt_logprobs": prompt_known,
         }
@@ -159,19 +161,42 @@ class ChatFormat(Format):
 
     def _content(self, whole: Whole) -> dict[str, Any]:
         logprobs = None if self._plan.logprobs is None else chat_logprobs(self._tokenizer, whole.tokens)
-        return {"message": {"role": "assistant", "content": whole.text, "refusal": None}, "logprobs": logprobs}
+        return {"message": self._message(whole), "logprobs": logprobs}
+
+    def _message(self, whole: Whole) -> dict[str, Any]:
+        if self._plan.outline is None:
+            return {"role": "assistant", "content": whole.text, "refusal": None}
+        said = assemble(whole.parts)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.thoughts is not None:
+            message |= _thought(said.thoughts)
+        if said.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in said.calls
+            ]
+        return message
 
     def openings(self, tail: str) -> list[bytes]:
-        delta = '{"role":"assistant","content":""}'
+        # Whether there will be content is not known yet where there may be calls or thoughts.
+        content = '""' if self._plan.outline is None else "null"
+        delta = f'{{"role":"assistant","content":{content}}}'
         return [self._event(index, delta, "null", "null", tail) for index in range(len(self._generation.choices))]
 
     def chunk(self, index: int, piece: Piece, stop_reason: str | int | None, tail: str) -> bytes:
+        if self._plan.outline is None:
+            deltas = [{"content": piece.text}] if piece.text or piece.tokens else []
+        else:
+            deltas = [_delta(part) for part in piece.parts] or [{}] * bool(piece.tokens)
         event = b""
-        if piece.text or piece.tokens:
-            logprobs = json.dumps(chat_logprobs(self._tokenizer, piece.tokens)) if piece.tokens else "null"
-            event = self._event(index, f'{{"content":{json.dumps(piece.text)}}}', logprobs, "null", tail)
+        for number, delta in enumerate(deltas):
+            # Log-probabilities are of tokens, whatever their text says: they go with the first of the deltas.
+            shown = piece.tokens and not number
+            logprobs = json.dumps(chat_logprobs(self._tokenizer, piece.tokens)) if shown else "null"
+            event += self._event(index, json.dumps(delta, separators=(",", ":")), logprobs, "null", tail)
         if piece.finish is not None:
-            finish = f'"{piece.finish}","stop_reason":{json.dumps(stop_reason)}'
+            reason = self._generation.choices[index].finish_reason
+            finish = f'"{reason}","stop_reason":{json.dumps(stop_reason)}'
             event += self._event(index, "{}", "null", finish, tail)
         return event
 
@@ -179,3 +204,22 @@ class ChatFormat(Format):
         return (
             f'{self._head}{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}]{tail}'
         ).encode()
+
+
+def _thought(text: str) -> dict[str, str]:
+    """Thoughts have no name at OpenAI; clients read one of these two."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """What one part of an answer adds to the message, as clients of streams put it together."""
+    match part:
+        case Content(text):
+            return {"content": text}
+        case Thought(text):
+            return _thought(text)
+        case CallStart(name, index, id):
+            call = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+        case Arguments(text, index):
+            call = {"index": index, "function": {"arguments": text}}
+    return {"tool_calls": [call]}

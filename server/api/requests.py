@@ -9,13 +9,14 @@ import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
-from server.api.schema import ChatRequest, CompletionRequest, GenerationRequest, Message
+from server.api.chat import calls_of, outline_of, render_chat, template_variables
+from server.api.dialects.answer import Outline
+from server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from server.api.service import Service
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, ModelNotFound, Overloaded
-from server.text import RESERVED_TEMPLATE_ARGUMENTS, Tokenizer
+from server.text import Tokenizer
 from server.types import NO_TARGETS, Retention, SamplingParams, ServiceClass, Targets
 
 DAY_S = 86_400.0
@@ -74,6 +75,8 @@ class Plan:
     client_stop_ids: frozenset[int]
     score_only: bool
     """max_tokens was 0: the engine makes one token, which nobody sees."""
+    outline: Outline | None = None
+    """What the answers' texts are made of, where they are more than text."""
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -128,8 +131,17 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("'top_logprobs' needs logprobs: true", param="top_logprobs")
     _at_most(service.limits.max_logprobs, request.top_logprobs or 0, "top_logprobs")
-    text = render_chat(service, request.messages, True, request.chat_template_kwargs or {})
-    prompt = Prompt(await encoder.encode(text, add_special_tokens=False), "")
+    calls = calls_of(service, request)
+    text = render_chat(
+        service,
+        request.messages,
+        request.add_generation_prompt,
+        template_variables(service, request),
+        continue_final_message=request.continue_final_message,
+        tools=calls.tools,
+        documents=request.documents,
+    )
+    prompt = Prompt(await encoder.encode(text, add_special_tokens=bool(request.add_special_tokens)), "")
     if not prompt.ids:
         raise InvalidRequest("'messages' render to an empty prompt", param="messages")
     _check_fits(service, len(prompt.ids), 1, "messages")
@@ -143,24 +155,8 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
         generate=keep,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         echo=False,
+        outline=outline_of(service, request, calls, text),
     )
-
-
-def render_chat(
-    service: Service, messages: Sequence[Message], add_generation_prompt: bool, variables: dict[str, Any]
-) -> str:
-    """The prompt that the model's chat template makes of `messages`. Raises InvalidRequest when it cannot."""
-    reserved = RESERVED_TEMPLATE_ARGUMENTS & variables.keys()
-    if reserved:
-        # Checked here as well: some of these are parameters of render_chat itself.
-        raise InvalidRequest(f"'chat_template_kwargs.{min(reserved)}' cannot be set", param="chat_template_kwargs")
-    turns = [
-        # Templates know three roles; `developer` is what newer clients call the system's voice.
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        | ({"name": message.name} if message.name else {})
-        for message in messages
-    ]
-    return service.tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt, **variables)
 
 
 def check_ids(service: Service, ids: Sequence[int], param: str) -> None:
@@ -251,6 +247,7 @@ def _plan(
     generate: int,
     logprobs: int | None,
     echo: bool,
+    outline: Outline | None = None,
 ) -> Plan:
     shown = request.prompt_logprobs
     asked = max((k for k in (shown, logprobs if echo else None) if k is not None), default=None)
@@ -305,6 +302,7 @@ def _plan(
         skip_special_tokens=request.skip_special_tokens is not False,
         client_stop_ids=frozenset(request.stop_token_ids or ()),
         score_only=request.max_tokens == 0,
+        outline=outline,
     )
 
 

@@ -15,16 +15,14 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
-    JsonValue,
     PlainValidator,
-    Tag,
     ValidationError,
     WithJsonSchema,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from server.api.messages import MAX_NAME_CHARS, MAX_TOOLS, Conversation, Message, NoneOnly, ShortText, Strict, Tool
 from server.errors import InvalidRequest
 
 MAX_CHOICES = 128
@@ -37,16 +35,11 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 1024
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 4096
-MAX_NAME_CHARS = 256
 MAX_PIN_S = 30 * 86_400
-MAX_TARGET_MS = 86_400_000.0
 """Longest pin: a month."""
+MAX_TARGET_MS = 86_400_000.0
 INT31 = 2**31 - 1
 INT63 = 2**63 - 1
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class _Response(BaseModel):
@@ -154,18 +147,13 @@ Scalar = Annotated[
 TemplateVariables = Annotated[
     dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")], Scalar], Field(max_length=32)
 ]
-NoneOnly = Annotated[None, Field(description="Not supported: must be null or absent.")]
-NoneOrEmpty = Annotated[
-    list[JsonValue], Field(max_length=0, description="Not supported: must be null, absent or empty.")
-]
-ShortText = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Metadata = Annotated[dict[str, str], Field(max_length=64)]
 
 
 UsageIn = Literal["none", "last", "all"]
 
 
-class StreamOptions(_Request):
+class StreamOptions(Strict):
     include_usage: bool | None = Field(default=None, description="Send one last chunk that carries the usage.")
     continuous_usage_stats: bool | None = Field(
         default=None, description="With include_usage: every chunk carries the usage so far."
@@ -173,7 +161,7 @@ class StreamOptions(_Request):
     include_obfuscation: bool | None = Field(default=None, description="Accepted; no padding is ever sent.")
 
 
-class GenerationRequest(_Request):
+class GenerationRequest(Strict):
     """What /v1/completions and /v1/chat/completions have in common. Null means absent, everywhere."""
 
     model: ShortText | None = Field(default=None, description="A name from /v1/models; absent: the model served.")
@@ -246,44 +234,11 @@ class CompletionRequest(GenerationRequest):
     suffix: NoneOnly = None
 
 
-class TextPart(_Request):
-    type: Literal["text"]
-    text: str
-
-
-def _content_tag(value: Any) -> str:
-    return "~text" if isinstance(value, str) else "~parts"
-
-
-Content = Annotated[
-    Annotated[str, Tag("~text")] | Annotated[list[TextPart], Field(min_length=1, max_length=1024), Tag("~parts")],
-    Discriminator(_content_tag),
-]
-
-
-class Message(_Request):
-    """One turn. Fields that an assistant message of an earlier answer carries are accepted while they are empty."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: ShortText | None = None
-    refusal: NoneOnly = None
-    annotations: NoneOrEmpty | None = None
-    audio: NoneOnly = None
-    function_call: NoneOnly = None
-    tool_calls: NoneOrEmpty | None = None
-    reasoning_content: NoneOnly = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
-
-class ResponseFormat(_Request):
+class ResponseFormat(Strict):
     type: Literal["text"] = Field(description="Only plain text; json_object and json_schema are not supported.")
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(Conversation, GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -299,22 +254,16 @@ class ChatRequest(GenerationRequest):
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
-    parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
-    tool_choice: Literal["none", "auto"] | None = None
-    tools: NoneOrEmpty | None = None
-    functions: NoneOrEmpty | None = None
-    function_call: Literal["none", "auto"] | None = None
     verbosity: Literal["medium"] | None = None
     audio: NoneOnly = None
     prediction: NoneOnly = None
-    reasoning_effort: NoneOnly = None
     web_search_options: NoneOnly = None
     moderation: NoneOnly = None
     prompt_cache_options: NoneOnly = None
     prompt_cache_retention: NoneOnly = None
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(Strict):
     """Body of POST /tokenize: either a prompt or messages."""
 
     model: ShortText | None = None
@@ -322,23 +271,26 @@ class TokenizeRequest(_Request):
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = Field(default=None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = Field(default=None, description="With messages; default true.")
+    continue_final_message: bool | None = Field(default=None, description="With messages; as in a chat.")
     chat_template_kwargs: TemplateVariables | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS, description="With messages; as in a chat.")
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: ShortText | None = None
     tokens: list[TokenId]
 
 
-class CacheRequest(_Request):
+class CacheRequest(Strict):
     """Body of the /v1/cache routes: which chain of blocks is meant, given as a request would give it."""
 
     model: ShortText | None = None
     prompt: str | list[TokenId] | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS, description="With messages; as in a chat.")
     cache_salt: ShortText | None = None
     api_key: ShortText | None = Field(default=None, description="The tenant whose blocks are meant, by its API key.")
 
@@ -425,11 +377,18 @@ class PromptTokensDetails(_Response):
     cached_tokens_by_tier: CachedTokensByTier
 
 
+class CompletionTokensDetails(_Response):
+    reasoning_tokens: int
+
+
 class Usage(_Response):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        default=None, description="Of chats with a model whose thoughts are told apart."
+    )
 
 
 class PromptLogprob(_Response):
@@ -481,17 +440,33 @@ class ChatLogprobs(_Response):
     refusal: None
 
 
+class FunctionCall(_Response):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Response):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(_Response):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = Field(default=None, description="Absent where there are none.")
+    reasoning_content: str | None = Field(
+        default=None, description="The model's thoughts; absent where there are none."
+    )
+    reasoning: str | None = Field(default=None, description="The same: clients know it by either name.")
 
 
 class ChatChoice(_Response):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None
     prompt_logprobs: PromptLogprobs | None
 
@@ -537,7 +512,7 @@ class VersionResponse(_Response):
     version: str
 
 
-RequestT = TypeVar("RequestT", bound=_Request)
+RequestT = TypeVar("RequestT", bound=Strict)
 
 
 def parse(model: type[RequestT], body: bytes) -> RequestT:
@@ -551,7 +526,7 @@ def parse(model: type[RequestT], body: bytes) -> RequestT:
     raise InvalidRequest(message, param=param, code="invalid_json" if param is None else None)
 
 
-def _explain(model: type[_Request], detail: ErrorDetails) -> tuple[str, str | None]:
+def _explain(model: type[Strict], detail: ErrorDetails) -> tuple[str, str | None]:
     kind, words, given = detail["type"], detail["msg"], detail["input"]
     if kind == "json_invalid":
         return f"the body is not valid JSON: {words.partition(': ')[2] or words}", None
@@ -566,8 +541,12 @@ def _explain(model: type[_Request], detail: ErrorDetails) -> tuple[str, str | No
         return f"'{param}' is not a parameter that this server knows{hint}", param
     if kind == "none_required" or (kind == "too_long" and "at most 0" in words):
         return f"'{param}' is not supported by this server; remove it or set it to null", param
-    words = words.removeprefix("Input should ").removeprefix("Value error, ")
-    words = words if words.startswith(("be ", "have ", "must ", "each ", "keys ", "the ")) else f"be right: {words}"
+    words = words.removeprefix("Input should ").removeprefix("String should ").removeprefix("Value error, ")
+    words = (
+        words
+        if words.startswith(("be ", "have ", "match ", "must ", "each ", "keys ", "the "))
+        else f"be right: {words}"
+    )
     sentence = words if words.startswith(("must ", "each ", "keys ", "the ")) else f"must {words}"
     shown = f", got {given!r}" if isinstance(given, bool | float) or _short_int(given) else ""
     return f"'{param}': {sentence}{shown}", param

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from server.api.dialects.dialect import NO_DIALECT, Dialect
 from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
@@ -32,6 +33,7 @@ class Service:
     admin_key_hashes: Sequence[bytes] = ()
     default_targets: Targets = NO_TARGETS
     """Of requests that name none; not of those in the background."""
+    dialect: Dialect = NO_DIALECT
 
     @property
     def max_model_len(self) -> int:

@@ -13,6 +13,7 @@ import httpx
 from fastapi import FastAPI
 
 from server.api.app import create_app
+from server.api.dialects.dialect import NO_DIALECT, Dialect
 from server.api.service import Service, hash_keys
 from server.config import ServerConfig
 from server.engine import GenerateSpec
@@ -43,6 +44,9 @@ class ByteTokenizer:
     bos_token_id = BOS
     vocab_size = VOCAB
     has_chat_template = True
+    chat_template = ""
+    template_names: ClassVar[frozenset[str]] = frozenset()
+    special_tokens: ClassVar[Mapping[str, int]] = {name: token for token, name in SPECIAL.items()}
     generation_defaults: ClassVar[Mapping[str, Any]] = {}
     is_byte_level = True
     strips_leading_space = False
@@ -66,6 +70,8 @@ class ByteTokenizer:
         return self.token_bytes(token).decode(errors="backslashreplace")
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **more: Any) -> str:
+        if more["continue_final_message"] and add_generation_prompt:
+            raise InvalidRequest("'continue_final_message' excludes it", param="continue_final_message")
         if more.get("fail"):
             raise InvalidRequest("the chat template refuses these messages: no", param="messages")
         turns = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
@@ -244,15 +250,18 @@ def make_app(
     keys: Sequence[str] = (),
     admin_keys: Sequence[str] = (),
     default_targets: Targets = NO_TARGETS,
+    tokenizer: Any = None,
+    dialect: Dialect = NO_DIALECT,
     **limits: Any,
 ) -> FastAPI:
-    """The application over `engine` with a byte-level tokenizer."""
+    """The application over `engine`, with a byte-level tokenizer unless another is given."""
     metrics = Metrics("fake", "1.2.3", max_model_len=engine.max_model_len)
     metrics.bind(engine.snapshot)
     return create_app(
         Service(
             engine=engine,  # type: ignore[arg-type]
-            tokenizer=ByteTokenizer(),  # type: ignore[arg-type]
+            tokenizer=tokenizer or ByteTokenizer(),
+            dialect=dialect,
             metrics=metrics,
             model_name="fake",
             version="1.2.3",
