@@ -25,6 +25,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from server.api.structured import Strict as _Request
+from server.api.structured import StructuredRequest
 from server.errors import InvalidRequest
 
 MAX_CHOICES = 128
@@ -43,10 +45,6 @@ MAX_TARGET_MS = 86_400_000.0
 """Longest pin: a month."""
 INT31 = 2**31 - 1
 INT63 = 2**63 - 1
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class _Response(BaseModel):
@@ -173,7 +171,7 @@ class StreamOptions(_Request):
     include_obfuscation: bool | None = Field(default=None, description="Accepted; no padding is ever sent.")
 
 
-class GenerationRequest(_Request):
+class GenerationRequest(StructuredRequest):
     """What /v1/completions and /v1/chat/completions have in common. Null means absent, everywhere."""
 
     model: ShortText | None = Field(default=None, description="A name from /v1/models; absent: the model served.")
@@ -279,10 +277,6 @@ class Message(_Request):
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
-class ResponseFormat(_Request):
-    type: Literal["text"] = Field(description="Only plain text; json_object and json_schema are not supported.")
-
-
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
@@ -297,7 +291,6 @@ class ChatRequest(GenerationRequest):
     store: bool | None = Field(default=None, description="Accepted; nothing is ever stored.")
     metadata: Metadata | None = Field(default=None, description="Accepted; has no effect.")
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
     parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
     tool_choice: Literal["none", "auto"] | None = None

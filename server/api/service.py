@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
+from server.runner.grammar import Grammars
 from server.text import Tokenizer
 from server.types import NO_TARGETS, Targets
 
@@ -32,6 +33,8 @@ class Service:
     admin_key_hashes: Sequence[bytes] = ()
     default_targets: Targets = NO_TARGETS
     """Of requests that name none; not of those in the background."""
+    grammars: Grammars | None = None
+    """Compiles what texts must be; None where that cannot be enforced."""
 
     @property
     def max_model_len(self) -> int:
