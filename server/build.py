@@ -50,6 +50,7 @@ from server.models.fingerprint import fingerprint, random_digest, weights_digest
 from server.models.weights import checkpoint_files, load_config, load_model, resolve_folder
 from server.recorder import Recorder
 from server.registry import resolve
+from server.runner import grammar
 from server.runner.runner import TorchRunner
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
@@ -100,6 +101,7 @@ class Daemon:
     summary: str
     recorder: Recorder | None = None
     dialect: Dialect = NO_DIALECT
+    grammars: grammar.Grammars | None = None
 
     async def open(self) -> None:
         """Take over what the SSD tier still holds, and measure what a step costs."""
@@ -119,6 +121,8 @@ class Daemon:
         """After the engine: no step and no transfer runs any more, or none that anybody waits for."""
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
+        if self.grammars is not None:
+            self.grammars.close()
         await self.runner.aclose()
         for tier in self.tiers.values():
             await tier.aclose()
@@ -190,7 +194,8 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         f"attention {backend}"
         + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
-    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder, dialect)
+    grammars = _grammars(tokenizer, model.geometry.vocab)
+    return Daemon(config, engine, runner, tiers, tokenizer, metrics, name, summary, recorder, dialect, grammars)
 
 
 async def serve(config: Config, disk: OsIo | None = None) -> int:
@@ -247,6 +252,7 @@ def service_of(daemon: Daemon) -> Service:
         admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
         default_targets=_targets(daemon.config),
         dialect=daemon.dialect,
+        grammars=daemon.grammars,
     )
 
 
@@ -395,6 +401,17 @@ def _ssd(config: Config, host: HostArena, identity: bytes, path: Path, disk: OsI
             f"ssd_gib {knobs.ssd_gib:g} holds {ssd.capacity_blocks} blocks; raise --ssd-gib", param="kv.ssd_gib"
         )
     return ssd
+
+
+def _grammars(tokenizer: Tokenizer, vocab: int) -> grammar.Grammars | None:
+    """What compiles constraints for this model; None, and a warning, where texts cannot be constrained."""
+    if not grammar.available():
+        log.warning("no structured output: the package llguidance is not installed")
+        return None
+    if not tokenizer.writes_pieces():
+        log.warning("no structured output: this model's tokens are not pieces of text by themselves")
+        return None
+    return grammar.Grammars(grammar.Vocabulary(tokenizer.vocabulary(vocab), tokenizer.special_tokens))
 
 
 def _recorder(config: Config) -> Recorder | None:

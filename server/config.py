@@ -297,6 +297,9 @@ class ServerConfig(_Section):
     max_prompts_per_request: Count = Field(default=64, ge=1, description="Prompts in one /v1/completions request.")
     max_choices: Count = Field(default=16, ge=1, description="Largest `n` and `best_of`, per prompt.")
     max_stop_strings: Count = Field(default=16, ge=0, description="Stop strings per request.")
+    max_constraint_bytes: Bytes = Field(
+        default=64 * 2**10, ge=64, description="Largest JSON schema, regular expression, grammar or list of choices."
+    )
     max_logprobs: Count = Field(default=20, ge=0, description="Largest number of alternatives per token in logprobs.")
     sse_keepalive_s: Seconds = Field(
         default=15.0,

@@ -42,6 +42,8 @@ RESERVED_TEMPLATE_ARGUMENTS = frozenset(
 """What a client's extra template arguments may not set: `chat_template` is code, the rest change the result's kind."""
 
 _REPLACEMENT = "\ufffd"
+_SAMPLE = '{"name": "value", "list": [1, 2.5, true, null], "x": {}}'
+"""What every model can write that is to write JSON."""
 _SPACE_MARK = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -212,12 +214,25 @@ class Tokenizer:
             text = name.replace(_SPACE_MARK, " ")  # the decoder strips the spaces of a text's first token
         return text.encode("utf-8")
 
-    # -- control tokens -------------------------------------------------------------------------------------------
+    # -- for grammars ---------------------------------------------------------------------------------------------
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
         """Control tokens by name."""
         return {self._backend.id_to_token(id): id for id in self._special}
+
+    def vocabulary(self, size: int) -> list[bytes]:
+        """What each id below `size` adds to a text, b"" where that is nothing or cannot be told. 2 to 10 us each."""
+        found = [self.token_bytes(id) for id in range(min(size, self.vocab_size))]
+        half = _REPLACEMENT.encode("utf-8")  # what a part of a character decodes to, if it is not known as bytes
+        texts = [b"" if half in data and self.byte_piece(id) is None else data for id, data in enumerate(found)]
+        return texts + [b""] * (size - len(texts))
+
+    def writes_pieces(self) -> bool:
+        """Whether a text is its tokens' `token_bytes` one after the other; not so where they are joined by spaces."""
+        ids = self.encode(_SAMPLE, add_special_tokens=False)
+        joined = b"".join(self.token_bytes(id) for id in ids).decode("utf-8", "replace")
+        return joined.removeprefix(" ") == self.decode(ids).removeprefix(" ") == _SAMPLE
 
     # -- for the detokenizer --------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,68 @@ class ModelGeometry:
 
 
 @dataclass(frozen=True, slots=True)
+class JsonSchema:
+    """The text is one JSON value that the schema, itself JSON text, allows. Properties come in the schema's order."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Regex:
+    """The text matches the regular expression from end to end."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The text is one of these."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FreeGrammar:
+    """The text follows a grammar in Lark's notation (from its rule `start`) or in GBNF (from `root`)."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """`begin`, then a JSON value that `schema` (JSON text) allows, then `end`. Names of control tokens in the two
+    literal texts stand for these tokens."""
+
+    begin: str
+    schema: str
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedJson:
+    """Calls of tools: any one of `tags`, or with `several` any number of them, `separator` between.
+
+    Without `trigger` the text is that and nothing else, at least one. With it, free text may come before, between and
+    after, also alone; but `trigger`, with which every `begin` begins, starts a tag wherever it stands.
+    """
+
+    tags: tuple[Tag, ...]
+    several: bool = False
+    separator: str = ""
+    trigger: str = ""
+
+
+Constraint = JsonSchema | Regex | Choice | FreeGrammar | TaggedJson
+"""What a generated text must be."""
+
+
+class Grammar(Protocol):
+    """A compiled constraint, made by `runner/grammar.py`, which alone knows what is inside."""
+
+    def start(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Validated at the API's edge; here every value is in range.
 
@@ -107,6 +169,7 @@ class SamplingParams:
     seed: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +278,11 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outcome of one plan, aligned with its rows: the sampled token (None where the row samples nothing)."""
+    """Outcome of one plan, aligned with its rows: the sampled token (None where the row samples nothing).
+
+    `ends`: rows whose grammar ends the request, STOP where the text is complete and ERROR where it cannot go on; a
+    token of None then says that none belongs to the text any more.
+    """
 
     id: int
     tokens: Sequence[int | None]
@@ -223,6 +290,7 @@ class StepResult:
     prompt_logprobs: Sequence[Sequence[TokenLogprobs] | None]
     started_s: float
     finished_s: float
+    ends: Mapping[int, FinishReason] = field(default_factory=dict)
 
 
 class StepRunner(Protocol):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, PlainValidator, Tag, WithJsonSchema
+from pydantic import Discriminator, Field, JsonValue, PlainValidator, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
+
+from server.api.structured import Strict
 
 MAX_NAME_CHARS = 256
 MAX_TOOLS = 128
@@ -19,12 +21,6 @@ MAX_DESCRIPTION_CHARS = 32_768
 MAX_TOOL_SCHEMA_BYTES = 65_536
 MAX_TOOL_SCHEMA_DEPTH = 32
 MAX_DOCUMENTS = 256
-
-
-class Strict(BaseModel):
-    """A part of a request: unknown fields and values of another type are refused."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 def _json_object(value: Any) -> dict[str, Any]:

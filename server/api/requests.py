@@ -17,7 +17,7 @@ from server.api.service import Service
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, ModelNotFound, Overloaded
 from server.text import Tokenizer
-from server.types import NO_TARGETS, Retention, SamplingParams, ServiceClass, Targets
+from server.types import NO_TARGETS, Constraint, Grammar, Retention, SamplingParams, ServiceClass, Targets
 
 DAY_S = 86_400.0
 DEFAULT_COMPLETION_TOKENS = 16
@@ -119,6 +119,7 @@ async def plan_completion(service: Service, encoder: Encoder, request: Completio
         generate=generate,
         logprobs=request.logprobs,
         echo=echo,
+        grammar=await _grammar(service, request, tenant),
     )
 
 
@@ -155,8 +156,29 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
         generate=keep,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         echo=False,
+        grammar=await _grammar(service, request, tenant),
         outline=outline_of(service, request, calls, text),
     )
+
+
+async def compile_constraint(service: Service, constraint: Constraint, tenant: str, param: str) -> Grammar:
+    """What `constraint` compiles to. Raises InvalidRequest naming the field `param` if it cannot be enforced."""
+    if service.grammars is None:
+        raise InvalidRequest(
+            f"'{param}' cannot be enforced here: it needs the package llguidance and a model whose tokens are pieces "
+            "of text by themselves",
+            param=param,
+            code="structured_output_unavailable",
+        )
+    return await service.grammars.compile(constraint, tenant, param)
+
+
+async def _grammar(service: Service, request: GenerationRequest, tenant: str) -> Grammar | None:
+    found = request.constraint(service.limits.max_constraint_bytes)
+    if found is None:
+        return None
+    constraint, param = found
+    return await compile_constraint(service, constraint, tenant, param)
 
 
 def check_ids(service: Service, ids: Sequence[int], param: str) -> None:
@@ -247,13 +269,14 @@ def _plan(
     generate: int,
     logprobs: int | None,
     echo: bool,
+    grammar: Grammar | None,
     outline: Outline | None = None,
 ) -> Plan:
     shown = request.prompt_logprobs
     asked = max((k for k in (shown, logprobs if echo else None) if k is not None), default=None)
     # best_of ranks by the mean log-probability, so it needs every token's own even where the client sees none.
     internal = 0 if logprobs is None and generate > keep else logprobs
-    params = replace(_sampling(service, request), logprobs=internal, prompt_logprobs=asked)
+    params = replace(_sampling(service, request), logprobs=internal, prompt_logprobs=asked, grammar=grammar)
     salt = cache_salt(tenant, request.cache_salt)
     service_class = ServiceClass(
         tenant,

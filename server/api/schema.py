@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from server.api.messages import MAX_NAME_CHARS, MAX_TOOLS, Conversation, Message, NoneOnly, ShortText, Strict, Tool
+from server.api.messages import MAX_NAME_CHARS, MAX_TOOLS, Conversation, Message, NoneOnly, ShortText, Tool
+from server.api.structured import Strict, StructuredRequest
 from server.errors import InvalidRequest
 
 MAX_CHOICES = 128
@@ -161,7 +162,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(default=None, description="Accepted; no padding is ever sent.")
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(StructuredRequest):
     """What /v1/completions and /v1/chat/completions have in common. Null means absent, everywhere."""
 
     model: ShortText | None = Field(default=None, description="A name from /v1/models; absent: the model served.")
@@ -234,10 +235,6 @@ class CompletionRequest(GenerationRequest):
     suffix: NoneOnly = None
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"] = Field(description="Only plain text; json_object and json_schema are not supported.")
-
-
 class ChatRequest(Conversation, GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
@@ -252,7 +249,6 @@ class ChatRequest(Conversation, GenerationRequest):
     store: bool | None = Field(default=None, description="Accepted; nothing is ever stored.")
     metadata: Metadata | None = Field(default=None, description="Accepted; has no effect.")
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
     verbosity: Literal["medium"] | None = None
     audio: NoneOnly = None

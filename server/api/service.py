@@ -10,6 +10,7 @@ from server.api.dialects.dialect import NO_DIALECT, Dialect
 from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
+from server.runner.grammar import Grammars
 from server.text import Tokenizer
 from server.types import NO_TARGETS, Targets
 
@@ -34,6 +35,8 @@ class Service:
     default_targets: Targets = NO_TARGETS
     """Of requests that name none; not of those in the background."""
     dialect: Dialect = NO_DIALECT
+    grammars: Grammars | None = None
+    """Compiles what texts must be; None where that cannot be enforced."""
 
     @property
     def max_model_len(self) -> int:

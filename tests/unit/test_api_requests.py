@@ -113,7 +113,6 @@ ONLY_TEXT: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"echo": "x"}, "echo"),
-    ({"response_format": {"type": "text"}}, "response_format"),
     ({"messages": []}, "messages"),
 ]
 ONLY_CHAT: list[tuple[dict[str, Any], str]] = [
@@ -177,8 +176,6 @@ ONLY_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"reasoning_effort": "none"}, "reasoning_effort"),
     ({"functions": [{}]}, "functions"),
     ({"function_call": {"name": "f"}}, "function_call"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"prediction": {}}, "prediction"),
