@@ -18,6 +18,7 @@ from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
 from server.metrics import Metrics
+from server.runner.grammar import Grammars, Vocabulary
 from server.types import (
     NO_TARGETS,
     BlockLayout,
@@ -34,6 +35,11 @@ from server.types import (
 BOS, EOS = 256, 257
 VOCAB = 258
 SPECIAL = {BOS: "<s>", EOS: "</s>"}
+
+
+def byte_grammars() -> Grammars:
+    """Compiles constraints for the vocabulary of `ByteTokenizer`."""
+    return Grammars(Vocabulary([bytes([byte]) for byte in range(256)] + [b""] * 2, {n: i for i, n in SPECIAL.items()}))
 
 
 class ByteTokenizer:
@@ -244,6 +250,7 @@ def make_app(
     keys: Sequence[str] = (),
     admin_keys: Sequence[str] = (),
     default_targets: Targets = NO_TARGETS,
+    grammars: Grammars | None = None,
     **limits: Any,
 ) -> FastAPI:
     """The application over `engine` with a byte-level tokenizer."""
@@ -261,6 +268,7 @@ def make_app(
             api_key_hashes=hash_keys(keys),
             admin_key_hashes=hash_keys(admin_keys),
             default_targets=default_targets,
+            grammars=grammars,
         )
     )
 
