@@ -69,6 +69,7 @@ ESCAPES = '"\\bfnrt'
 be written so that it passes for one that has no rule."""
 MESSAGE_CHARS = 300
 
+_NO_TEXT = "no text of this model's tokens meets it"
 _JSON_RULES = {"whitespace_pattern": WHITESPACE, "json_allowed_escapes": ESCAPES}
 _TAIL = '%llguidance {"no_forcing": true}\n'
 """Whichever tokens write the text may come: the library would choose them itself where only one text can follow."""
@@ -205,14 +206,14 @@ def compile_grammar(vocabulary: Vocabulary, constraint: Constraint) -> CompiledG
         raise Refused(_said(trial.get_error()))
     text = np.unpackbits(mask, count=vocabulary.size + 1, bitorder="little")
     if not text[:-1].any():
-        raise Refused("only the empty text meets it" if text[-1] else "no text of this model's tokens meets it")
+        raise Refused("only the empty text meets it" if trial.is_accepting() else _NO_TEXT)
     return grammar
 
 
 def _said(error: str) -> str:
     """The library's reason, in a line."""
     if error.startswith("NoExtension"):
-        return "no text of this model's tokens meets it"
+        return _NO_TEXT
     if "coerce_one_of" in error:
         return "'oneOf' is supported where type, constant or a required property keep its options apart; use 'anyOf'"
     first = error.replace("<non-verbose/>", "").strip().partition("\n")[0]
@@ -316,6 +317,10 @@ class _Place:
             self.consumed += len(tokens)
             self.last = tokens[-1]
 
+    def accepts(self) -> bool:
+        """Whether the text may end here. The library allows the end also where it is at a loss: that is none."""
+        return bool(self.matcher.is_accepting())
+
 
 class Matchers:
     """The live requests' places in their grammars. Device thread only."""
@@ -344,7 +349,8 @@ class Matchers:
             self._executor.unsafe_compute_mask_ptr(going, masks.ctypes.data, words * 4, len(places))
         bits = np.unpackbits(masks.view(np.uint8), axis=1, count=self._vocab + 1, bitorder="little").view(np.bool_)
         for row, (place, spec) in enumerate(zip(places, specs, strict=True)):
-            may_end, text = bool(bits[row, -1]), bool(bits[row, :-1].any())
+            text = bool(bits[row, :-1].any())
+            may_end = bool(bits[row, -1]) and (text or place.accepts())
             place.failed = place.failed or place.matcher.is_error() or not (may_end or text)
             place.complete = may_end and not text
             stops = [token for token in spec.params.stop_token_ids if 0 <= token < self._vocab]
@@ -373,7 +379,7 @@ class Matchers:
             if place.failed:
                 ends[row] = FinishReason.ERROR, False
             elif place.matcher.is_stopped():
-                ends[row] = FinishReason.STOP, True
+                ends[row] = (FinishReason.STOP, True) if place.accepts() else (FinishReason.ERROR, False)
         return ends
 
     def forget(self, request_ids: Iterable[RequestId]) -> None:

@@ -51,7 +51,7 @@ _FORMATS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "hostname": ({"format": "hostname", "maxLength": 253},),
     **{name: ({"format": name},) for name in ("duration", "email", "ipv4", "ipv6", "uuid", "uri")},
 }
-"""What each format becomes. The library's own dates have a 29th of February in every year, and minutes a 60th second."""
+"""What each format becomes. The library's own dates have a 29th of February in all years, its minutes a 60th second."""
 
 
 def enforceable(text: str) -> dict[str, Any] | bool:

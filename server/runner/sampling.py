@@ -10,8 +10,8 @@ one, below the 24-bit mantissa of the logits' own exponential. Sums fit: 2^40 we
 
 **Order of effects** (as OpenAI and the field): log-probabilities are of the raw distribution; then the grammar's mask,
 logit_bias, min_tokens, repetition penalty (prompt and output), presence and frequency penalty (output), temperature,
-top_k, top_p (of what top_k left), min_p; then one uniform draw, named by (seed, position), through the inverse CDF. Where logits
-are equal the lowest id goes first, everywhere.
+top_k, top_p (of what top_k left), min_p; then one uniform draw, named by (seed, position), through the inverse CDF.
+Where logits are equal the lowest id goes first, everywhere.
 
 **Cost.** Rows are grouped by need, so a plain row never pays for another's features: all-greedy is one argmax; a drawn
 row without top_k/top_p has no sort; one with them ranks 512 tokens, and more only where those do not hold `top_p` of

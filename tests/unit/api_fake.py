@@ -19,6 +19,7 @@ from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
 from server.metrics import Metrics
+from server.runner.grammar import Grammars, Vocabulary
 from server.types import (
     NO_TARGETS,
     BlockLayout,
@@ -35,6 +36,11 @@ from server.types import (
 BOS, EOS = 256, 257
 VOCAB = 258
 SPECIAL = {BOS: "<s>", EOS: "</s>"}
+
+
+def byte_grammars() -> Grammars:
+    """Compiles constraints for the vocabulary of `ByteTokenizer`."""
+    return Grammars(Vocabulary([bytes([byte]) for byte in range(256)] + [b""] * 2, {n: i for i, n in SPECIAL.items()}))
 
 
 class ByteTokenizer:
@@ -252,6 +258,7 @@ def make_app(
     default_targets: Targets = NO_TARGETS,
     tokenizer: Any = None,
     dialect: Dialect = NO_DIALECT,
+    grammars: Grammars | None = None,
     **limits: Any,
 ) -> FastAPI:
     """The application over `engine`, with a byte-level tokenizer unless another is given."""
@@ -270,6 +277,7 @@ def make_app(
             api_key_hashes=hash_keys(keys),
             admin_key_hashes=hash_keys(admin_keys),
             default_targets=default_targets,
+            grammars=grammars,
         )
     )
 
