@@ -136,7 +136,26 @@ class TaggedJson:
     trigger: str = ""
 
 
-Constraint = JsonSchema | Regex | Choice | FreeGrammar | TaggedJson
+@dataclass(frozen=True, slots=True)
+class Either:
+    """The text is what one of these says."""
+
+    options: tuple[Constraint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """Free text up to `close`, and behind it what `inner` says; a model thinks before it answers.
+
+    `open` is what the free text begins with, and then it may also be missing; "": the text begins within it.
+    """
+
+    inner: Constraint
+    open: str
+    close: str
+
+
+Constraint = JsonSchema | Regex | Choice | FreeGrammar | TaggedJson | Either | Behind
 """What a generated text must be."""
 
 

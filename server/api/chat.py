@@ -11,8 +11,12 @@ from server.api.dialects.answer import Outline
 from server.api.messages import AllowedTools, Message, Tool, ToolReference
 from server.api.schema import ChatRequest
 from server.api.service import Service
+from server.api.structured import ANY_OBJECT
 from server.errors import InvalidRequest
+from server.runner.json_schema import enforceable
+from server.runner.refusal import Refused
 from server.text import RESERVED_TEMPLATE_ARGUMENTS
+from server.types import Behind, Constraint, Either, TaggedJson
 
 NO_PARAMETERS = {"type": "object", "properties": {}}
 
@@ -138,7 +142,7 @@ def _for_template(tool: Tool) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Which tools an answer may call. `param`: the request's field that says so."""
+    """Which tools an answer may call."""
 
     tools: Sequence[Tool]
     """The prompt knows these, ..."""
@@ -146,13 +150,23 @@ class Calls:
     """... and these may be called."""
     required: bool = False
     several: bool = True
-    param: str = "tool_choice"
 
     @property
     def enforced(self) -> bool:
         """Whether the model must be held to it, rather than asked."""
-        strict = any(tool.function.strict for tool in self.allowed)
-        return bool(self.allowed) and (self.required or strict or len(self.allowed) < len(self.tools))
+        return self.required or self.strict is not None or len(self.allowed) < len(self.tools)
+
+    @property
+    def strict(self) -> int | None:
+        """Index of the first tool that may be called with arguments that fit its schema only."""
+        strict = (index for index, tool in enumerate(self.tools) if tool.function.strict and tool in self.allowed)
+        return next(strict, None)
+
+    @property
+    def param(self) -> str:
+        """The field of the request that enforces."""
+        by_choice = self.required or self.strict is None
+        return "tool_choice" if by_choice else f"tools[{self.strict}].function.strict"
 
 
 NO_CALLS = Calls((), ())
@@ -229,3 +243,58 @@ def outline_of(service: Service, request: ChatRequest, calls: Calls, prompt: str
         special=dialect.special,
         hide_special=request.skip_special_tokens is not False,
     )
+
+
+def constrained(
+    service: Service, calls: Calls, outline: Outline | None, wanted: tuple[Constraint, str] | None
+) -> tuple[Constraint, str] | None:
+    """What the answer must be, and the field that says so: by its calls, by the format `wanted`, behind its thoughts.
+
+    An answer calls tools or has the format; which of the two is the model's choice, if nothing is required.
+    """
+    found = wanted
+    if calls.required or (calls.allowed and wanted is not None):
+        demanded = _calls_constraint(service, calls, free=False)
+        found = demanded, calls.param
+        if not calls.required and wanted is not None:
+            found = Either((demanded, wanted[0])), wanted[1]
+    elif calls.enforced:
+        found = _calls_constraint(service, calls, free=True), calls.param
+    if found is None or outline is None or outline.thoughts is None:
+        return found
+    tags = outline.thoughts
+    return Behind(found[0], "" if outline.inside else tags.open, tags.close), found[1]
+
+
+def _calls_constraint(service: Service, calls: Calls, *, free: bool) -> TaggedJson:
+    parser = service.dialect.tools
+    frame = parser.frame(service.tokenizer.special_tokens) if parser else None
+    if frame is None:
+        raise InvalidRequest(
+            f"'{calls.param}' cannot be enforced: this model does not write calls as JSON; leave the choice to it, and "
+            "ask for no format",
+            param=calls.param,
+        )
+    schemas = [
+        (tool.function.name, _arguments_schema(tool, f"tools[{index}].function.parameters"))
+        for index, tool in enumerate(calls.tools)
+        if tool in calls.allowed
+    ]
+    return frame.constraint(schemas, free=free, several=calls.several)
+
+
+def _arguments_schema(tool: Tool, where: str) -> str:
+    """The schema that the arguments are held to: the tool's own, or if that cannot be and need not, any object."""
+    schema = tool.function.parameters
+    if schema is None:
+        schema = NO_PARAMETERS | {"additionalProperties": False}
+    text = json.dumps({"type": "object"} | schema, ensure_ascii=False)
+    try:
+        if schema.get("type", "object") != "object":
+            raise Refused("the arguments must be of type object")
+        enforceable(text)
+    except Refused as refused:
+        if tool.function.strict:
+            raise InvalidRequest(f"'{where}' cannot be enforced: {refused}", param=where) from None
+        return ANY_OBJECT.text
+    return text

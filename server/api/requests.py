@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from server.api.chat import calls_of, outline_of, render_chat, template_variables
+from server.api.chat import calls_of, constrained, outline_of, render_chat, template_variables
 from server.api.dialects.answer import Outline
 from server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from server.api.service import Service
@@ -119,7 +119,7 @@ async def plan_completion(service: Service, encoder: Encoder, request: Completio
         generate=generate,
         logprobs=request.logprobs,
         echo=echo,
-        grammar=await _grammar(service, request, tenant),
+        grammar=await _compiled(service, request.constraint(service.limits.max_constraint_bytes), tenant),
     )
 
 
@@ -146,6 +146,8 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
     if not prompt.ids:
         raise InvalidRequest("'messages' render to an empty prompt", param="messages")
     _check_fits(service, len(prompt.ids), 1, "messages")
+    outline = outline_of(service, request, calls, text)
+    wanted = request.constraint(service.limits.max_constraint_bytes)
     return _plan(
         service,
         request,
@@ -156,8 +158,8 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
         generate=keep,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         echo=False,
-        grammar=await _grammar(service, request, tenant),
-        outline=outline_of(service, request, calls, text),
+        grammar=await _compiled(service, constrained(service, calls, outline, wanted), tenant),
+        outline=outline,
     )
 
 
@@ -173,8 +175,7 @@ async def compile_constraint(service: Service, constraint: Constraint, tenant: s
     return await service.grammars.compile(constraint, tenant, param)
 
 
-async def _grammar(service: Service, request: GenerationRequest, tenant: str) -> Grammar | None:
-    found = request.constraint(service.limits.max_constraint_bytes)
+async def _compiled(service: Service, found: tuple[Constraint, str] | None, tenant: str) -> Grammar | None:
     if found is None:
         return None
     constraint, param = found

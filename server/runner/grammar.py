@@ -30,8 +30,10 @@ from server.runner.json_schema import enforceable
 from server.runner.refusal import Refused
 from server.runner.regexes import literal, translate
 from server.types import (
+    Behind,
     Choice,
     Constraint,
+    Either,
     FinishReason,
     FreeGrammar,
     JsonSchema,
@@ -71,6 +73,7 @@ MESSAGE_CHARS = 300
 
 _NO_TEXT = "no text of this model's tokens meets it"
 _JSON_RULES = {"whitespace_pattern": WHITESPACE, "json_allowed_escapes": ESCAPES}
+_FREE = r"FREE: /(.|\n)*/"
 _TAIL = '%llguidance {"no_forcing": true}\n'
 """Whichever tokens write the text may come: the library would choose them itself where only one text can follow."""
 _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"i?|/(?:\\.|[^/\\\n])+/[imslux]*|//[^\n]*|#[^\n]*')
@@ -198,7 +201,9 @@ def compile_grammar(vocabulary: Vocabulary, constraint: Constraint) -> CompiledG
         max_grammar_size=MAX_GRAMMAR_SIZE,
         verbose_errors=False,
     )
-    matcher = llguidance.LLMatcher(vocabulary.tokenizer, _source(constraint, vocabulary), log_level=0, limits=limits)
+    matcher = llguidance.LLMatcher(
+        vocabulary.tokenizer, _source(constraint, vocabulary.special), log_level=0, limits=limits
+    )
     grammar = CompiledGrammar(matcher)
     trial = grammar.start()
     mask = np.frombuffer(trial.compute_bitmask(), np.uint8)
@@ -220,20 +225,47 @@ def _said(error: str) -> str:
     return first.rpartition("failed to compile JSON schema: ")[2][:MESSAGE_CHARS]
 
 
-def _source(constraint: Constraint, vocabulary: Vocabulary) -> str:
+def _source(constraint: Constraint, special: Mapping[str, int]) -> str:
     """The constraint in the library's notation, Lark with additions."""
+    # The options go behind, so that the library counts a client's lines as the client does.
+    return f"{_rules(constraint, special)}\n{_TAIL}"
+
+
+def _rules(constraint: Constraint, special: Mapping[str, int]) -> str:
     match constraint:
         case JsonSchema(text):
-            rules = f"start: {_json(text)}"
+            return f"start: {_json(text)}"
         case Regex(text):
-            rules = f"start: /{translate(text, whole=True)}/"
+            return f"start: /{translate(text, whole=True)}/"
         case Choice(texts):
-            rules = f"start: /{'|'.join(map(literal, texts))}/"
+            return f"start: /{'|'.join(map(literal, texts))}/"
         case FreeGrammar(text):
-            rules = _lark(text)
+            return _lark(text)
         case TaggedJson():
-            rules = _tagged(constraint, vocabulary.special)
-    return f"{rules}\n{_TAIL}"  # behind, so that the library counts a client's lines as the client does
+            return _tagged(constraint, special)
+        case Either(options):
+            names = [f"option{index}" for index in range(len(options))]
+            nested = [_nested(name, option, special) for name, option in zip(names, options, strict=True)]
+            return "\n".join((f"start: {' | '.join(names)}", *nested))
+        case Behind(inner, open, close):
+            return "\n".join((*_free_front(open, close, special), _nested("rest", inner, special)))
+
+
+def _nested(name: str, constraint: Constraint, special: Mapping[str, int]) -> str:
+    """A rule that is a whole grammar by itself."""
+    return f"{name}: %lark {{\n{_rules(constraint, special)}\n}}"
+
+
+def _free_front(open: str, close: str, special: Mapping[str, int]) -> list[str]:
+    """`start`: free text up to `close`, then `rest`; a few blanks may stand between."""
+    front = f"gap {_literals(open, special)} front gap" if open else "front gap"
+    lazy = "" if close in special else "[lazy]"
+    return [
+        f"start: {f'({front})?' if open else front} rest",
+        f"front{lazy}: FREE {_literals(close, special)}",
+        _FREE,
+        r"gap: /[ \n]{0,4}/",
+    ]
 
 
 def _json(text: str) -> str:
@@ -269,7 +301,7 @@ def _tagged(constraint: TaggedJson, special: Mapping[str, int]) -> str:
     if trigger:
         opening = "opening" if trigger in special else "opening[lazy]"
         start = _literals(trigger, special)
-        lines += [f"{opening}: FREE {start}", f"call: opening ({tags})", r"FREE: /(.|\n)*/"]
+        lines += [f"{opening}: FREE {start}", f"call: opening ({tags})", _FREE]
         lines += ["REST: FREE" + (f" & ~(FREE {start} FREE)" if trigger not in special else ""), "rest: REST"]
         lines += [f"start: call{'*' if constraint.several else '?'} rest"]
     else:

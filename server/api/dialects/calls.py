@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Collection
 from typing import Any, ClassVar
 
+from server.api.dialects.constraint import Frame
 from server.api.dialects.parts import Arguments, CallStart
 from server.api.dialects.reader import Malformed, Reader, Reading
 
@@ -44,6 +45,11 @@ class ToolParser(Reader):
 
     @abstractmethod
     def _parse(self) -> Reading[None]: ...
+
+    @classmethod
+    def frame(cls, special: Collection[str]) -> Frame | None:
+        """How the model is made to write a call; None where it cannot be. `special`: its control tokens."""
+        return None
 
     @staticmethod
     def template_id(call_id: str) -> str:

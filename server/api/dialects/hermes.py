@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from server.api.dialects.calls import ToolParser
+from server.api.dialects.constraint import Frame, json_frame
 from server.api.dialects.reader import Malformed, Reading
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -10,6 +13,10 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 class HermesParser(ToolParser):
     markers = (OPEN, CLOSE)
+
+    @classmethod
+    def frame(cls, special: Collection[str]) -> Frame | None:
+        return json_frame(f"{OPEN}\n", "arguments", f"\n{CLOSE}", trigger=OPEN, separator="\n")
 
     def _parse(self) -> Reading[None]:
         while marker := (yield from self._until(OPEN, CLOSE)):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from server.api.dialects.calls import ToolParser
+from server.api.dialects.constraint import Frame, json_frame
 from server.api.dialects.reader import Malformed, Reading
 
 TAG = "<|python_tag|>"
@@ -11,6 +14,10 @@ TAG = "<|python_tag|>"
 class Llama3Parser(ToolParser):
     markers = (TAG,)
     marked = False
+
+    @classmethod
+    def frame(cls, special: Collection[str]) -> Frame | None:
+        return json_frame("", "parameters", "", trigger='{"name": "', separator="; ")
 
     def _parse(self) -> Reading[None]:
         while marker := (yield from self._until(TAG, "{")):

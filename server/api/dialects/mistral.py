@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import string
+from collections.abc import Collection
 
 from server.api.dialects.calls import MAX_SHORT_CHARS, ToolParser
+from server.api.dialects.constraint import NAME, Frame, json_frame
 from server.api.dialects.reader import Malformed, Reading
 
 CALLS, ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
@@ -24,6 +26,12 @@ class MistralParser(ToolParser):
         if _OWN_ID.fullmatch(call_id):
             return call_id
         return hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()[:ID_CHARS]
+
+    @classmethod
+    def frame(cls, special: Collection[str]) -> Frame | None:
+        if ARGS in special:
+            return Frame(f"{CALLS}{NAME}{ARGS}", "", trigger=CALLS)
+        return json_frame(f"{CALLS}[", "arguments", "]", trigger=CALLS)
 
     def _parse(self) -> Reading[None]:
         while (yield from self._until(CALLS)):
