@@ -189,12 +189,21 @@ def _value(text: str) -> Any:
         raise Malformed from None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be sent: escapes may spell half a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _as_object(text: str) -> str:
     """The arguments in `text`: an object as it is, also out of a string; none at all for null."""
     if text.startswith("{"):
         return text
     found = _value(text)
-    if isinstance(found, str) and found.lstrip().startswith("{"):
+    if isinstance(found, str) and found.lstrip().startswith("{") and is_unicode(found):
         return found.strip()
     if found is None or found == "":
         return "{}"

@@ -9,9 +9,10 @@ import ast
 import json
 import string
 import warnings
+from contextlib import suppress
 from typing import Any
 
-from server.api.dialects.calls import MAX_SHORT_CHARS, ToolParser
+from server.api.dialects.calls import MAX_SHORT_CHARS, ToolParser, is_unicode
 from server.api.dialects.reader import Malformed, Reading
 
 START, END = "<|python_start|>", "<|python_end|>"
@@ -103,16 +104,21 @@ class PythonicParser(ToolParser):
 
 
 def as_json(source: str) -> str:
-    """The JSON of a Python or JSON literal; of anything else, its source as a string."""
+    """The JSON of a JSON or Python literal; of anything else, its source as a string."""
     try:
-        return json.dumps(_literal(source), ensure_ascii=False, allow_nan=False)
+        return _dumps(_literal(source))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return json.dumps(source, ensure_ascii=False)
+        return _dumps(source)
 
 
 def _literal(source: str) -> Any:
-    if source in ("true", "false", "null"):
+    with suppress(ValueError):
         return json.loads(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an odd escape would be quoted in the log
         return ast.literal_eval(source)
+
+
+def _dumps(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if is_unicode(text) else json.dumps(value)
