@@ -17,6 +17,7 @@ BENCHES = {
     "scale": "server.bench.scale:run",
     "soak": "server.bench.soak:run",
     "split": "server.bench.split:run",
+    "structured": "server.bench.structured:run",
     "turns": "server.bench.turns:run",
     "tiers": "server.bench.tiers:run",
 }

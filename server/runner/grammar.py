@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,7 +71,11 @@ ESCAPES = '"\\bfnrt'
 """Escapes in JSON strings. Without \\u each string can be written in one way only; with it the name of a property could
 be written so that it passes for one that has no rule."""
 MESSAGE_CHARS = 300
+MIN_PARALLEL_ROWS = 4
+MAX_THREADS = 8
+"""Rows from which on masks are made by several threads, and how many: to hand work over takes as long as two masks."""
 
+_ALL = np.uint32(0xFFFFFFFF)
 _NO_TEXT = "no text of this model's tokens meets it"
 _JSON_RULES = {"whitespace_pattern": WHITESPACE, "json_allowed_escapes": ESCAPES}
 _FREE = r"FREE: /(.|\n)*/"
@@ -361,7 +366,8 @@ class Matchers:
         """`vocab`: width of the logits, and of the vocabulary that the grammars were compiled for."""
         self._vocab = vocab
         self._places: dict[RequestId, _Place] = {}
-        self._executor: Any = None
+        helpers = min(MAX_THREADS, (os.cpu_count() or 1) - 1)
+        self._executor = llguidance.LLExecutor(helpers) if available() and helpers > 1 else None
 
     def barred(
         self, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]
@@ -372,25 +378,32 @@ class Matchers:
         to choose from is not barred from anything: `advance` says that its token does not count.
         """
         places = [self._place(request_id, spec) for request_id, spec in zip(request_ids, specs, strict=True)]
-        words = self._vocab // 32 + 1  # one bit more than there are tokens: the end
-        masks = np.zeros((len(places), words), np.uint32)
-        going = [(place.matcher, row) for row, place in enumerate(places) if not place.failed]
-        if going:
-            if self._executor is None:
-                self._executor = llguidance.LLExecutor()
-            self._executor.unsafe_compute_mask_ptr(going, masks.ctypes.data, words * 4, len(places))
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, count=self._vocab + 1, bitorder="little").view(np.bool_)
-        for row, (place, spec) in enumerate(zip(places, specs, strict=True)):
-            text = bool(bits[row, :-1].any())
-            may_end = bool(bits[row, -1]) and (text or place.accepts())
+        end, end_bit = self._vocab // 32, np.uint32(1 << self._vocab % 32)
+        masks = np.zeros((len(places), end + 1), np.uint32)
+        self._fill(masks, [(place.matcher, row) for row, place in enumerate(places) if not place.failed])
+        for place, spec, mask in zip(places, specs, masks, strict=True):
+            ends = bool(mask[end] & end_bit)
+            mask[end] &= ~end_bit
+            text = bool(mask.any())
+            may_end = ends and (text or place.accepts())
             place.failed = place.failed or place.matcher.is_error() or not (may_end or text)
             place.complete = may_end and not text
             stops = [token for token in spec.params.stop_token_ids if 0 <= token < self._vocab]
             if place.failed or (place.complete and not stops):
-                bits[row] = True
+                mask[:] = _ALL
             elif may_end:
-                bits[row, stops] = True
-        return ~bits[:, :-1], [place.complete for place in places]
+                for token in stops:
+                    mask[token // 32] |= np.uint32(1 << token % 32)
+        barred = np.unpackbits((~masks).view(np.uint8), axis=1, count=self._vocab, bitorder="little")
+        return barred.view(np.bool_), [place.complete for place in places]
+
+    def _fill(self, masks: npt.NDArray[np.uint32], rows: list[tuple[Any, int]]) -> None:
+        """The masks of (matcher, row), in parallel where that is faster than one after the other."""
+        if self._executor is not None and len(rows) >= MIN_PARALLEL_ROWS:
+            self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks.strides[0], len(masks))
+        else:
+            for matcher, row in rows:
+                matcher.unsafe_compute_mask_ptr(masks.ctypes.data + row * masks.strides[0], masks.strides[0])
 
     def advance(
         self, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec], tokens: Sequence[int]
