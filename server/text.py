@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from server.errors import ConfigError, InvalidRequest
 
 CONTEXT_TOKENS = 4
@@ -88,7 +86,6 @@ class Tokenizer:
         self.has_chat_template: bool = bool(tokenizer.chat_template)
         self.chat_template: str = _joined(tokenizer.chat_template)
         """Its source, of several named ones all; "" where there is none."""
-        self.template_names: frozenset[str] = _names_in(self.chat_template)
         added = self._backend.get_added_tokens_decoder()
         self._special: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
         stages = _decoder_stages(self._backend.decoder)
@@ -325,15 +322,6 @@ def _decoder_stages(decoder: Any) -> list[dict[str, Any]]:
 
 def _joined(chat_template: str | Mapping[str, str] | None) -> str:
     return "\n".join(chat_template.values()) if isinstance(chat_template, Mapping) else chat_template or ""
-
-
-def _names_in(template: str) -> frozenset[str]:
-    """Variables, attributes and strings in the code of a Jinja template; its comments and its text do not count."""
-    try:
-        lexed = list(jinja2.Environment().lex(template))
-    except jinja2.TemplateError:
-        return frozenset()  # it will not render either, and says so then
-    return frozenset(value.strip("'\"") for _, kind, value in lexed if kind in ("name", "string"))
 
 
 def _template_text(chat_template: str) -> str:

@@ -106,7 +106,7 @@ def _check_message(service: Service, message: Message, where: str) -> None:
 
 def _check_known(service: Service, name: str, param: str) -> None:
     """Raises InvalidRequest if the chat template would leave out what `param` says."""
-    if name not in service.tokenizer.template_names:
+    if name not in service.dialect.template_names:
         raise InvalidRequest(f"'{param}' is not supported: this model's chat template knows no {name}", param=param)
 
 
@@ -209,7 +209,7 @@ def _select(tools: Sequence[Tool], wanted: Sequence[ToolReference], param: str) 
 def template_variables(service: Service, request: ChatRequest) -> dict[str, Any]:
     """What the chat template gets beside the messages. Raises InvalidRequest for what it has no use for."""
     variables = dict(request.chat_template_kwargs or {})
-    effort, known = request.reasoning_effort, service.tokenizer.template_names
+    effort, known = request.reasoning_effort, service.dialect.template_names
     if effort is None:
         return variables
     if effort == "none" and "enable_thinking" in known:

@@ -51,7 +51,6 @@ class ByteTokenizer:
     vocab_size = VOCAB
     has_chat_template = True
     chat_template = ""
-    template_names: ClassVar[frozenset[str]] = frozenset()
     special_tokens: ClassVar[Mapping[str, int]] = {name: token for token, name in SPECIAL.items()}
     generation_defaults: ClassVar[Mapping[str, Any]] = {}
     is_byte_level = True

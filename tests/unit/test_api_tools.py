@@ -22,7 +22,7 @@ from server.runner.grammar import Grammars, Vocabulary
 from server.text import Tokenizer
 from tests.unit.api_fake import FakeEngine, make_app
 
-HTTP = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[2].__module__.partition(".")[0])
+HTTP = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
 """The HTTP library that the package brings: its versions differ in that."""
 END = "<|end|>"
 HERMES = """
@@ -542,7 +542,7 @@ async def test_reasoning_effort_reaches_templates_that_know_it() -> None:
             await world.ask(**more)
         assert refusal.value.param == "reasoning_effort"
     world.tokenizer = byte_tokenizer("{{ reasoning_effort }}: {{ messages[0].content }}", ())
-    world.app = make_app(world.engine, tokenizer=world.tokenizer)
+    world.app = make_app(world.engine, tokenizer=world.tokenizer, dialect=dialect_of(world.tokenizer))
     await world.ask(reasoning_effort="high")
     assert world.prompt() == "high: hi"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import jinja2
+
 from server.api.dialects.calls import PARSERS, ToolParser
 from server.api.dialects.thinking import THOUGHTS, ThoughtTags
 from server.errors import ConfigError
@@ -31,6 +33,8 @@ class Dialect:
     tools: type[ToolParser] | None = None
     thoughts: ThoughtTags | None = None
     special: Mapping[str, int] = field(default_factory=dict)
+    template_names: frozenset[str] = frozenset()
+    """Variables, attributes and strings in the code of the chat template: what is not among them, it does not know."""
     summary: str = "tool calls: none; reasoning: none"
 
 
@@ -40,7 +44,8 @@ NO_DIALECT = Dialect()
 def dialect_of(tokenizer: Tokenizer, tools: str = AUTO, thoughts: str = AUTO) -> Dialect:
     """The dialect by names of parsers, each perhaps `auto` or `none`. Raises ConfigError for a name there is not."""
     template = tokenizer.chat_template
-    calls_name = _calls_of(template, tokenizer.template_names) if tools == AUTO else tools
+    names = _names_in(template)
+    calls_name = _calls_of(template, names) if tools == AUTO else tools
     thoughts_name = _thoughts_of(template) if thoughts == AUTO else thoughts
     parser: type[ToolParser] | None = None
     if calls_name != NONE:
@@ -56,8 +61,17 @@ def dialect_of(tokenizer: Tokenizer, tools: str = AUTO, thoughts: str = AUTO) ->
         parser,
         tags,
         {marker: control[marker] for marker in markers if marker in control},
+        names,
         f"tool calls: {calls_name}{origin.get(tools, '')}; reasoning: {thoughts_name}{origin.get(thoughts, '')}",
     )
+
+
+def _names_in(template: str) -> frozenset[str]:
+    try:
+        lexed = list(jinja2.Environment().lex(template))
+    except jinja2.TemplateError:
+        return frozenset()  # it will not render either, and says so then
+    return frozenset(value.strip("'\"") for _, kind, value in lexed if kind in ("name", "string"))
 
 
 def _calls_of(template: str, names: frozenset[str]) -> str:
