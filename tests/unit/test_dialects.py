@@ -254,6 +254,21 @@ def test_thoughts_are_not_searched_for_calls() -> None:
     assert message.content is None
 
 
+@pytest.mark.parametrize("hide", [True, False])
+def test_control_tokens_of_calls_behind_thoughts(hide: bool) -> None:
+    """A model with control tokens for both: each parser sees its own, the client none of them unless it asks."""
+    special = {marker: index for index, marker in enumerate(("[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]"))}
+    kind = resolve("tool_call_parser", PARSERS, "mistral")
+    shape = Outline(kind, frozenset(NAMES), thoughts=THOUGHTS["mistral"], special=special, hide_special=hide)
+    text = "[THINK]a[TOOL_CALLS]b[/THINK]c[TOOL_CALLS]now[ARGS]{} d[ARGS]"
+    for pieces in ([text], list(text)):
+        answer = shape.parser()
+        message = assemble([part for piece in pieces for part in answer.push(piece)] + answer.finish())
+        assert message.thoughts == ("ab" if hide else "a[TOOL_CALLS]b")
+        assert message.content == ("cd" if hide else "cd[ARGS]")
+        assert [(call.name, call.arguments) for call in message.calls] == [NOW]
+
+
 def test_calls_are_numbered_and_named() -> None:
     """Index and id: distinct, in order, and on the arguments too."""
     answer = outline().parser()

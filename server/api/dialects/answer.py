@@ -47,7 +47,8 @@ class AnswerParser:
         hidden = tuple(outline.special) if outline.hide_special else ()
         tags = outline.thoughts
         self._outline = outline
-        self._thoughts = None if tags is None else ThoughtParser(tags, inside=outline.inside, hidden=hidden)
+        left = outline.tools.markers if outline.tools is not None else ()
+        self._thoughts = None if tags is None else ThoughtParser(tags, inside=outline.inside, hidden=hidden, left=left)
         self._tools = None if outline.tools is None else outline.tools(outline.names, hidden)
         self.calls = 0
         self.over = False

@@ -36,10 +36,14 @@ THOUGHTS: dict[str, ThoughtTags] = {
 class ThoughtParser(Reader):
     """Thoughts first, everything behind them content. `thinking` while they go on."""
 
-    def __init__(self, tags: ThoughtTags, *, inside: bool, hidden: Collection[str] = ()) -> None:
-        """`inside`: the text begins as a thought; an opening tag at its very beginning says so too."""
+    def __init__(
+        self, tags: ThoughtTags, *, inside: bool, hidden: Collection[str] = (), left: Collection[str] = ()
+    ) -> None:
+        """`inside`: the text begins as a thought; an opening tag at its very beginning says so too. `left`: those of
+        the hidden texts that content keeps, for who reads it next."""
         self._tags = tags
         self._inside = inside
+        self._left = frozenset(left)
         self.thought_chars: int | None = None
         """Where the thoughts end, closing tag included; 0 if there were none, None while that is not known."""
         super().__init__(hidden)
@@ -49,9 +53,10 @@ class ThoughtParser(Reader):
             yield from self._thoughts()
         else:
             self.thought_chars = 0
-            self._give_back()
         if self.thought_chars is not None:
             self._kind = Content
+            self._hidden = tuple(text for text in self._hidden if text not in self._left)
+            self._give_back()
             yield from self._until()
 
     def _opened(self) -> Reading[bool]:
