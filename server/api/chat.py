@@ -275,15 +275,17 @@ def _calls_constraint(service: Service, calls: Calls, *, free: bool) -> TaggedJs
             "ask for no format",
             param=calls.param,
         )
-    schemas = [
-        (tool.function.name, _arguments_schema(tool, f"tools[{index}].function.parameters"))
-        for index, tool in enumerate(calls.tools)
-        if tool in calls.allowed
-    ]
+    schemas = []
+    left_bytes = service.limits.max_constraint_bytes
+    for index, tool in enumerate(calls.tools):
+        if tool in calls.allowed:
+            schema = _arguments_schema(tool, f"tools[{index}].function.parameters", left_bytes)
+            left_bytes -= len(schema.encode("utf-8", "surrogatepass"))
+            schemas.append((tool.function.name, schema))
     return frame.constraint(schemas, free=free, several=calls.several)
 
 
-def _arguments_schema(tool: Tool, where: str) -> str:
+def _arguments_schema(tool: Tool, where: str, left_bytes: int) -> str:
     """The schema that the arguments are held to: the tool's own, or if that cannot be and need not, any object."""
     schema = tool.function.parameters
     if schema is None:
@@ -292,6 +294,8 @@ def _arguments_schema(tool: Tool, where: str) -> str:
     try:
         if schema.get("type", "object") != "object":
             raise Refused("the arguments must be of type object")
+        if len(text.encode("utf-8", "surrogatepass")) > left_bytes:
+            raise Refused("the schemas of all tools together are larger than max_constraint_bytes of this server")
         enforceable(text)
     except Refused as refused:
         if tool.function.strict:

@@ -26,19 +26,20 @@ MAX_DOCUMENTS = 256
 def _json_object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PydanticCustomError("json_object", "must be a JSON object")
-    if not _bounded(value, MAX_TOOL_SCHEMA_DEPTH):
-        words = f"must be nested at most {MAX_TOOL_SCHEMA_DEPTH} deep, with numbers of ordinary size"
-        raise PydanticCustomError("json_object", words)
-    if len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")) > MAX_TOOL_SCHEMA_BYTES:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise PydanticCustomError("json_object", "must hold no number that JSON lacks or that is endless") from None
+    # In this order: a body is 8 MiB, and only a small object may be looked at one value after the other.
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_TOOL_SCHEMA_BYTES:
         raise PydanticCustomError("json_object", f"must have at most {MAX_TOOL_SCHEMA_BYTES} bytes")
+    level: list[Any] = [value]
+    for _ in range(MAX_TOOL_SCHEMA_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    if level:
+        raise PydanticCustomError("json_object", f"must be nested at most {MAX_TOOL_SCHEMA_DEPTH} deep")
     return value
-
-
-def _bounded(value: Any, depth: int) -> bool:
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return depth > 0 and all(_bounded(item, depth - 1) for item in inner)
-    return isinstance(value, str) or value is None or -1e18 <= value <= 1e18
 
 
 def replaced(newer: str, *neutral: Any) -> PlainValidator:

@@ -156,7 +156,7 @@ ONLY_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
     ({"tools": [tool_with("x" * 65_536)]}, "tools[0].function.parameters"),
     ({"tools": [tool_with(NESTED)]}, "tools[0].function.parameters"),
-    ({"tools": [tool_with({"maximum": 1e300})]}, "tools[0].function.parameters"),
+    ({"tools": [tool_with({"maximum": float("nan")})]}, "tools[0].function.parameters"),
     ({"tools": [tool_with({})] * 129}, "tools"),
     ({"tools": [tool_with({})]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),

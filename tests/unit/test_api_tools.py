@@ -418,7 +418,7 @@ async def test_a_format_waits_for_the_end_of_thoughts() -> None:
 
 
 async def test_schemas_that_cannot_be_held_to() -> None:
-    """Of a strict tool that is a 400 naming the schema; of another one any object will do."""
+    """Of a strict tool that is a 400 naming the schema; of another one any object will do. Also of too many."""
     odd = {"name": "odd", "parameters": {"type": "object", "properties": {"x": {"not": {}}}}}
     world = world_with_grammars("hermes")
     with pytest.raises(openai.BadRequestError) as refusal:
@@ -426,6 +426,16 @@ async def test_schemas_that_cannot_be_held_to() -> None:
     assert refusal.value.param == "tools[1].function.parameters"
     await world.ask(tools=[{"type": "function", "function": odd}], tool_choice="required")
     assert world.holds('<tool_call>\n{"name": "odd", "arguments": {"x": 1}}\n</tool_call>')
+    long = {"type": "object", "description": "x" * 40_000, "additionalProperties": False}
+    many = [
+        {"type": "function", "function": {"name": name, "parameters": long, "strict": name == "c"}} for name in "abc"
+    ]
+    await world.ask(tools=many[:2], tool_choice="required")
+    assert not world.holds('<tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call>')
+    assert world.holds('<tool_call>\n{"name": "b", "arguments": {"x": 1}}\n</tool_call>')
+    with pytest.raises(openai.BadRequestError, match="max_constraint_bytes") as refusal:
+        await world.ask(tools=many)
+    assert refusal.value.param == "tools[2].function.parameters"
 
 
 @pytest.mark.parametrize(
