@@ -147,10 +147,10 @@ class World:
         )
 
 
-def world_with_grammars(family: str, reply: str = "ok") -> World:
+def world_with_grammars(family: str, reply: str = "ok", **limits: Any) -> World:
     tokenizer = TOKENIZERS[family]
     vocabulary = Vocabulary(tokenizer.vocabulary(tokenizer.vocab_size), tokenizer.special_tokens)
-    return World(family, reply, grammars=Grammars(vocabulary))
+    return World(family, reply, grammars=Grammars(vocabulary), **limits)
 
 
 def calls_in(message: Any) -> list[tuple[str, Any]]:
@@ -426,10 +426,11 @@ async def test_schemas_that_cannot_be_held_to() -> None:
     assert refusal.value.param == "tools[1].function.parameters"
     await world.ask(tools=[{"type": "function", "function": odd}], tool_choice="required")
     assert world.holds('<tool_call>\n{"name": "odd", "arguments": {"x": 1}}\n</tool_call>')
-    long = {"type": "object", "description": "x" * 40_000, "additionalProperties": False}
+    long = {"type": "object", "description": "x" * 1200, "additionalProperties": False}
     many = [
         {"type": "function", "function": {"name": name, "parameters": long, "strict": name == "c"}} for name in "abc"
     ]
+    world = world_with_grammars("hermes", max_constraint_bytes=2000)
     await world.ask(tools=many[:2], tool_choice="required")
     assert not world.holds('<tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call>')
     assert world.holds('<tool_call>\n{"name": "b", "arguments": {"x": 1}}\n</tool_call>')
