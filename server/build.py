@@ -31,6 +31,7 @@ from starlette.types import ASGIApp
 from server.api.app import create_app
 from server.api.auth import tenant_of
 from server.api.connections import Doors, may_connect
+from server.api.dialects.dialect import NO_DIALECT, Dialect, dialect_of
 from server.api.inprocess import InProcess
 from server.api.service import Service, hash_keys
 from server.batches.runner import Runner
@@ -54,6 +55,7 @@ from server.models.fingerprint import fingerprint, random_digest, weights_digest
 from server.models.weights import checkpoint_files, load_config, load_model, resolve_folder
 from server.recorder import Recorder
 from server.registry import resolve
+from server.runner import grammar
 from server.runner.runner import TorchRunner
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
@@ -105,6 +107,8 @@ class Daemon:
     embedding_dimensions: int
     recorder: Recorder | None = None
     vault: Vault | None = None
+    dialect: Dialect = NO_DIALECT
+    grammars: grammar.Grammars | None = None
 
     async def open(self) -> None:
         """Take over what the SSD tier still holds, and measure what a step costs."""
@@ -126,6 +130,8 @@ class Daemon:
             await asyncio.to_thread(self.recorder.close)
         if self.vault is not None:
             await self.vault.aclose()
+        if self.grammars is not None:
+            self.grammars.close()
         await self.runner.aclose()
         for tier in self.tiers.values():
             await tier.aclose()
@@ -146,6 +152,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
     vault = _vault(config)
     folder = DEMO_MODEL if config.model.model == "demo" else resolve_folder(config.model.model, config.model.revision)
     tokenizer = Tokenizer.load(folder, _chat_template(config))
+    dialect = dialect_of(tokenizer, config.model.tool_call_parser, config.model.reasoning_parser)
     model = _load(config, folder)
     layout = _layout(config, model)
     kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
@@ -199,8 +206,10 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         f"attention {backend}"
         + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
+    grammars = _grammars(tokenizer, model.geometry.vocab)
+    hidden = model.geometry.hidden
     return Daemon(
-        config, engine, runner, tiers, tokenizer, metrics, name, summary, model.geometry.hidden, recorder, vault
+        config, engine, runner, tiers, tokenizer, metrics, name, summary, hidden, recorder, vault, dialect, grammars
     )
 
 
@@ -269,6 +278,8 @@ def service_of(daemon: Daemon) -> Service:
         vault=daemon.vault,
         pooling=daemon.config.model.embedding_pooling,
         embedding_dimensions=daemon.embedding_dimensions,
+        dialect=daemon.dialect,
+        grammars=daemon.grammars,
     )
 
 
@@ -434,6 +445,17 @@ def _vault(config: Config) -> Vault | None:
     return None if path is None else Vault(config.batch, path, time.time)
 
 
+def _grammars(tokenizer: Tokenizer, vocab: int) -> grammar.Grammars | None:
+    """What compiles constraints for this model; None, and a warning, where texts cannot be constrained."""
+    if not grammar.available():
+        log.warning("no structured output: the package llguidance is not installed")
+        return None
+    if not tokenizer.writes_pieces():
+        log.warning("no structured output: this model's tokens are not pieces of text by themselves")
+        return None
+    return grammar.Grammars(grammar.Vocabulary(tokenizer.vocabulary(vocab), tokenizer.special_tokens))
+
+
 def _recorder(config: Config) -> Recorder | None:
     path = config.server.record_path
     if path is None:
@@ -494,6 +516,7 @@ def _announce(daemon: Daemon, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("%s", daemon.summary)
+    log.info("%s", daemon.dialect.summary)
     log.info("ready at %s (API: %s/v1, metrics: %s/metrics)", url, url, url)
     body = json.dumps({"model": daemon.model_name, "prompt": "Once upon a time", "max_tokens": 16})
     if daemon.model_name == "demo":

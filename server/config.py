@@ -143,6 +143,16 @@ class ModelConfig(_Section):
         default="last",
         description="Embeddings: the last token's hidden state, or the mean over all; only the former uses the cache.",
     )
+    tool_call_parser: Annotated[str, COMMON] = Field(
+        default="auto",
+        description="How the model writes calls of tools: hermes, llama3, mistral or pythonic; auto: by its chat "
+        "template; none: requests with tools are refused.",
+    )
+    reasoning_parser: Annotated[str, COMMON] = Field(
+        default="auto",
+        description="How the model marks its thoughts: qwen3, deepseek_r1 or mistral; auto: by its chat template; "
+        "none: they stay in the text.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="Seeds dummy weights and the sampling of requests that name no seed of their own."
     )
@@ -308,6 +318,9 @@ class ServerConfig(_Section):
     max_embedding_inputs: Count = Field(default=1024, ge=1, description="Inputs in one /v1/embeddings request.")
     max_choices: Count = Field(default=16, ge=1, description="Largest `n` and `best_of`, per prompt.")
     max_stop_strings: Count = Field(default=16, ge=0, description="Stop strings per request.")
+    max_constraint_bytes: Bytes = Field(
+        default=64 * 2**10, ge=64, description="Largest JSON schema, regular expression, grammar or list of choices."
+    )
     max_logprobs: Count = Field(default=20, ge=0, description="Largest number of alternatives per token in logprobs.")
     sse_keepalive_s: Seconds = Field(
         default=15.0,

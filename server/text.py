@@ -40,6 +40,8 @@ RESERVED_TEMPLATE_ARGUMENTS = frozenset(
 """What a client's extra template arguments may not set: `chat_template` is code, the rest change the result's kind."""
 
 _REPLACEMENT = "\ufffd"
+_SAMPLE = '{"name": "value", "list": [1, 2.5, true, null], "x": {}}'
+"""What every model can write that is to write JSON."""
 _SPACE_MARK = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -82,6 +84,8 @@ class Tokenizer:
         self.eos_token_ids: frozenset[int] = _eos_ids(generation, config, tokenizer.eos_token_id)
         self.generation_defaults: Mapping[str, float | int] = _generation_defaults(generation)
         self.has_chat_template: bool = bool(tokenizer.chat_template)
+        self.chat_template: str = _joined(tokenizer.chat_template)
+        """Its source, of several named ones all; "" where there is none."""
         added = self._backend.get_added_tokens_decoder()
         self._special: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
         stages = _decoder_stages(self._backend.decoder)
@@ -139,6 +143,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> str:
         """The prompt that the chat template makes of `messages`; encode it with `add_special_tokens=False`.
@@ -162,6 +167,7 @@ class Tokenizer:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] if tools else None,
+                documents=[dict(document) for document in documents] if documents else None,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=False,
@@ -204,6 +210,26 @@ class Tokenizer:
         if self._marks_spaces and name is not None and name.startswith(_SPACE_MARK):
             text = name.replace(_SPACE_MARK, " ")  # the decoder strips the spaces of a text's first token
         return text.encode("utf-8")
+
+    # -- for grammars ---------------------------------------------------------------------------------------------
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Control tokens by name."""
+        return {self._backend.id_to_token(id): id for id in self._special}
+
+    def vocabulary(self, size: int) -> list[bytes]:
+        """What each id below `size` adds to a text, b"" where that is nothing or cannot be told. 2 to 10 us each."""
+        found = [self.token_bytes(id) for id in range(min(size, self.vocab_size))]
+        half = _REPLACEMENT.encode("utf-8")  # what a part of a character decodes to, if it is not known as bytes
+        texts = [b"" if half in data and self.byte_piece(id) is None else data for id, data in enumerate(found)]
+        return texts + [b""] * (size - len(texts))
+
+    def writes_pieces(self) -> bool:
+        """Whether a text is its tokens' `token_bytes` one after the other; not so where they are joined by spaces."""
+        ids = self.encode(_SAMPLE, add_special_tokens=False)
+        joined = b"".join(self.token_bytes(id) for id in ids).decode("utf-8", "replace")
+        return joined.removeprefix(" ") == self.decode(ids).removeprefix(" ") == _SAMPLE
 
     # -- for the detokenizer --------------------------------------------------------------------------------------
 
@@ -294,6 +320,10 @@ def _decoder_stages(decoder: Any) -> list[dict[str, Any]]:
     return stages
 
 
+def _joined(chat_template: str | Mapping[str, str] | None) -> str:
+    return "\n".join(chat_template.values()) if isinstance(chat_template, Mapping) else chat_template or ""
+
+
 def _template_text(chat_template: str) -> str:
     if "{" in chat_template or "\n" in chat_template:
         return chat_template
@@ -310,10 +340,21 @@ class Detokenizer:
     U+FFFD with the token that shows it never will.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
-        """Reads the last few of `prompt_ids`, so that the text continues the prompt's (spacing, half a character)."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """Reads the last few of `prompt_ids`, so that the text continues the prompt's (spacing, half a character).
+
+        `shown_ids`: special tokens that are not skipped.
+        """
         self._tokenizer = tokenizer
         self._skips = skip_special_tokens
+        self._shown = shown_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._context: list[int] = []  # visible tokens whose text is out
         self._held: list[int] = []  # visible text tokens whose text is not
@@ -342,7 +383,7 @@ class Detokenizer:
         return self._without_owed(self._flush_bytes() + self._flush_held())
 
     def _visible(self, id: int) -> bool:
-        if self._skips and self._tokenizer.is_special(id):
+        if self._skips and self._tokenizer.is_special(id) and id not in self._shown:
             return False
         return self._tokenizer.byte_piece(id) != b""
 
@@ -504,9 +545,12 @@ class TextStream:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """The text of the first `min_tokens` tokens is not searched for stop strings."""
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens)
+        """The text of the first `min_tokens` tokens is not searched for stop strings. `shown_ids` as in Detokenizer."""
+        self._detokenizer = Detokenizer(
+            tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids
+        )
         self._matcher = StopMatcher(stops, include_stop)
         self._min_tokens = min_tokens
         self.tokens = 0

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,87 @@ class ModelGeometry:
 
 
 @dataclass(frozen=True, slots=True)
+class JsonSchema:
+    """The text is one JSON value that the schema, itself JSON text, allows. Properties come in the schema's order."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Regex:
+    """The text matches the regular expression from end to end."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The text is one of these."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FreeGrammar:
+    """The text follows a grammar in Lark's notation (from its rule `start`) or in GBNF (from `root`)."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """`begin`, then a JSON value that `schema` (JSON text) allows, then `end`. Names of control tokens in the two
+    literal texts stand for these tokens."""
+
+    begin: str
+    schema: str
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedJson:
+    """Calls of tools: any one of `tags`, or with `several` any number of them, `separator` between.
+
+    Without `trigger` the text is that and nothing else, at least one. With it, free text may come before, between and
+    after, also alone; but `trigger`, with which every `begin` begins, starts a tag wherever it stands.
+    """
+
+    tags: tuple[Tag, ...]
+    several: bool = False
+    separator: str = ""
+    trigger: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """The text is what one of these says."""
+
+    options: tuple[Constraint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """Free text up to `close`, and behind it what `inner` says; a model thinks before it answers.
+
+    `open` is what the free text begins with, and then it may also be missing; "": the text begins within it.
+    """
+
+    inner: Constraint
+    open: str
+    close: str
+
+
+Constraint = JsonSchema | Regex | Choice | FreeGrammar | TaggedJson | Either | Behind
+"""What a generated text must be."""
+
+
+class Grammar(Protocol):
+    """A compiled constraint, made by `runner/grammar.py`, which alone knows what is inside."""
+
+    def start(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Validated at the API's edge; here every value is in range.
 
@@ -118,6 +199,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] = ()
     bad_sequences: Sequence[Sequence[int]] = ()
     pooling: Pooling | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +318,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Outcome of one plan, aligned with its rows: the sampled token (None where the row samples nothing). `pooled`: the
-    vectors, float32 [hidden], by the position of the row that a pooled prompt ended in."""
+    """Outcome of one plan, aligned with its rows: the sampled token (None where the row samples nothing).
+
+    `ends`: rows whose grammar ends the request, STOP where the text is complete and ERROR where it cannot go on; a
+    token of None then says that none belongs to the text any more. `pooled`: the vectors, float32 [hidden], by the
+    position of the row that a pooled prompt ended in.
+    """
 
     id: int
     tokens: Sequence[int | None]
@@ -246,6 +332,7 @@ class StepResult:
     started_s: float
     finished_s: float
     pooled: Mapping[int, Vector] = field(default_factory=dict)
+    ends: Mapping[int, FinishReason] = field(default_factory=dict)
 
 
 class StepRunner(Protocol):

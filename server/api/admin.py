@@ -13,9 +13,10 @@ from starlette.responses import JSONResponse, Response
 
 from server.api import schema
 from server.api.auth import ADMIN_PREFIX, tenant_of
+from server.api.chat import render_chat
 from server.api.middleware import read_json_body
 from server.api.openai import answers, body_of, errors
-from server.api.requests import Encoder, cache_salt, check_ids, check_model, render_chat
+from server.api.requests import Encoder, cache_salt, check_ids, check_model
 from server.api.service import Service
 from server.errors import InvalidRequest, NotReady
 from server.types import BlockHash
@@ -130,7 +131,7 @@ class AdminRoutes:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("exactly one of 'prompt' and 'messages' is required", param="prompt")
         if body.messages is not None:
-            text = render_chat(self._service, body.messages, True, {})
+            text = render_chat(self._service, body.messages, True, {}, tools=body.tools)
             ids = await self._encoder.encode(text, add_special_tokens=False)
         elif isinstance(body.prompt, str):
             ids = await self._encoder.encode(body.prompt, add_special_tokens=True)

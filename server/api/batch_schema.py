@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
-from server.api.schema import ShortText, _Request, _Response
+from server.api.schema import ShortText, _Response
+from server.api.structured import Strict
 from server.batches.records import Status
 
 MAX_CUSTOM_ID_CHARS = 512
@@ -29,12 +30,12 @@ BatchMetadata = Annotated[
 ]
 
 
-class ExpiresAfter(_Request):
+class ExpiresAfter(Strict):
     anchor: Literal["created_at"]
     seconds: Ttl
 
 
-class BatchCreate(_Request):
+class BatchCreate(Strict):
     """Body of POST /v1/batches."""
 
     input_file_id: ShortText = Field(description="A file uploaded with the purpose `batch`: JSON lines.")
@@ -46,7 +47,7 @@ class BatchCreate(_Request):
     )
 
 
-class BatchLine(_Request):
+class BatchLine(Strict):
     """One line of an input file: a request to `url`, which must be the batch's endpoint."""
 
     custom_id: str = Field(min_length=1, max_length=MAX_CUSTOM_ID_CHARS)

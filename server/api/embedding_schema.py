@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from server.api.schema import INT31, Prompts, PromptTokensDetails, ShortText, _Request, _Response
+from server.api.schema import INT31, Prompts, PromptTokensDetails, ShortText, _Response
+from server.api.structured import Strict
 
 
-class EmbeddingRequest(_Request):
+class EmbeddingRequest(Strict):
     """Body of POST /v1/embeddings."""
 
     model: ShortText | None = Field(default=None, description="A name from /v1/models; absent: the model served.")

@@ -13,6 +13,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from server.api.dialects.answer import AnswerParser
+from server.api.dialects.parts import Content, Part
 from server.api.requests import Plan, Prompt
 from server.api.service import Service
 from server.engine import GenerateSpec, Stream
@@ -34,13 +36,17 @@ class Shown(NamedTuple):
 
 @dataclass(slots=True)
 class Piece:
-    """What one delivery adds to a choice. `finish` is set on the last one."""
+    """What one delivery adds to a choice. `finish` is set on the last one.
+
+    `parts`: where the plan has an outline, `text` and all that is more than text, in order.
+    """
 
     text: str
     tokens: list[Shown] = field(default_factory=list)
     finish: FinishReason | None = None
     ids: list[int] = field(default_factory=list)
     """Every token counted, where the client asked for them; text and log-probabilities may come later."""
+    parts: list[Part] = field(default_factory=list)
 
 
 class Aborted(TerraceError):
@@ -74,7 +80,9 @@ class Choice:
             include_stop=plan.include_stop,
             min_tokens=spec.params.min_tokens,
             skip_special_tokens=plan.skip_special_tokens,
+            shown_ids=plan.outline.shown_ids if plan.outline else frozenset(),
         )
+        self._parser: AnswerParser | None = plan.outline.parser() if plan.outline else None
         self._echo = plan.echo
         self._base = len(prompt.text) if plan.echo else 0
         self._waiting: deque[Shown] = deque()
@@ -83,10 +91,10 @@ class Choice:
         """What is new, per delivery of the engine; empty deliveries are swallowed. Raises what ended it early."""
         async for events in self.stream:
             piece = self._take(events)
-            if piece.text or piece.tokens or piece.ids or piece.finish is not None:
+            if piece.text or piece.parts or piece.tokens or piece.ids or piece.finish is not None:
                 yield piece
             if piece.finish is not None:
-                # A stop string ends the choice before the engine knows: give its frames back now.
+                # A stop string or a call too many ends the choice before the engine knows: give its frames back now.
                 self.stream.close(piece.finish)
                 return
         raise self._aborted(None)
@@ -132,9 +140,31 @@ class Choice:
             text += self._text.finish().text
         if self._text.stopped is not None:
             self.finish, self.stop_reason = FinishReason.STOP, self._text.stopped
+        if self._parser is not None:
+            piece.parts = self._parse(self._parser, delta.offsets, text)
+            text = "".join(part.text for part in piece.parts if isinstance(part, Content))
         piece.text += text
         piece.finish = self.finish
         self._release(piece)
+
+    def _parse(self, parser: AnswerParser, offsets: Sequence[int], text: str) -> list[Part]:
+        """What `text` says; ends the choice when nothing more is wanted."""
+        parser.count(offsets)
+        parts = parser.push(text)
+        if parser.over:
+            self.finish = FinishReason.STOP
+        return parts if self.finish is None else parts + parser.finish()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """How it ended, in OpenAI's words."""
+        if self.finish is FinishReason.STOP and self._parser is not None and self._parser.calls:
+            return "tool_calls"
+        return self.finish
+
+    @property
+    def thought_tokens(self) -> int:
+        return self._parser.thought_tokens if self._parser is not None else 0
 
     def _release(self, piece: Piece) -> None:
         """Moves to `piece` the tokens whose text has begun to go out; at the end all that no stop string cut off."""
@@ -219,7 +249,7 @@ class Generation:
         cached: Counter[str] = Counter()
         for choice in self.choices[::per_prompt]:
             cached.update(choice.stream.cached_by_tier)
-        return {
+        usage = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
@@ -228,6 +258,10 @@ class Generation:
                 "cached_tokens_by_tier": {tier: cached[tier] for tier in (DEVICE, DRAM, SSD)},
             },
         }
+        if self.plan.outline is not None and self.plan.outline.thoughts is not None:
+            thought_tokens = sum(choice.thought_tokens for choice in self.choices)
+            usage["completion_tokens_details"] = {"reasoning_tokens": thought_tokens}
+        return usage
 
 
 async def _pump(choice: Choice, queue: asyncio.Queue[tuple[Choice, Piece] | Exception]) -> None:
@@ -241,25 +275,22 @@ async def _pump(choice: Choice, queue: asyncio.Queue[tuple[Choice, Piece] | Exce
 
 @dataclass(slots=True)
 class Whole:
-    """A finished choice: its text and tokens from first to last."""
+    """A finished choice: its text, tokens, their ids and its parts from first to last."""
 
     choice: Choice
     text: str
     tokens: list[Shown]
     ids: list[int]
+    parts: list[Part]
 
 
 async def collect(generation: Generation) -> list[Whole]:
     """Runs every choice to its end; per prompt the `keep` likeliest, in order of their index, or best first."""
-    texts: dict[int, list[str]] = {choice.index: [] for choice in generation.choices}
-    tokens: dict[int, list[Shown]] = {choice.index: [] for choice in generation.choices}
-    ids: dict[int, list[int]] = {choice.index: [] for choice in generation.choices}
-    async with aclosing(generation.pieces()) as pieces:
-        async for choice, piece in pieces:
-            texts[choice.index].append(piece.text)
-            tokens[choice.index].extend(piece.tokens)
-            ids[choice.index].extend(piece.ids)
-    wholes = [Whole(c, "".join(texts[c.index]), tokens[c.index], ids[c.index]) for c in generation.choices]
+    pieces: dict[int, list[Piece]] = {choice.index: [] for choice in generation.choices}
+    async with aclosing(generation.pieces()) as found:
+        async for choice, piece in found:
+            pieces[choice.index].append(piece)
+    wholes = [_whole(choice, pieces[choice.index]) for choice in generation.choices]
     per_prompt, keep = len(generation.plan.specs[0]), generation.plan.keep
     kept: list[Whole] = []
     for start in range(0, len(wholes), per_prompt):
@@ -268,3 +299,13 @@ async def collect(generation: Generation) -> list[Whole]:
             group = sorted(group, key=lambda whole: -whole.choice.logprob_sum / max(1, whole.choice.generated))
         kept.extend(group[:keep])
     return kept
+
+
+def _whole(choice: Choice, pieces: Sequence[Piece]) -> Whole:
+    return Whole(
+        choice,
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.tokens],
+        [id for piece in pieces for id in piece.ids],
+        [part for piece in pieces for part in piece.parts],
+    )

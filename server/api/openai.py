@@ -15,11 +15,12 @@ from starlette.responses import JSONResponse, Response
 
 from server.api import schema
 from server.api.auth import request_tenant
+from server.api.chat import render_chat
 from server.api.errors import UNEXPECTED
 from server.api.generate import Generation, Whole, collect
 from server.api.middleware import REQUEST_ID, name_request, read_json_body
 from server.api.render import ChatFormat, CompletionFormat, Format
-from server.api.requests import Encoder, Plan, check_ids, check_model, plan_chat, plan_completion, render_chat
+from server.api.requests import Encoder, Plan, check_ids, check_model, plan_chat, plan_completion
 from server.api.service import Service
 from server.api.sse import CLIENT_GONE, DONE, EventStream, event, unless_gone
 from server.errors import InvalidRequest, TerraceError, error_body
@@ -107,14 +108,19 @@ class OpenAIRoutes:
             raise InvalidRequest("exactly one of 'prompt' and 'messages' is required", param="prompt")
         special = body.add_special_tokens
         if body.messages is not None:
-            add_prompt = body.add_generation_prompt is not False
-            text = render_chat(self._service, body.messages, add_prompt, body.chat_template_kwargs or {})
+            text = render_chat(
+                self._service,
+                body.messages,
+                body.add_generation_prompt,
+                body.chat_template_kwargs or {},
+                continue_final_message=body.continue_final_message,
+                tools=body.tools,
+            )
             special = bool(special)
         else:
-            if body.add_generation_prompt is not None or body.chat_template_kwargs is not None:
-                raise InvalidRequest(
-                    "'add_generation_prompt' and 'chat_template_kwargs' need messages", param="add_generation_prompt"
-                )
+            for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+                if getattr(body, name) is not None:
+                    raise InvalidRequest(f"'{name}' needs messages", param=name)
             text = body.prompt or ""
             special = special is not False
         tokens = await self._encoder.encode(text, add_special_tokens=special)

@@ -41,8 +41,9 @@ def _explain(model: type[BaseModel], detail: ErrorDetails) -> tuple[str, str | N
         return f"'{param}' is not a parameter that this server knows{hint}", param
     if kind == "none_required" or (kind == "too_long" and "at most 0" in words):
         return f"'{param}' is not supported by this server; remove it or set it to null", param
-    words = words.removeprefix("Input should ").removeprefix("Value error, ")
-    words = words if words.startswith(("be ", "have ", "must ", "each ", "keys ", "the ")) else f"be right: {words}"
+    words = words.removeprefix("Input should ").removeprefix("String should ").removeprefix("Value error, ")
+    verbs = ("be ", "have ", "match ", "must ", "each ", "keys ", "the ")
+    words = words if words.startswith(verbs) else f"be right: {words}"
     sentence = words if words.startswith(("must ", "each ", "keys ", "the ")) else f"must {words}"
     shown = f", got {given!r}" if isinstance(given, bool | float) or _short_int(given) else ""
     return f"'{param}': {sentence}{shown}", param

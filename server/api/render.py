@@ -9,6 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from server.api.dialects.answer import assemble
+from server.api.dialects.parts import Arguments, CallStart, Content, Part, Thought
 from server.api.generate import Generation, Piece, Shown, Whole
 from server.text import Tokenizer
 from server.types import TokenLogprobs
@@ -134,7 +136,7 @@ class Format:
         return {
             "index": index,
             **self._content(whole),
-            "finish_reason": whole.choice.finish,
+            "finish_reason": whole.choice.finish_reason,
             "stop_reason": whole.choice.stop_reason,
             "prompt_logprobs": prompt_known,
             **({"token_ids": whole.ids} if self._plan.token_ids else {}),
@@ -196,22 +198,45 @@ class ChatFormat(Format):
 
     def _content(self, whole: Whole) -> dict[str, Any]:
         logprobs = None if self._plan.logprobs is None else chat_logprobs(self._names, whole.tokens)
-        return {"message": {"role": "assistant", "content": whole.text, "refusal": None}, "logprobs": logprobs}
+        return {"message": self._message(whole), "logprobs": logprobs}
+
+    def _message(self, whole: Whole) -> dict[str, Any]:
+        if self._plan.outline is None:
+            return {"role": "assistant", "content": whole.text, "refusal": None}
+        said = assemble(whole.parts)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.thoughts is not None:
+            message |= _thought(said.thoughts)
+        if said.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in said.calls
+            ]
+        return message
 
     def openings(self, tail: str) -> list[bytes]:
-        delta = '{"role":"assistant","content":""}'
+        # Whether there will be content is not known yet where there may be calls or thoughts.
+        content = '""' if self._plan.outline is None else "null"
+        delta = f'{{"role":"assistant","content":{content}}}'
         if self._plan.token_ids:
             tail = f",{json.dumps(self._prompt_ids(0))[1:-1]}{tail}"
         return [self._event(index, delta, "null", "null", tail) for index in range(len(self._generation.choices))]
 
     def chunk(self, index: int, piece: Piece, stop_reason: str | int | None, tail: str) -> bytes:
+        if self._plan.outline is None:
+            deltas = [{"content": piece.text}] if piece.text or piece.tokens or piece.ids else []
+        else:
+            deltas = [_delta(part) for part in piece.parts] or [{}] * bool(piece.tokens or piece.ids)
         event = b""
-        if piece.text or piece.tokens or piece.ids:
-            logprobs = json.dumps(chat_logprobs(self._names, piece.tokens)) if piece.tokens else "null"
-            delta = f'{{"content":{json.dumps(piece.text)}}}'
-            event = self._event(index, delta, logprobs, "null", tail, self._ids_of(piece))
+        for number, delta in enumerate(deltas):
+            # Log-probabilities and ids are of tokens, whatever their text says: they go with the first of the deltas.
+            shown = piece.tokens and not number
+            logprobs = json.dumps(chat_logprobs(self._names, piece.tokens)) if shown else "null"
+            ids = "" if number else self._ids_of(piece)
+            event += self._event(index, json.dumps(delta, separators=(",", ":")), logprobs, "null", tail, ids)
         if piece.finish is not None:
-            finish = f'"{piece.finish}","stop_reason":{json.dumps(stop_reason)}'
+            reason = self._generation.choices[index].finish_reason
+            finish = f'"{reason}","stop_reason":{json.dumps(stop_reason)}'
             event += self._event(index, "{}", "null", finish, tail)
         return event
 
@@ -219,3 +244,22 @@ class ChatFormat(Format):
         return (
             f'{self._head}{{"index":{index},"delta":{delta},"logprobs":{logprobs},{ids}"finish_reason":{finish}}}]{tail}'
         ).encode()
+
+
+def _thought(text: str) -> dict[str, str]:
+    """Thoughts have no name at OpenAI; clients read one of these two."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """What one part of an answer adds to the message, as clients of streams put it together."""
+    match part:
+        case Content(text):
+            return {"content": text}
+        case Thought(text):
+            return _thought(text)
+        case CallStart(name, index, id):
+            call = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+        case Arguments(text, index):
+            call = {"index": index, "function": {"arguments": text}}
+    return {"tool_calls": [call]}

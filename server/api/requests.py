@@ -9,15 +9,16 @@ import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
+from server.api.chat import calls_of, constrained, outline_of, render_chat, template_variables
+from server.api.dialects.answer import Outline
 from server.api.embedding_schema import EmbeddingRequest
-from server.api.schema import ChatRequest, CompletionRequest, GenerationRequest, Message
+from server.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from server.api.service import Service
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, ModelNotFound, Overloaded
-from server.text import RESERVED_TEMPLATE_ARGUMENTS, Tokenizer
-from server.types import NO_TARGETS, Retention, SamplingParams, ServiceClass, Targets
+from server.text import Tokenizer
+from server.types import NO_TARGETS, Constraint, Grammar, Retention, SamplingParams, ServiceClass, Targets
 
 DAY_S = 86_400.0
 DEFAULT_COMPLETION_TOKENS = 16
@@ -78,6 +79,8 @@ class Plan:
     token_ids: bool = False
     tokens_as_ids: bool = False
     """Log-probabilities name a token by its number."""
+    outline: Outline | None = None
+    """What the answers' texts are made of, where they are more than text."""
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -123,6 +126,7 @@ async def plan_completion(service: Service, encoder: Encoder, request: Completio
         generate=generate,
         logprobs=request.logprobs,
         echo=echo,
+        grammar=await _compiled(service, request.constraint(service.limits.max_constraint_bytes), tenant),
     )
 
 
@@ -135,12 +139,23 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("'top_logprobs' needs logprobs: true", param="top_logprobs")
     _at_most(service.limits.max_logprobs, request.top_logprobs or 0, "top_logprobs")
-    text = render_chat(service, request.messages, True, request.chat_template_kwargs or {})
+    calls = calls_of(service, request)
+    text = render_chat(
+        service,
+        request.messages,
+        request.add_generation_prompt,
+        template_variables(service, request),
+        continue_final_message=request.continue_final_message,
+        tools=calls.tools,
+        documents=request.documents,
+    )
     prompt = Prompt(await encoder.encode(text, add_special_tokens=bool(request.add_special_tokens)), "")
     prompt = _last_tokens(service, prompt, request.truncate_prompt_tokens, max_tokens or 1)
     if not prompt.ids:
         raise InvalidRequest("'messages' render to an empty prompt", param="messages")
     _check_fits(service, len(prompt.ids), 1, "messages")
+    outline = outline_of(service, request, calls, text)
+    wanted = request.constraint(service.limits.max_constraint_bytes)
     return _plan(
         service,
         request,
@@ -151,6 +166,8 @@ async def plan_chat(service: Service, encoder: Encoder, request: ChatRequest, te
         generate=keep,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         echo=False,
+        grammar=await _compiled(service, constrained(service, calls, outline, wanted), tenant),
+        outline=outline,
     )
 
 
@@ -191,21 +208,23 @@ async def plan_embeddings(service: Service, encoder: Encoder, request: Embedding
     )
 
 
-def render_chat(
-    service: Service, messages: Sequence[Message], add_generation_prompt: bool, variables: dict[str, Any]
-) -> str:
-    """The prompt that the model's chat template makes of `messages`. Raises InvalidRequest when it cannot."""
-    reserved = RESERVED_TEMPLATE_ARGUMENTS & variables.keys()
-    if reserved:
-        # Checked here as well: some of these are parameters of render_chat itself.
-        raise InvalidRequest(f"'chat_template_kwargs.{min(reserved)}' cannot be set", param="chat_template_kwargs")
-    turns = [
-        # Templates know three roles; `developer` is what newer clients call the system's voice.
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        | ({"name": message.name} if message.name else {})
-        for message in messages
-    ]
-    return service.tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt, **variables)
+async def compile_constraint(service: Service, constraint: Constraint, tenant: str, param: str) -> Grammar:
+    """What `constraint` compiles to. Raises InvalidRequest naming the field `param` if it cannot be enforced."""
+    if service.grammars is None:
+        raise InvalidRequest(
+            f"'{param}' cannot be enforced here: it needs the package llguidance and a model whose tokens are pieces "
+            "of text by themselves",
+            param=param,
+            code="structured_output_unavailable",
+        )
+    return await service.grammars.compile(constraint, tenant, param)
+
+
+async def _compiled(service: Service, found: tuple[Constraint, str] | None, tenant: str) -> Grammar | None:
+    if found is None:
+        return None
+    constraint, param = found
+    return await compile_constraint(service, constraint, tenant, param)
 
 
 def check_ids(service: Service, ids: Sequence[int], param: str) -> None:
@@ -321,12 +340,14 @@ def _plan(
     generate: int,
     logprobs: int | None,
     echo: bool,
+    grammar: Grammar | None,
+    outline: Outline | None = None,
 ) -> Plan:
     shown = request.prompt_logprobs
     asked = max((k for k in (shown, logprobs if echo else None) if k is not None), default=None)
     # best_of ranks by the mean log-probability, so it needs every token's own even where the client sees none.
     internal = 0 if logprobs is None and generate > keep else logprobs
-    params = replace(_sampling(service, request), logprobs=internal, prompt_logprobs=asked)
+    params = replace(_sampling(service, request), logprobs=internal, prompt_logprobs=asked, grammar=grammar)
     salt = cache_salt(tenant, request.cache_salt)
     service_class = ServiceClass(
         tenant,
@@ -377,6 +398,7 @@ def _plan(
         score_only=request.max_tokens == 0,
         token_ids=bool(request.return_token_ids),
         tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        outline=outline,
     )
 
 

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    JsonValue,
+    PlainValidator,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from server.api.messages import NoneOrEmpty
 from server.api.schema import (
     INT31,
     MAX_LOGPROBS,
@@ -18,15 +28,13 @@ from server.api.schema import (
     CachedTokensByTier,
     ChatLogprob,
     GenerationRequest,
-    JsonValue,
     NoneOnly,
-    NoneOrEmpty,
     ShortText,
     StreamOptions,
     TemplateVariables,
-    _Request,
     _Response,
 )
+from server.api.structured import Strict
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` names to get log-probabilities."""
@@ -53,7 +61,7 @@ Stateless = Annotated[
 ]
 
 
-class InputPart(_Request):
+class InputPart(Strict):
     """A piece of a message: of the client's (input_text), or of an earlier answer (output_text, refusal)."""
 
     type: Literal["input_text", "output_text", "refusal"]
@@ -79,7 +87,7 @@ def _content_tag(value: Any) -> str:
     return "~text" if isinstance(value, str) else "~parts"
 
 
-class InputMessage(_Request):
+class InputMessage(Strict):
     """One turn, as a client writes it or as the output of an earlier answer holds it."""
 
     type: Literal["message"] | None = None
@@ -94,16 +102,16 @@ class InputMessage(_Request):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class TextFormat(_Request):
+class TextFormat(Strict):
     type: Literal["text"] = Field(description="Only plain text; json_object and json_schema are not supported.")
 
 
-class TextConfig(_Request):
+class TextConfig(Strict):
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = Field(default=None, description="Only medium.")
 
 
-class Reasoning(_Request):
+class Reasoning(Strict):
     """For models that think in a channel of their own, which none here does: only what asks for nothing."""
 
     effort: Literal["none"] | None = None

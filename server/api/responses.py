@@ -19,6 +19,7 @@ from server.api import response_schema as wire
 from server.api import schema
 from server.api.auth import request_tenant
 from server.api.generate import Choice, Generation, Shown, Whole
+from server.api.messages import TextPart
 from server.api.middleware import name_request, read_json_body
 from server.api.openai import SSE, Ways, answers, body_of, deliver, errors, told
 from server.api.parsing import parse
@@ -116,7 +117,7 @@ def _turns(request: wire.ResponseRequest) -> list[schema.Message]:
             role=item.role,
             content=item.content
             if isinstance(item.content, str)
-            else [schema.TextPart(type="text", text=part.said) for part in item.content],
+            else [TextPart(type="text", text=part.said) for part in item.content],
         )
         for item in request.input
     ]

@@ -14,16 +14,15 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
-    JsonValue,
     PlainValidator,
-    Tag,
     WithJsonSchema,
 )
 from pydantic_core import PydanticCustomError
 
+from server.api.messages import MAX_NAME_CHARS, MAX_TOOLS, Conversation, Message, NoneOnly, ShortText, Tool
 from server.api.parsing import parse as parse
+from server.api.structured import Strict, StructuredRequest
 
 MAX_CHOICES = 128
 """Static ceiling of `n` and `best_of`; the configured limit is usually lower."""
@@ -37,16 +36,11 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 1024
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 4096
-MAX_NAME_CHARS = 256
 MAX_PIN_S = 30 * 86_400
-MAX_TARGET_MS = 86_400_000.0
 """Longest pin: a month."""
+MAX_TARGET_MS = 86_400_000.0
 INT31 = 2**31 - 1
 INT63 = 2**63 - 1
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class _Response(BaseModel):
@@ -154,11 +148,6 @@ Scalar = Annotated[
 TemplateVariables = Annotated[
     dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")], Scalar], Field(max_length=32)
 ]
-NoneOnly = Annotated[None, Field(description="Not supported: must be null or absent.")]
-NoneOrEmpty = Annotated[
-    list[JsonValue], Field(max_length=0, description="Not supported: must be null, absent or empty.")
-]
-ShortText = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 Metadata = Annotated[dict[str, str], Field(max_length=64)]
 
 
@@ -166,7 +155,7 @@ REQUEST_ID_PATTERN = r"^[A-Za-z0-9._:/+=-]{1,128}$"
 UsageIn = Literal["none", "last", "all"]
 
 
-class StreamOptions(_Request):
+class StreamOptions(Strict):
     include_usage: bool | None = Field(default=None, description="Send one last chunk that carries the usage.")
     continuous_usage_stats: bool | None = Field(
         default=None, description="With include_usage: every chunk carries the usage so far."
@@ -174,7 +163,7 @@ class StreamOptions(_Request):
     include_obfuscation: bool | None = Field(default=None, description="Accepted; no padding is ever sent.")
 
 
-class GenerationRequest(_Request):
+class GenerationRequest(StructuredRequest):
     """What /v1/completions and /v1/chat/completions have in common. Null means absent, everywhere."""
 
     model: ShortText | None = Field(default=None, description="A name from /v1/models; absent: the model served.")
@@ -274,44 +263,7 @@ class CompletionRequest(GenerationRequest):
     suffix: NoneOnly = None
 
 
-class TextPart(_Request):
-    type: Literal["text"]
-    text: str
-
-
-def _content_tag(value: Any) -> str:
-    return "~text" if isinstance(value, str) else "~parts"
-
-
-Content = Annotated[
-    Annotated[str, Tag("~text")] | Annotated[list[TextPart], Field(min_length=1, max_length=1024), Tag("~parts")],
-    Discriminator(_content_tag),
-]
-
-
-class Message(_Request):
-    """One turn. Fields that an assistant message of an earlier answer carries are accepted while they are empty."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: ShortText | None = None
-    refusal: NoneOnly = None
-    annotations: NoneOrEmpty | None = None
-    audio: NoneOnly = None
-    function_call: NoneOnly = None
-    tool_calls: NoneOrEmpty | None = None
-    reasoning_content: NoneOnly = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
-
-class ResponseFormat(_Request):
-    type: Literal["text"] = Field(description="Only plain text; json_object and json_schema are not supported.")
-
-
-class ChatRequest(GenerationRequest):
+class ChatRequest(Conversation, GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -325,25 +277,18 @@ class ChatRequest(GenerationRequest):
     store: bool | None = Field(default=None, description="Accepted; nothing is ever stored.")
     metadata: Metadata | None = Field(default=None, description="Accepted; has no effect.")
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; has no effect.")
-    response_format: ResponseFormat | None = Field(default=None, description="Only plain text.")
     modalities: list[Literal["text"]] | None = Field(
         default=None, min_length=1, max_length=1, description='Only ["text"].'
     )
-    parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
-    tool_choice: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
-    tools: NoneOrEmpty | None = None
-    functions: NoneOrEmpty | None = None
-    function_call: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
     verbosity: Literal["medium"] | None = Field(default=None, description="Only medium.")
     audio: NoneOnly = None
     prediction: NoneOnly = None
-    reasoning_effort: NoneOnly = None
     web_search_options: NoneOnly = None
     moderation: NoneOnly = None
     prompt_cache_options: NoneOnly = None
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(Strict):
     """Body of POST /tokenize: either a prompt or messages."""
 
     model: ShortText | None = None
@@ -351,23 +296,26 @@ class TokenizeRequest(_Request):
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = Field(default=None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool | None = Field(default=None, description="With messages; default true.")
+    continue_final_message: bool | None = Field(default=None, description="With messages; as in a chat.")
     chat_template_kwargs: TemplateVariables | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS, description="With messages; as in a chat.")
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: ShortText | None = None
     tokens: list[TokenId]
 
 
-class CacheRequest(_Request):
+class CacheRequest(Strict):
     """Body of the /v1/cache routes: which chain of blocks is meant, given as a request would give it."""
 
     model: ShortText | None = None
     prompt: str | list[TokenId] | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS, description="With messages; as in a chat.")
     cache_salt: ShortText | None = None
     api_key: ShortText | None = Field(default=None, description="The tenant whose blocks are meant, by its API key.")
 
@@ -454,11 +402,18 @@ class PromptTokensDetails(_Response):
     cached_tokens_by_tier: CachedTokensByTier
 
 
+class CompletionTokensDetails(_Response):
+    reasoning_tokens: int
+
+
 class Usage(_Response):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        default=None, description="Of chats with a model whose thoughts are told apart."
+    )
 
 
 class PromptLogprob(_Response):
@@ -512,17 +467,33 @@ class ChatLogprobs(_Response):
     refusal: None
 
 
+class FunctionCall(_Response):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Response):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(_Response):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = Field(default=None, description="Absent where there are none.")
+    reasoning_content: str | None = Field(
+        default=None, description="The model's thoughts; absent where there are none."
+    )
+    reasoning: str | None = Field(default=None, description="The same: clients know it by either name.")
 
 
 class ChatChoice(_Response):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None
     prompt_logprobs: PromptLogprobs | None
     token_ids: list[int] = Field(default=[], description="With return_token_ids.")

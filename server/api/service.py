@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from server.api.dialects.dialect import NO_DIALECT, Dialect
 from server.api.middleware import BodyLimits
 from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
+from server.runner.grammar import Grammars
 from server.text import Tokenizer
 from server.types import NO_TARGETS, Pooling, Targets
 
@@ -41,6 +43,9 @@ class Service:
     pooling: Pooling = "last"
     embedding_dimensions: int = 0
     """How hidden states become an embedding, and the length of those."""
+    dialect: Dialect = NO_DIALECT
+    grammars: Grammars | None = None
+    """Compiles what texts must be; None where that cannot be enforced."""
 
     @property
     def max_model_len(self) -> int:

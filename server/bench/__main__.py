@@ -19,6 +19,7 @@ BENCHES = {
     "soak": "server.bench.soak:run",
     "split": "server.bench.split:run",
     "streaming": "server.bench.streaming:run",
+    "structured": "server.bench.structured:run",
     "turns": "server.bench.turns:run",
     "tiers": "server.bench.tiers:run",
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from server.kernels.attention import AttentionBackend, AttentionBatch
 from server.models.base import Model
 from server.runner.sampling import Sampler
-from server.types import RequestId, StepPlan, StepResult, StepRow, TokenLogprobs, Vector
+from server.types import FinishReason, RequestId, StepPlan, StepResult, StepRow, TokenLogprobs, Vector
 
 
 class TorchRunner:
@@ -50,25 +50,33 @@ class TorchRunner:
         wanted, spans, pools = _wanted(plan.rows, batch)
         states = self._model.forward(tokens, positions, self._attention.run, wanted)
         logits = self._model.logits(states[: pools[0][1]] if pools else states)
-        sampled, logprobs = self._sample(plan.rows, logits)
+        sampled, logprobs, ends = self._sample(plan.rows, logits)
         scored = [
             None if span is None else self._score(row, logits[span[0] : span[1]])
             for row, span in zip(plan.rows, spans, strict=True)
         ]
         pooled = self._pool(plan, states, pools)
-        return StepResult(plan.id, sampled, logprobs, scored, started_s, self._clock(), pooled)
+        return StepResult(plan.id, sampled, logprobs, scored, started_s, self._clock(), pooled, ends)
 
-    def _sample(self, rows: Sequence[StepRow], logits: Tensor) -> tuple[list[int | None], list[TokenLogprobs | None]]:
-        """The sampled rows' logits are the first of `logits`, in row order."""
+    def _sample(
+        self, rows: Sequence[StepRow], logits: Tensor
+    ) -> tuple[list[int | None], list[TokenLogprobs | None], dict[int, FinishReason]]:
+        """Tokens, log-probabilities and the ends that grammars set. The sampled rows' logits are the first of `logits`,
+        in row order."""
         tokens: list[int | None] = [None] * len(rows)
         logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+        ends: dict[int, FinishReason] = {}
         sampling = [(i, row.request_id, row.sample) for i, row in enumerate(rows) if row.sample is not None]
         if sampling:
             places, ids, specs = zip(*sampling, strict=True)
             drawn = self._sampler.sample(logits[: len(places)], ids, specs)
             for place, (token, entry) in zip(places, drawn, strict=True):
                 tokens[place], logprobs[place] = token, entry
-        return tokens, logprobs
+            for index, (end, counts) in self._sampler.advance(ids, specs, [token for token, _ in drawn]).items():
+                ends[places[index]] = end
+                if not counts:
+                    tokens[places[index]] = logprobs[places[index]] = None
+        return tokens, logprobs, ends
 
     def _pool(self, plan: StepPlan, states: Tensor, pools: Sequence[tuple[int, int, int]]) -> Mapping[int, Vector]:
         """The vectors of the prompts that end in this step; what others add is kept until their prompts end."""

@@ -8,10 +8,10 @@ adds floats along the vocabulary to make a decision: probabilities relative to t
 `WEIGHT_BITS` bits, and integer sums are the same in every order. 40 bits keep every token down to 1e-12 of the best
 one, below the 24-bit mantissa of the logits' own exponential. Sums fit: 2^40 weight * 2^22 tokens < 2^63.
 
-**Order of effects** (as OpenAI and the field): log-probabilities are of the raw distribution; then allowed tokens,
-logit_bias, min_tokens, bad words, repetition penalty (prompt and output), presence and frequency penalty (output),
-temperature, top_k, top_p (of what top_k left), min_p; then one uniform draw, named by (seed, position), through the
-inverse CDF. Where logits are equal the lowest id goes first, everywhere.
+**Order of effects** (as OpenAI and the field): log-probabilities are of the raw distribution; then allowed tokens, the
+grammar's mask, logit_bias, min_tokens, bad words, repetition penalty (prompt and output), presence and frequency
+penalty (output), temperature, top_k, top_p (of what top_k left), min_p; then one uniform draw, named by (seed,
+position), through the inverse CDF. Where logits are equal the lowest id goes first, everywhere.
 
 **Cost.** Rows are grouped by need, so a plain row never pays for another's features: all-greedy is one argmax; a drawn
 row without top_k/top_p has no sort; one with them ranks 512 tokens, and more only where those do not hold `top_p` of
@@ -29,7 +29,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from server.types import RequestId, SampleSpec, SamplingParams, TokenLogprobs
+from server.runner.grammar import Matchers
+from server.types import FinishReason, RequestId, SampleSpec, SamplingParams, TokenLogprobs
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this choose the most likely token: dividing by them leaves nothing else in fp32 anyway."""
@@ -41,6 +42,8 @@ CANDIDATES = (512, 8192)
 512 among 152k takes 0.9 ms on a CPU core, of 8192 3 ms, a full sort 16 ms."""
 CHUNK_ELEMENTS = 1 << 22
 """Logits worked on at once (int64 temporaries of 32 MiB each): bounds memory at any batch size."""
+LOWEST_ALLOWED = -1e30
+"""Logit of what a grammar allows and the model rules out: above what the grammar bars, whatever penalties follow."""
 LOWEST_LOGPROB = -9999.0
 """Stands for log(0), which JSON cannot carry."""
 
@@ -143,12 +146,13 @@ class _SeenTokens:
 
 
 class Sampler:
-    """Device thread only. Keeps the penalty counts of live requests and nothing else between calls."""
+    """Device thread only. Keeps the penalty counts and grammar states of live requests, nothing else between calls."""
 
     def __init__(self, vocab: int) -> None:
         assert 0 < vocab < _INDEX_MASK, f"vocabulary of {vocab} tokens does not fit the order key"
         self.vocab = vocab
         self._seen: dict[RequestId, _SeenTokens] = {}
+        self._matchers = Matchers(vocab)
 
     # -- public ---------------------------------------------------------------------------------------------------
 
@@ -191,10 +195,17 @@ class Sampler:
         assert logits.shape == (len(targets), self.vocab), f"logits {tuple(logits.shape)} for {len(targets)} targets"
         return self._logprobs(logits, range(len(targets)), targets, [top] * len(targets))
 
-    def forget(self, request_ids: Iterable[RequestId]) -> None:
+    def advance(
+        self, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec], tokens: Sequence[int]
+    ) -> dict[int, tuple[FinishReason, bool]]:
+        """After `sample`, with the tokens it drew: the rows that their grammar ends, as `Matchers.advance` says."""
+        return self._matchers.advance(request_ids, specs, tokens)
+
+    def forget(self, request_ids: Sequence[RequestId]) -> None:
         """Drop what is kept for these requests; ids of which nothing is kept are fine."""
         for request_id in request_ids:
             self._seen.pop(request_id, None)
+        self._matchers.forget(request_ids)
 
     # -- choosing -------------------------------------------------------------------------------------------------
 
@@ -217,20 +228,24 @@ class Sampler:
         return _draw_ranked if 0 < params.top_k < self.vocab or params.top_p < 1.0 else _draw
 
     def _edit(self, x: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> None:
-        """Apply what is allowed, bias, min_tokens, bad sequences and penalties in place, each as one scatter over its
-        tokens. x: [rows, vocab]."""
+        """Apply what is allowed, grammars, bias, min_tokens, bad sequences and penalties in place, from bias on each as
+        one scatter over its tokens. x: [rows, vocab]."""
         for i, spec in enumerate(specs):
             if spec.params.allowed_token_ids:
                 allowed = _index([token for token in spec.params.allowed_token_ids if token < self.vocab], x)
                 kept = x[i, allowed]
                 x[i] = -torch.inf
                 x[i, allowed] = kept
+        complete = self._constrain(x, request_ids, specs)
         biased = [(i, t, b) for i, s in enumerate(specs) for t, b in s.params.logit_bias.items() if 0 <= t < self.vocab]
         if biased:
             rows, tokens, values = zip(*biased, strict=True)
             x[_index(rows, x), _index(tokens, x)] += torch.tensor(values, dtype=x.dtype, device=x.device)
         barred = [
-            (i, t) for i, s in enumerate(specs) if s.generated < s.params.min_tokens for t in self._stops(s.params)
+            (i, t)
+            for i, s in enumerate(specs)
+            if s.generated < s.params.min_tokens and i not in complete
+            for t in self._stops(s.params)
         ]
         barred += [
             (i, t) for i, s in enumerate(specs) if s.params.bad_sequences for t in _completing(s) if t < self.vocab
@@ -241,6 +256,18 @@ class Sampler:
         penalised = [i for i, spec in enumerate(specs) if _penalises(spec.params)]
         if penalised:
             self._penalise(x, penalised, [request_ids[i] for i in penalised], [specs[i] for i in penalised])
+
+    def _constrain(self, x: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> set[int]:
+        """Bar in place what the rows' grammars do; the rows whose text can only end. x: [rows, vocab]."""
+        rows = [i for i, spec in enumerate(specs) if spec.params.grammar is not None]
+        if not rows:
+            return set()
+        barred, only_end = self._matchers.barred([request_ids[i] for i in rows], [specs[i] for i in rows])
+        part = x if len(rows) == len(specs) else x[rows]
+        part.clamp_(min=LOWEST_ALLOWED).masked_fill_(torch.from_numpy(barred).to(x.device), -torch.inf)
+        if part is not x:
+            x[rows] = part
+        return {i for i, only in zip(rows, only_end, strict=True) if only}
 
     def _stops(self, params: SamplingParams) -> list[int]:
         """The stop ids that can be barred: all, unless that would leave no token to choose."""
@@ -313,7 +340,7 @@ def _penalises(params: SamplingParams) -> bool:
 def _edits(spec: SampleSpec) -> bool:
     """Whether the row's logits change before a token is chosen."""
     params = spec.params
-    restricts = bool(params.allowed_token_ids or params.bad_sequences)
+    restricts = bool(params.allowed_token_ids or params.bad_sequences) or params.grammar is not None
     return restricts or bool(params.logit_bias) or spec.generated < params.min_tokens or _penalises(params)
 
 

@@ -45,6 +45,8 @@ ADMIT_RESERVE_RATIO = 0.01
 DEFER_LOOK_AHEAD = 64
 """How many waiting requests are looked at behind ones that wait for a prefix which a running request computes."""
 
+GRAMMAR_STUCK = "the grammar that the text must follow became too complex, or nothing can follow in it; simplify it"
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -497,12 +499,12 @@ class Scheduler:
 
     def _emit(self, request: Request, result: StepResult, position: int, now: float) -> TokenEvent:
         token = result.tokens[position]
-        finish = None
-        if token is None:
-            finish = FinishReason.LENGTH  # max_tokens == 0: the prompt alone was wanted
-        else:
+        finish = result.ends.get(position)
+        if token is not None:
             request.tokens.append(token)
-            finish = self._finish_reason(request, token)
+            finish = finish or self._finish_reason(request, token)
+        elif finish is None:
+            finish = FinishReason.LENGTH  # max_tokens == 0: the prompt alone was wanted
         if request.first_token_s is None:
             request.first_token_s = now
             prompt_logprobs = request.prompt_logprobs
@@ -511,8 +513,9 @@ class Scheduler:
         request.last_token_s = now
         if finish is not None:
             self._finish(request, now)
+        error = GRAMMAR_STUCK if finish is FinishReason.ERROR else None
         pooled = result.pooled.get(position)
-        return TokenEvent(request.id, token, result.logprobs[position], prompt_logprobs, finish, pooled=pooled)
+        return TokenEvent(request.id, token, result.logprobs[position], prompt_logprobs, finish, error, pooled)
 
     @staticmethod
     def _finish_reason(request: Request, token: int) -> FinishReason | None:

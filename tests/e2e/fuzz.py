@@ -84,6 +84,11 @@ SENSIBLE: dict[str, tuple[Any, ...]] = {
     "seed": (0, -1, 2**63 - 1),
     "priority": (-1000, 5),
     "cache_salt": ("", "tenant"),
+    "tools": ([], [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]),
+    "tool_choice": ("none", "auto", "required", {"type": "function", "function": {"name": "f"}}),
+    "parallel_tool_calls": (True, False),
+    "continue_final_message": (True, False),
+    "include_reasoning": (True, False),
     "chat_template_kwargs": ({"enable_thinking": False}, {"m": "x"}),
     "return_token_strs": (True,),
 }

@@ -14,12 +14,14 @@ import numpy as np
 from fastapi import FastAPI
 
 from server.api.app import create_app
+from server.api.dialects.dialect import NO_DIALECT, Dialect
 from server.api.service import Service, hash_keys
 from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
 from server.metrics import Metrics
+from server.runner.grammar import Grammars, Vocabulary
 from server.types import (
     NO_TARGETS,
     BlockLayout,
@@ -38,6 +40,11 @@ VOCAB = 258
 SPECIAL = {BOS: "<s>", EOS: "</s>"}
 
 
+def byte_grammars() -> Grammars:
+    """Compiles constraints for the vocabulary of `ByteTokenizer`."""
+    return Grammars(Vocabulary([bytes([byte]) for byte in range(256)] + [b""] * 2, {n: i for i, n in SPECIAL.items()}))
+
+
 class ByteTokenizer:
     """Token = byte of UTF-8, so that every character beyond ASCII spans several tokens."""
 
@@ -45,6 +52,8 @@ class ByteTokenizer:
     bos_token_id = BOS
     vocab_size = VOCAB
     has_chat_template = True
+    chat_template = ""
+    special_tokens: ClassVar[Mapping[str, int]] = {name: token for token, name in SPECIAL.items()}
     generation_defaults: ClassVar[Mapping[str, Any]] = {}
     is_byte_level = True
     strips_leading_space = False
@@ -68,6 +77,8 @@ class ByteTokenizer:
         return self.token_bytes(token).decode(errors="backslashreplace")
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **more: Any) -> str:
+        if more["continue_final_message"] and add_generation_prompt:
+            raise InvalidRequest("'continue_final_message' excludes it", param="continue_final_message")
         if more.get("fail"):
             raise InvalidRequest("the chat template refuses these messages: no", param="messages")
         turns = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
@@ -251,16 +262,21 @@ def make_service(
     admin_keys: Sequence[str] = (),
     default_targets: Targets = NO_TARGETS,
     vault: Vault | None = None,
+    tokenizer: Any = None,
+    dialect: Dialect = NO_DIALECT,
+    grammars: Grammars | None = None,
     **limits: Any,
 ) -> Service:
-    """What the routes need, over `engine` with a byte-level tokenizer."""
+    """What the routes need, over `engine`, with a byte-level tokenizer unless another is given."""
     metrics = Metrics("fake", "1.2.3", max_model_len=engine.max_model_len)
     metrics.bind(engine.snapshot)
     if vault is not None:
         metrics.bind_batches(vault)
     return Service(
         engine=engine,  # type: ignore[arg-type]
-        tokenizer=ByteTokenizer(),  # type: ignore[arg-type]
+        tokenizer=tokenizer or ByteTokenizer(),
+        dialect=dialect,
+        grammars=grammars,
         metrics=metrics,
         model_name="fake",
         version="1.2.3",

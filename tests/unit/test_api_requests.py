@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import threading
 from typing import Any
@@ -20,6 +21,15 @@ from tests.unit.api_fake import EOS, ByteTokenizer, FakeEngine, client, make_app
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"prompt": "abc"}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def tool_with(inside: Any) -> dict[str, Any]:
+    """A tool whose parameters hold `inside` somewhere."""
+    return {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x-inside": inside}}}
+
+
+NESTED: Any = functools.reduce(lambda inner, _: {"items": inner}, range(32), {})
 BOTH: list[tuple[dict[str, Any], str | None]] = [
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 11}, "temperature"),
@@ -121,7 +131,6 @@ ONLY_TEXT: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"echo": "x"}, "echo"),
-    ({"response_format": {"type": "text"}}, "response_format"),
     ({"messages": []}, "messages"),
 ]
 ONLY_CHAT: list[tuple[dict[str, Any], str]] = [
@@ -129,10 +138,24 @@ ONLY_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": "hi"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "tool_call_id": "x"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "x"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "reasoning_content": "x"}]}, "messages[0].reasoning_content"),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}]},
+        "messages[0].tool_calls[0].type",
+    ),
+    (
+        {"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]},
+        "messages[0].function_call",
+    ),
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
     ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "messages[0].weight"),
     ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -144,12 +167,33 @@ ONLY_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 2}, "best_of"),
     ({"echo": True}, "echo"),
     ({"prompt": "x"}, "prompt"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "x" * 65}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
+    ({"tools": [tool_with("x" * 65_536)]}, "tools[0].function.parameters"),
+    ({"tools": [tool_with(NESTED)]}, "tools[0].function.parameters"),
+    ({"tools": [tool_with({"maximum": float("nan")})]}, "tools[0].function.parameters"),
+    ({"tools": [tool_with({})] * 129}, "tools"),
+    ({"tools": [tool_with({})]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "any"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice.type"),
+    (
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": []}}},
+        "tool_choice.allowed_tools.mode",
+    ),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ({"documents": [{"text": "x"}]}, "documents"),
+    ({"documents": ["x"]}, "documents[0]"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ({"include_reasoning": 1}, "include_reasoning"),
+    ({"reasoning_effort": "huge"}, "reasoning_effort"),
+    ({"reasoning_effort": "none"}, "reasoning_effort"),
     ({"functions": [{}]}, "functions"),
     ({"function_call": {"name": "f"}}, "function_call"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.type"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"prediction": {}}, "prediction"),
