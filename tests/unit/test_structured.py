@@ -86,7 +86,7 @@ def test_every_finished_answer_of_a_thousand_validates(writers: dict[str, Writer
     tally = try_schemas(writers[kind], range(1_000, 2_000))
     assert tally.wrong == []
     assert tally.finished > 700
-    assert tally.stuck == 0
+    assert tally.stuck == 0 or kind == "two_stage_bytes"  # which cannot write every character
 
 
 @pytest.mark.parametrize(
