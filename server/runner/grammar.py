@@ -53,7 +53,7 @@ MAX_QUEUED_COMPILES = 64
 MAX_CACHED = 256
 """Compiled grammars kept; of all tenants together."""
 MAX_CACHED_BYTES = 2**20
-"""Of their sources. Compiled, a large schema takes 150 times as much, a small one 200 kB; a live request 0.5 MB more."""
+"""Of their sources. Compiled, a large schema takes 150 times as much, a small one 200 kB; a live request 0.5 MB."""
 MAX_ROW_ITEMS = 1_000
 """What may come next at one place of the text, as the parser counts it."""
 COMPILE_FUEL = 1_000_000
