@@ -43,7 +43,7 @@ _WHEN = {
     408: "The body did not arrive in time.",
     413: "The body is larger than the limit.",
     415: "The body is not declared as JSON.",
-    429: "A queue is full; Retry-After says when to try again.",
+    429: "A queue is full, or a limit of the API key is reached; Retry-After says when to try again.",
     500: "The server failed on this request.",
     503: "Starting or shutting down; Retry-After says when to try again.",
 }
@@ -83,13 +83,13 @@ class OpenAIRoutes:
 
     async def completions(self, request: Request) -> Response:
         """Generate text that goes on from a prompt."""
-        body = schema.parse(schema.CompletionRequest, await self._read(request))
+        body = schema.parse(schema.CompletionRequest, await self._read_if_welcome(request))
         plan = await plan_completion(self._service, self._encoder, body, _tenant(request))
         return await self._answer(request, CompletionFormat, plan, bool(body.stream), body.usage_in)
 
     async def chat(self, request: Request) -> Response:
         """Generate the assistant's next turn."""
-        body = schema.parse(schema.ChatRequest, await self._read(request))
+        body = schema.parse(schema.ChatRequest, await self._read_if_welcome(request))
         plan = await plan_chat(self._service, self._encoder, body, _tenant(request))
         return await self._answer(request, ChatFormat, plan, bool(body.stream), body.usage_in)
 
@@ -140,6 +140,11 @@ class OpenAIRoutes:
             "owned_by": "terrace",
             "max_model_len": self._service.max_model_len,
         }
+
+    async def _read_if_welcome(self, request: Request) -> bytes:
+        """The body of what is to be generated, unless the tenant's limits are used up: then it need not be read."""
+        self._service.tenants.check(_tenant(request))
+        return await self._read(request)
 
     async def _read(self, request: Request) -> bytes:
         return await read_json_body(request.scope, request.receive, self._service.limits.max_body_bytes)

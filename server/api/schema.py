@@ -341,6 +341,7 @@ class CacheRequest(_Request):
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     cache_salt: ShortText | None = None
     api_key: ShortText | None = Field(default=None, description="The tenant whose blocks are meant, by its API key.")
+    tenant: ShortText | None = Field(default=None, description="The same, by its name in the tenants file.")
 
 
 class CachePinRequest(CacheRequest):

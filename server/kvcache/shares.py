@@ -3,10 +3,10 @@
 `Shares` stands between the books of a tier and their eviction policy, and is there only where tenants are known. Every
 block belongs to the tenant in whose chain it is, so nothing that hangs together ever has two owners.
 
-Of a tenant with a limit in this tier it keeps what may go in one line, the least recently used first. The newest part of
-that line is reserved: the policy does not know of it, so it goes for nobody. Held blocks count towards the floor first,
-and with them just as many are reserved as make the floor up. What is left of the line is the policy's, which orders it
-among everybody's; but as long as a tenant is over its quota, the old end of its line goes before all else.
+Of a tenant with a limit in this tier it keeps what may go in one line, the least recently used first. The newest part
+of that line is reserved: the policy does not know of it, so it goes for nobody. Held blocks count towards the floor
+first, and with them just as many are reserved as make the floor up. What is left of the line is the policy's, which
+orders it among everybody's; but as long as a tenant is over its quota, the old end of its line goes before all else.
 
 A line is sorted by when its blocks were ranked, hence suffix first for the same reason as LRU; and a block leaves the
 reserved part before its parent does. Everything is O(1) a block: the border between both parts moves by one at a time.
@@ -106,9 +106,9 @@ class Shares(EvictionPolicy):
         """Replace all limits. O(1) for owners that had one before, else O(blocks that may go in this tier)."""
         for owner in self._lines.keys() - limits.keys():
             self._over.pop(owner, None)
-            line = self._lines.pop(owner)
-            while line.reserved:  # all is the policy's now
-                self._let_out(line)
+            former = self._lines.pop(owner)
+            while former.reserved:  # all is the policy's now
+                self._let_out(former)
         fresh = {owner: _Line(limit) for owner, limit in limits.items() if owner not in self._lines}
         if any(self.owned[owner] for owner in fresh):
             for frame in list(self._inner.victims()):

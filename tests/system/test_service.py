@@ -11,8 +11,8 @@ import httpx
 
 import server.demo
 from server.api.app import create_app
-from server.api.auth import tenant_of
 from server.api.service import hash_keys
+from server.api.tenancy import tenant_of
 from server.build import Daemon, service_of
 from server.demo.corpus import example
 from server.engine import GenerateSpec

@@ -8,7 +8,7 @@ on whole columns: a million records fold in about a second. Pure functions over 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,9 +204,7 @@ def recover(table: Rows, present: Present, wall_s: float) -> Recovered:
     )
 
 
-def _owners(
-    table: Rows, above: npt.NDArray[np.int64], frames: npt.NDArray[np.int64]
-) -> dict[str, list[FrameId]]:
+def _owners(table: Rows, above: npt.NDArray[np.int64], frames: npt.NDArray[np.int64]) -> dict[str, Sequence[FrameId]]:
     """Tenant -> those of `frames`, whose chains are whole, that are its; it is on record with the first block of each
     chain."""
     firsts = frames[above[frames] < 0]
