@@ -116,21 +116,22 @@ def read_tenants(path: Path) -> list[Tenant]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the tenants file {path}: {error}", param="server.tenants_file") from error
-    return parse_tenants(text, path)
+    return parse_tenants(text, str(path))
 
 
-def parse_tenants(text: str, path: Path) -> list[Tenant]:
-    """The tenants in the `text` of a file that is called `path` in errors."""
+def parse_tenants(text: str, called: str) -> list[Tenant]:
+    """The tenants in the `text` of a file that is `called` so in errors."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}", param="server.tenants_file") from error
+        raise ConfigError(f"{called} is not valid TOML: {error}", param="server.tenants_file") from error
     try:
         return _tenants(tree)
     except _Wrong as wrong:
         line = _line_of(text, wrong.field)
-        where = f"{path}, line {line}" if line else str(path)
-        said = f"{where}: {'.'.join(map(str, wrong.field))} {wrong.what}"
+        where = f"{called}, line {line}" if line else called
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in wrong.field)[1:]
+        said = f"{where}: {name} {wrong.what}"
         raise ConfigError(said, param="server.tenants_file") from None
 
 
@@ -252,7 +253,7 @@ def add_key(path: Path, name: str, limits: Mapping[str, Any]) -> str:
     it was."""
     try:
         text = path.read_text(encoding="utf-8")
-        known = {tenant.name for tenant in parse_tenants(text, path)}
+        known = {tenant.name for tenant in parse_tenants(text, str(path))}
     except FileNotFoundError:
         text, known = f'cache_secret = "{secrets.token_hex(KEY_BYTES)}"\n', set()
     except (OSError, UnicodeDecodeError) as error:
@@ -266,7 +267,7 @@ def add_key(path: Path, name: str, limits: Mapping[str, Any]) -> str:
         raise ConfigError(f"tenant {name!r} is in {path} already; change its limits there", param=min(limits))
     else:
         new = _with_digest(text, name, digest)
-    after = {tenant.name: tenant for tenant in parse_tenants(new, path)}
+    after = {tenant.name: tenant for tenant in parse_tenants(new, f"{path} with the new key")}
     if after.keys() != known | {name} or digest_of(key) not in after[name].keys:
         raise ConfigError(f'cannot tell where {path} has the keys of {name!r}: add "{digest}" yourself', param="file")
     _write(path, new)
