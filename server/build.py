@@ -120,8 +120,10 @@ class Daemon:
         """These are the tenants from now on. Raises ConfigError, and nothing is changed, where that cannot be."""
         kv = self.engine.kv
         frames = {books.name: books.pool.capacity for books in kv.levels}
-        longest = kv.layout.blocks_for(self.engine.max_model_len) + 1
-        limits = cache_limits(named, frames, kv.layout.block_bytes, longest)
+        room = kv.layout.blocks_for(self.engine.max_model_len) + 1
+        if len(kv.levels) == 1:
+            room += kv.pin_blocks_max
+        limits = cache_limits(named, frames, kv.layout.block_bytes, room)
         self.tenants.replace(named)
         kv.share(limits)
         self.engine.scheduler.policy.weights = _weights_of(self.config, named)
@@ -232,6 +234,8 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     configure_logging(config)
     sys.setswitchinterval(config.server.switch_interval_s)
     listener = _bind(config)
+    reload = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)  # from now on it ends nothing
     daemon = build(config, disk)
     await daemon.open()
     gc.collect()
@@ -249,8 +253,6 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    reload = asyncio.Event()
-    loop.add_signal_handler(signal.SIGHUP, reload.set)
     reloading = asyncio.create_task(_reload_when(reload, daemon))
     serving = asyncio.create_task(http._serve([listener]))
     _announce(daemon, listener)

@@ -208,10 +208,10 @@ def _line_of(text: str, field: tuple[str | int, ...]) -> int | None:
 
 
 def cache_limits(
-    tenants: Iterable[Tenant], frames: Mapping[TierName, int], block_bytes: int, longest_blocks: int
+    tenants: Iterable[Tenant], frames: Mapping[TierName, int], block_bytes: int, room_blocks: int
 ) -> dict[str, dict[TierName, CacheLimit]]:
     """The floors and quotas of `tenants`, by id and tier, in blocks of tiers with so many `frames`; the first of them
-    is the device, where a request of `longest_blocks` blocks must always find room. Raises ConfigError."""
+    is the device, where `room_blocks` blocks must always find room. Raises ConfigError."""
     limits: dict[str, dict[TierName, CacheLimit]] = {}
     floors = dict.fromkeys(frames, 0)
     device = next(iter(frames))
@@ -229,12 +229,12 @@ def cache_limits(
                 limits[tenant.id][tier] = CacheLimit(floor, quota)
             floors[tier] += floor
     for tier, floor in floors.items():
-        most = int(FLOORS_SHARE_MAX * frames[tier]) - (longest_blocks if tier == device else 0)
+        most = int(FLOORS_SHARE_MAX * frames[tier]) - (room_blocks if tier == device else 0)
         if floor > max(0, most):
-            held = f", and one request of {longest_blocks} blocks" if tier == device else ""
+            more = f" and a longest request ({room_blocks} blocks)" if tier == device else ""
             raise ConfigError(
                 f"the floors of all tenants keep {floor} of the {frames[tier]} blocks of the {tier} tier; at most "
-                f"{max(0, most)} can be kept: new blocks{held} must find room; lower tenants.*.cache.{tier}.floor",
+                f"{max(0, most)} can be kept: new blocks{more} must find room; lower tenants.*.cache.{tier}.floor",
                 param=f"tenants.*.cache.{tier}.floor",
             )
     return limits

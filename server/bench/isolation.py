@@ -7,8 +7,8 @@ to its first token is all that it has to tell which it was. How well it can is t
 that of two requests the one of a cached prompt was faster), and the accuracy, on the second half of the requests, of
 the threshold that was best on the first half. The same spy on its own cache shows that it would see a hit.
 
-The flood. A calm tenant sends prompts one after the other, while another one with a limit of requests is quiet, or stays
-within its limit, or sends ten times as much and is refused the rest. The three take turns every few seconds.
+The flood. A calm tenant sends prompts one after the other, while another one with a limit of requests is quiet, or
+stays within its limit, or sends ten times as much and is refused the rest. The three take turns every few seconds.
 """
 
 from __future__ import annotations
