@@ -182,17 +182,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
     ssd = tiers.get(SSD)
     if isinstance(ssd, SsdTier):
         metrics.bind_ssd(ssd.stats, lambda: ssd.disk_bytes)
-    kv = KVManager(
-        layout,
-        [TierSpec(DEVICE, frames, config.kv.eviction), *specs],
-        identity,
-        guesses=[(layout.block_bytes / bytes_s, latency_s) for bytes_s, latency_s in FIRST_GUESSES[: len(specs)]],
-        write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
-        write_share=config.kv.ssd_write_share,
-        pin_ratio=config.kv.pin_ratio,
-        wall_offset_s=time.time() - time.monotonic(),
-        shared=config.server.tenants_file is not None,
-    )
+    kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
     recorder = _recorder(config)
     if recorder is not None:
         metrics.bind_recorder(recorder.outcomes)
@@ -392,6 +382,20 @@ def _weights(config: Config, folder: Path) -> bytes:
     if config.model.load_format == "dummy":
         return random_digest(config.model.seed)
     return weights_digest(checkpoint_files(folder), Path.home() / ".cache" / "terrace")
+
+
+def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity: bytes) -> KVManager:
+    return KVManager(
+        layout,
+        specs,
+        identity,
+        guesses=[(layout.block_bytes / bytes_s, latency_s) for bytes_s, latency_s in FIRST_GUESSES[: len(specs) - 1]],
+        write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
+        write_share=config.kv.ssd_write_share,
+        pin_ratio=config.kv.pin_ratio,
+        wall_offset_s=time.time() - time.monotonic(),
+        shared=config.server.tenants_file is not None,
+    )
 
 
 def _lower_tiers(
