@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,11 +30,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from starlette.types import ASGIApp
 
 from server.api.app import create_app
-from server.api.auth import tenant_of
 from server.api.connections import Doors, may_connect
 from server.api.dialects.dialect import NO_DIALECT, Dialect, dialect_of
 from server.api.inprocess import InProcess
 from server.api.service import Service, hash_keys
+from server.api.tenancy import Tenants, tenant_of
 from server.batches.runner import Runner
 from server.batches.vault import Vault
 from server.config import Config, key_weights
@@ -59,6 +60,7 @@ from server.runner import grammar
 from server.runner.runner import TorchRunner
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Limits, Scheduler
+from server.tenants import Tenant, cache_limits, read_tenants
 from server.text import Tokenizer
 from server.types import (
     DEVICE,
@@ -105,6 +107,7 @@ class Daemon:
     model_name: str
     summary: str
     embedding_dimensions: int
+    tenants: Tenants
     recorder: Recorder | None = None
     vault: Vault | None = None
     dialect: Dialect = NO_DIALECT
@@ -123,6 +126,32 @@ class Daemon:
             gc.enable()
         if len(self.tiers) > 0:
             await _calibrate(self)
+
+    def admit(self, named: Sequence[Tenant]) -> None:
+        """These are the tenants from now on. Raises ConfigError, and nothing is changed, where that cannot be."""
+        kv = self.engine.kv
+        frames = {books.name: books.pool.capacity for books in kv.levels}
+        room = kv.layout.blocks_for(self.engine.max_model_len) + 1
+        if len(kv.levels) == 1:
+            room += kv.pin_blocks_max
+        limits = cache_limits(named, frames, kv.layout.block_bytes, room)
+        self.tenants.replace(named)
+        kv.share(limits)
+        self.engine.scheduler.policy.weights = _weights_of(self.config, named)
+
+    async def reload(self) -> None:
+        """Read the tenants file again. What is wrong with it is one line in the log, and all stays as it was."""
+        path = self.config.server.tenants_file
+        if path is None:
+            log.info("nothing to reload: there is no tenants_file")
+            return
+        try:
+            named = await asyncio.to_thread(read_tenants, path)
+            self.admit(named)
+        except ConfigError as error:
+            log.error("the tenants stay as they were: %s", error.message)
+        else:
+            log.info("tenants read again: %d with %d keys", len(named), sum(len(tenant.keys) for tenant in named))
 
     async def aclose(self) -> None:
         """After the engine: no step and no transfer runs any more, or none that anybody waits for."""
@@ -170,22 +199,15 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
     ssd = tiers.get(SSD)
     if isinstance(ssd, SsdTier):
         metrics.bind_ssd(ssd.stats, lambda: ssd.disk_bytes)
-    kv = KVManager(
-        layout,
-        [TierSpec(DEVICE, frames, config.kv.eviction), *specs],
-        identity,
-        guesses=[(layout.block_bytes / bytes_s, latency_s) for bytes_s, latency_s in FIRST_GUESSES[: len(specs)]],
-        write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
-        write_share=config.kv.ssd_write_share,
-        pin_ratio=config.kv.pin_ratio,
-        wall_offset_s=time.time() - time.monotonic(),
-    )
+    kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
     recorder = _recorder(config)
     if recorder is not None:
         metrics.bind_recorder(recorder.outcomes)
     if vault is not None:
         metrics.bind_batches(vault)
-    scheduler = Scheduler(kv, make_policy(config.scheduler.policy, _weights_of(config)), _limits(config, max_model_len))
+    scheduler = Scheduler(
+        kv, make_policy(config.scheduler.policy, _weights_of(config, ())), _limits(config, max_model_len)
+    )
     runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
     engine = Engine(
         scheduler,
@@ -207,10 +229,28 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
     )
     grammars = _grammars(tokenizer, model.geometry.vocab)
-    hidden = model.geometry.hidden
-    return Daemon(
-        config, engine, runner, tiers, tokenizer, metrics, name, summary, hidden, recorder, vault, dialect, grammars
+    plain = hash_keys(key_weights(config.server.api_keys))
+    tenants = Tenants(plain, time.monotonic, metrics.rejected)
+    daemon = Daemon(
+        config,
+        engine,
+        runner,
+        tiers,
+        tokenizer,
+        metrics,
+        name,
+        summary,
+        model.geometry.hidden,
+        tenants,
+        recorder,
+        vault,
+        dialect,
+        grammars,
     )
+    if config.server.tenants_file is not None:
+        daemon.admit(read_tenants(config.server.tenants_file))
+        metrics.bind_tenants(tenants.numbers)
+    return daemon
 
 
 async def serve(config: Config, disk: OsIo | None = None) -> int:
@@ -219,6 +259,8 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     configure_logging(config)
     sys.setswitchinterval(config.server.switch_interval_s)
     listener = _bind(config)
+    reload = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)  # from now on it ends nothing
     daemon = build(config, disk)
     await daemon.open()
     gc.collect()
@@ -233,6 +275,7 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    reloading = asyncio.create_task(_reload_when(reload, daemon))
     serving = asyncio.create_task(http._serve([listener]))
     _announce(daemon, listener)
     stopping = asyncio.create_task(stop.wait())
@@ -243,7 +286,7 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     await daemon.engine.drain(config.server.shutdown_timeout_s)
     http.should_exit = True
     await serving
-    for task in (lag, stopping):
+    for task in (lag, stopping, reloading):
         task.cancel()
     await daemon.aclose()
     with suppress(Exception):  # logged by the engine already
@@ -262,6 +305,13 @@ def http_config(app: ASGIApp, config: Config) -> uvicorn.Config:
     )  # fmt: skip
 
 
+async def _reload_when(asked: asyncio.Event, daemon: Daemon) -> None:
+    while True:
+        await asked.wait()
+        asked.clear()
+        await daemon.reload()
+
+
 def service_of(daemon: Daemon) -> Service:
     """What the HTTP routes get to see of the daemon."""
     return Service(
@@ -272,7 +322,7 @@ def service_of(daemon: Daemon) -> Service:
         version=version(),
         wall_clock=time.time,
         limits=daemon.config.server,
-        api_key_hashes=hash_keys(key_weights(daemon.config.server.api_keys)),
+        tenants=daemon.tenants,
         admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
         default_targets=_targets(daemon.config),
         vault=daemon.vault,
@@ -379,11 +429,11 @@ def _targets(config: Config) -> Targets:
     return Targets(ttft_ms / 1e3 if ttft_ms else inf, tpot_ms / 1e3 if tpot_ms else inf)
 
 
-def _weights_of(config: Config) -> dict[str, float]:
-    """What tenants weigh, by the names that the API gives them."""
+def _weights_of(config: Config, named: Sequence[Tenant]) -> dict[str, float]:
+    """What tenants weigh, by the ids that the API gives them."""
     weights = key_weights(config.server.api_keys)
-    digests = hash_keys(weights)
-    return {tenant_of(digest): weight for digest, weight in zip(digests, weights.values(), strict=True)}
+    plain = zip(map(tenant_of, hash_keys(weights)), weights.values(), strict=True)
+    return dict(plain) | {tenant.id: tenant.limits.weight for tenant in named}
 
 
 def _weights(config: Config, folder: Path) -> bytes:
@@ -391,6 +441,20 @@ def _weights(config: Config, folder: Path) -> bytes:
     if config.model.load_format == "dummy":
         return random_digest(config.model.seed)
     return weights_digest(checkpoint_files(folder), Path.home() / ".cache" / "terrace")
+
+
+def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity: bytes) -> KVManager:
+    return KVManager(
+        layout,
+        specs,
+        identity,
+        guesses=[(layout.block_bytes / bytes_s, latency_s) for bytes_s, latency_s in FIRST_GUESSES[: len(specs) - 1]],
+        write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
+        write_share=config.kv.ssd_write_share,
+        pin_ratio=config.kv.pin_ratio,
+        wall_offset_s=time.time() - time.monotonic(),
+        shared=config.server.tenants_file is not None,
+    )
 
 
 def _lower_tiers(

@@ -1,4 +1,4 @@
-"""The command line: `terrace serve|config|cache|bench|simulate`. Flags come from the configuration: none is missing.
+"""The command line: `terrace serve|config|cache|keys|bench|simulate`. Flags come from the configuration, all of them.
 
 Knows argparse and exit codes; refuses to know what a daemon is made of (`build.py` does, imported only to serve, so
 that `--help` answers at once). Exit codes: 0 done, 1 the work failed, 2 the configuration or environment cannot work.
@@ -18,6 +18,7 @@ from typing import Any
 
 from server.config import OPTIONS, Config, Option, example_toml, load_config, toml_value
 from server.errors import TerraceError
+from server.tenants import Limits, add_key, read_tenants
 
 SECTION_TITLES = {
     "model": "model",
@@ -110,9 +111,33 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
             act.add_argument("--all", action="store_true", help="all of them")
         act.set_defaults(run=_cache)
 
+    keys = commands.add_parser("keys", help="API keys of tenants, and their limits", allow_abbrev=False)
+    acts = keys.add_subparsers(dest="action", metavar="add|check", required=True)
+    _add_keys(acts)
+
     commands.add_parser("bench", help="measure a server, compare results; terrace bench --help", add_help=False)
     commands.add_parser("simulate", help="replay a trace on other sizes and policies", add_help=False)
     return parser
+
+
+def _add_keys(actions: Any) -> None:
+    text = "print a new random key of TENANT, once, and add its digest to FILE, which is made if it is not there (0600)"
+    add = actions.add_parser("add", help=text, description=text, allow_abbrev=False)
+    add.add_argument("file", type=Path, metavar="FILE", help="the daemon's --tenants-file; send it SIGHUP afterwards")
+    add.add_argument("tenant", metavar="TENANT", help="who the key is for; a tenant may have several, to change them")
+    group = add.add_argument_group("limits of a new tenant; those of the cache are set in the file")
+    for name, kind, limit in (
+        ("requests-per-minute", int, "requests a minute"),
+        ("tokens-per-minute", int, "tokens a minute: prompts, but for what the cache has, and answers"),
+        ("max-concurrent", int, "requests at once"),
+        ("most-urgent-priority", int, "the smallest priority that it may ask for"),
+        ("weight", float, "its part of the device under --policy fair [1]"),
+    ):
+        group.add_argument(f"--{name}", type=kind, metavar="N", default=argparse.SUPPRESS, help=limit)
+    add.set_defaults(run=_add_key)
+    check = actions.add_parser("check", help="is FILE right? exit 2 when not", allow_abbrev=False)
+    check.add_argument("file", type=Path, metavar="FILE")
+    check.set_defaults(run=_check_keys)
 
 
 def _add_options(parser: argparse.ArgumentParser, *, show_all: bool) -> None:
@@ -205,6 +230,18 @@ def _cache(args: argparse.Namespace) -> int:
         print("terrace: error: say which cache to clear: a FINGERPRINT, or --all", file=sys.stderr)
         return 2
     return int(cachectl.clear(args.ssd_path, args.fingerprint))
+
+
+def _add_key(args: argparse.Namespace) -> int:
+    limits = {name: value for name, value in vars(args).items() if name in Limits.model_fields}
+    print(add_key(args.file, args.tenant, limits))
+    return 0
+
+
+def _check_keys(args: argparse.Namespace) -> int:
+    tenants = read_tenants(args.file)
+    print(f"{len(tenants)} tenants with {sum(len(tenant.keys) for tenant in tenants)} keys")
+    return 0
 
 
 def _version() -> str:

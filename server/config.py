@@ -284,6 +284,11 @@ class ServerConfig(_Section):
         description="Bearer keys that clients must present (repeat the flag for several), each KEY or 'KEY WEIGHT' for "
         "the policy `fair`; none: open to all.",
     )
+    tenants_file: Annotated[Path | None, COMMON] = Field(
+        default=None,
+        description="File of tenants in TOML: digests of their keys, rate limits, shares of the cache. "
+        "`terrace keys add` writes one; on SIGHUP it is read again.",
+    )
     api_key_file: Path | None = Field(
         default=None, description="File with one KEY or KEY WEIGHT per line, added to api_keys; # starts a comment."
     )

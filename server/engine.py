@@ -98,6 +98,11 @@ class Stream:
         return self.request.id
 
     @property
+    def generated(self) -> int:
+        """Tokens generated so far, read or not."""
+        return self.request.generated
+
+    @property
     def cached_tokens(self) -> int | None:
         """Prompt tokens that came from the cache; known from the first event on."""
         return self.request.cached_tokens

@@ -80,6 +80,19 @@ class BatchNumbers(Protocol):
     def lines(self) -> Mapping[str, int]: ...
 
 
+class TenantNumbers(Protocol):
+    """What is counted of one tenant; `name` is one that the operator gave."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def open(self) -> int: ...
+    @property
+    def outcomes(self) -> Mapping[str, int]: ...
+    @property
+    def charged(self) -> Mapping[str, int]: ...
+
+
 def lengths_up_to(limit: int) -> tuple[int, ...]:
     """1, 2, 5, 10, 20, 50, ... until `limit` is covered."""
     series: list[int] = []
@@ -134,6 +147,7 @@ class Metrics(Collector):
         self._ssd: tuple[SsdNumbers, Callable[[], int]] | None = None
         self._recorded: Mapping[str, int] | None = None
         self._batches: BatchNumbers | None = None
+        self._tenants: Callable[[], Mapping[str, TenantNumbers]] | None = None
         self._busy_s = self._host_s = 0.0
         self._step_s = {kind: _Histogram(STEP_S) for kind in STEP_KINDS}
         self._batch_tokens = _Histogram(BATCH_TOKENS)
@@ -168,6 +182,10 @@ class Metrics(Collector):
     def bind_batches(self, numbers: BatchNumbers) -> None:
         """Batches are kept: show how many there are, and what became of their lines."""
         self._batches = numbers
+
+    def bind_tenants(self, numbers: Callable[[], Mapping[str, TenantNumbers]]) -> None:
+        """There are tenants with names: show what each did and holds. `numbers` are by the id that the cache knows."""
+        self._tenants = numbers
 
     def first_token(self, seconds: float, source: str = "none") -> None:
         """A request's first token came `seconds` after it was received; `source` is the slowest tier it drew on."""
@@ -245,8 +263,11 @@ class Metrics(Collector):
         yield from self._latencies()
         yield from self._tokens()
         yield from self._engine()
-        if self._snapshot is not None:
-            yield from self._gauges(self._snapshot())
+        now = self._snapshot() if self._snapshot is not None else None
+        if self._tenants is not None:
+            yield from self._of_tenants(self._tenants(), now.kv.owned if now is not None else {})
+        if now is not None:
+            yield from self._gauges(now)
 
     def _requests(self) -> Iterator[Metric]:
         http = CounterMetricFamily(
@@ -306,6 +327,23 @@ class Metrics(Collector):
         build = GaugeMetricFamily("terrace_build_info", "What is running; always 1.", labels=("version",))
         build.add_metric((self._version,), 1)
         yield build
+
+    def _of_tenants(
+        self, numbers: Mapping[str, TenantNumbers], owned: Mapping[str, Mapping[str, int]]
+    ) -> Iterator[Metric]:
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        requests = self._family(counter, "tenant_requests", "Requests by what became of them.", "tenant", "outcome")
+        said = "Tokens of requests that are over; `cached` ones of prompts are not charged."
+        tokens = self._family(counter, "tenant_tokens", said, "tenant", "kind")
+        running = self._family(gauge, "tenant_requests_open", "Requests that are not over.", "tenant")
+        blocks = self._family(gauge, "tenant_kv_blocks", "Blocks of a tenant in a tier.", "tenant", "tier")
+        for id, tenant in numbers.items():
+            running.add_metric((self._model_name, tenant.name), tenant.open)
+            counted = (requests, tenant.outcomes), (tokens, tenant.charged), (blocks, owned.get(id, {}))
+            for family, values in counted:
+                for label, count in values.items():
+                    family.add_metric((self._model_name, tenant.name, label), count)
+        yield from (requests, tokens, running, blocks)
 
     def _gauges(self, now: Snapshot) -> Iterator[Metric]:
         yield self._gauge("requests_running", "Requests that hold frames.", None, {"": now.running})

@@ -255,6 +255,15 @@ class ServiceClass:
 ONLINE = ServiceClass()
 
 
+@dataclass(frozen=True, slots=True)
+class CacheLimit:
+    """Of one tenant in one tier, in blocks. `floor`: up to so many do not go for others. `quota`: what it has beyond it
+    goes first; None: it may have all."""
+
+    floor: int = 0
+    quota: int | None = None
+
+
 @dataclass(slots=True)
 class SampleSpec:
     """Sample one token after this row. `history` is every token before it; never mutated while a step runs.
@@ -372,6 +381,8 @@ class Transfer:
     """Hash of the block before this one in its chain; None for a first block."""
     depth: int = 0
     """Blocks before this one in its chain."""
+    tenant: str = ""
+    """Whose block it is, as far as that is known; what outlives the process remembers it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,6 +444,8 @@ class KvReport:
     """Of blocks to the lowest tier: `admit`, `reject_cold`, `reject_wear`, `no_room`."""
     recovered_blocks: int
     pinned_blocks: int
+    owned: Mapping[str, Mapping[TierName, int]] = field(default_factory=dict)
+    """Blocks by tenant and tier, of tenants that were named."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ SOURCES = sorted(path.relative_to(ROOT) for top in ("server", "loadgen") for pat
 # Unit -> layer, lowest first. A unit may import from lower layers and from itself, never from its own layer's others.
 LAYERS = [
     {"base"},  # types errors registry quantities ownership
-    {"metrics", "config", "recorder"},
+    {"metrics", "config", "recorder", "tenants"},
     {"kvcache", "kernels"},
     {"scheduler", "models"},
     {"runner", "engine", "text", "batches"},

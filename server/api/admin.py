@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
@@ -12,13 +11,14 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from server.api import schema
-from server.api.auth import ADMIN_PREFIX, tenant_of
+from server.api.auth import ADMIN_PREFIX
 from server.api.chat import render_chat
 from server.api.middleware import read_json_body
 from server.api.openai import answers, body_of, errors
 from server.api.requests import Encoder, cache_salt, check_ids, check_model
 from server.api.service import Service
 from server.errors import InvalidRequest, NotReady
+from server.tenants import digest_of
 from server.types import BlockHash
 
 
@@ -138,19 +138,22 @@ class AdminRoutes:
         else:
             ids = list(body.prompt or ())
             check_ids(self._service, ids, "prompt")
-        salt = cache_salt(self._tenant(body.api_key), body.cache_salt)
+        salt = cache_salt(self._tenant(body), body.cache_salt)
         return len(ids), self._service.engine.chain(ids, salt)
 
-    def _tenant(self, key: str | None) -> str:
-        known = self._service.api_key_hashes
-        if key is None:
-            if known:
-                raise InvalidRequest("'api_key' is required: it says whose blocks are meant", param="api_key")
+    def _tenant(self, body: schema.CacheRequest) -> str:
+        tenants = self._service.tenants
+        if body.tenant is not None and body.api_key is None:
+            found, param = tenants.id_of(body.tenant), "tenant"
+        elif body.api_key is not None and body.tenant is None:
+            found, param = tenants.find(digest_of(body.api_key)), "api_key"
+        elif body.tenant is not None or tenants.guarded:
+            raise InvalidRequest("exactly one of 'tenant' and 'api_key' says whose blocks are meant", param="api_key")
+        else:
             return ""
-        digest = hashlib.sha256(key.encode()).digest()
-        if digest not in known:
-            raise InvalidRequest("'api_key' is not a key of this server", param="api_key")
-        return tenant_of(digest)
+        if found is None:
+            raise InvalidRequest(f"'{param}' is none of this server", param=param)
+        return found
 
     def _check_ready(self) -> None:
         if self._service.engine.state != "ready":

@@ -59,11 +59,11 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(part.router)
     errors.install(app)
     # Added last is outermost: even a refusal has a request id and is counted.
-    app.add_middleware(BearerAuth, key_hashes=service.api_key_hashes, admin_hashes=service.admin_key_hashes)
+    app.add_middleware(BearerAuth, tenants=service.tenants, admin_hashes=service.admin_key_hashes)
     app.add_middleware(RequestContext, metrics=service.metrics)
     plain = app.openapi
     # Made when first asked for: it takes 100 ms, which a start need not wait for.
-    app.openapi = lambda: app.openapi_schema or _document(app, plain(), guarded=bool(service.api_key_hashes))  # type: ignore[method-assign]
+    app.openapi = lambda: app.openapi_schema or _document(app, plain(), guarded=service.tenants.guarded)  # type: ignore[method-assign]
     routes = [route for part in parts for route in part.router.routes]
     service.metrics.declare_http(
         (route.path, method)

@@ -1,4 +1,7 @@
-"""Bearer API keys. Everything is guarded but the paths that probes and scrapers need."""
+"""Bearer API keys. Everything is guarded but the paths that probes and scrapers need.
+
+Here a tenant's rate limits show first: an answer says what is left, and a body that could not be served is not read.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response
+from server.api.tenancy import Tenants
 from server.errors import TerraceError, Unauthorized
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/version", "/openapi.json"})
 ADMIN_PREFIX = "/v1/cache"
 TENANT = "tenant"
-"""Key in the request's state: a name of the API key that separates its cached prefixes from those of other keys."""
+"""Key in the request's state: the id of the tenant, which separates its cached prefixes from those of others."""
 
 
 class AdminOff(TerraceError):
@@ -24,11 +28,6 @@ class AdminOff(TerraceError):
     status = 404
     type = "invalid_request_error"
     code = "admin_api_off"
-
-
-def tenant_of(key_hash: bytes) -> str:
-    """The name of an API key's tenant, from the key's digest: says nothing about the key."""
-    return hashlib.sha256(b"tenant:" + key_hash).hexdigest()[:32]
 
 
 def request_tenant(scope: Scope) -> str:
@@ -42,37 +41,59 @@ class BearerAuth:
     The cache admin API takes admin keys only; without any it is open like the rest if that is open, else off.
     """
 
-    def __init__(self, app: ASGIApp, key_hashes: Sequence[bytes], admin_hashes: Sequence[bytes]) -> None:
+    def __init__(self, app: ASGIApp, tenants: Tenants, admin_hashes: Sequence[bytes]) -> None:
         self._app = app
-        self._tenants = [(key, tenant_of(key)) for key in key_hashes]
-        self._admins = [(key, "") for key in admin_hashes]
+        self._tenants = tenants
+        self._admins = admin_hashes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (self._tenants or self._admins) and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
-                known = self._known(scope["path"])
-                if known:
-                    tenant = self._tenant(Headers(scope=scope).get("authorization"), known)
-                    scope.setdefault("state", {})[TENANT] = tenant
+                if _is_admin(scope["path"]):
+                    self._check_admin(scope)
+                elif self._tenants.guarded:
+                    send = self._check_tenant(scope, send)
             except TerraceError as error:
                 await error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _known(self, path: str) -> Sequence[tuple[bytes, str]]:
-        if path != ADMIN_PREFIX and not path.startswith(f"{ADMIN_PREFIX}/"):
-            return self._tenants
-        if self._tenants and not self._admins:
+    def _check_admin(self, scope: Scope) -> None:
+        if self._admins:
+            digest = _digest(scope)
+            if not sum(hmac.compare_digest(other, digest) for other in self._admins):  # all of them, as with tenants
+                raise Unauthorized("the API key is not known to this server")
+        elif self._tenants.guarded:
             raise AdminOff("the cache admin API is off; start the server with --admin-key to use it")
-        return self._admins
 
-    def _tenant(self, header: str | None, known: Sequence[tuple[bytes, str]]) -> str:
-        scheme, _, key = (header or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise Unauthorized("no API key given; send the header 'Authorization: Bearer KEY'", code="missing_api_key")
-        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-        # Every key is compared, so that the time taken tells nothing about which one came close.
-        matches = [tenant for other, tenant in known if hmac.compare_digest(other, digest)]
-        if not matches:
+    def _check_tenant(self, scope: Scope, send: Send) -> Send:
+        """Notes whose request it is. What to send the answer with, so that it says what is left of the limits."""
+        tenant = self._tenants.find(_digest(scope))
+        if tenant is None:
             raise Unauthorized("the API key is not known to this server")
-        return matches[0]
+        scope.setdefault("state", {})[TENANT] = tenant
+        if self._tenants.gate(tenant).limited:
+            send = self._with_limits(tenant, send)
+        return send
+
+    def _with_limits(self, tenant: str, send: Send) -> Send:
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self._tenants.gate(tenant).headers(self._tenants.clock()).items():
+                    headers[name] = value
+            await send(message)
+
+        return send_with_limits
+
+
+def _is_admin(path: str) -> bool:
+    return path == ADMIN_PREFIX or path.startswith(f"{ADMIN_PREFIX}/")
+
+
+def _digest(scope: Scope) -> bytes:
+    """Of the key that came. Raises Unauthorized when none did."""
+    scheme, _, key = (Headers(scope=scope).get("authorization") or "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise Unauthorized("no API key given; send the header 'Authorization: Bearer KEY'", code="missing_api_key")
+    return hashlib.sha256(key.strip().encode("latin-1")).digest()

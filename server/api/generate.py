@@ -201,15 +201,19 @@ class Generation:
     """All choices of one HTTP request, submitted together or not at all. Loop thread."""
 
     def __init__(self, service: Service, plan: Plan) -> None:
-        """Submits. Raises what the engine raises (Overloaded, NotReady, InvalidRequest), holding nothing."""
+        """Submits. Raises what the engine raises (Overloaded, NotReady, InvalidRequest), and Overloaded where the
+        tenant has used up what it may, holding nothing."""
         self.plan = plan
         self.choices: list[Choice] = []
+        tenant = plan.specs[0][0].service.tenant
+        self._permit = service.tenants.enter(tenant, sum(len(prompt.ids) for prompt in plan.prompts))
         try:
             for prompt, specs in zip(plan.prompts, plan.specs, strict=True):
                 for spec in specs:
                     stream = service.engine.submit(spec)
                     self.choices.append(Choice(service, plan, prompt, spec, stream, len(self.choices)))
         except BaseException:
+            self._permit.cancel()
             self.close()
             raise
 
@@ -217,6 +221,11 @@ class Generation:
         """Aborts what is unfinished; its frames are free when this returns. Idempotent."""
         for choice in self.choices:
             choice.stream.close()
+        self._permit.leave(
+            cached_tokens=self._cached().total(),
+            generated_tokens=sum(choice.stream.generated for choice in self.choices),
+            served=all(choice.finish is not None for choice in self.choices),
+        )
 
     async def pieces(self) -> AsyncGenerator[tuple[Choice, Piece], None]:
         """Pieces of all choices as they come, until each has finished. Raises the first error of any."""
@@ -243,12 +252,9 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         """The usage object. Prompts count once however many choices they have; every generated token counts."""
-        per_prompt = len(self.plan.specs[0])
         prompt_tokens = sum(len(prompt.ids) for prompt in self.plan.prompts)
         completion_tokens = sum(choice.generated for choice in self.choices)
-        cached: Counter[str] = Counter()
-        for choice in self.choices[::per_prompt]:
-            cached.update(choice.stream.cached_by_tier)
+        cached = self._cached()
         usage = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -262,6 +268,13 @@ class Generation:
             thought_tokens = sum(choice.thought_tokens for choice in self.choices)
             usage["completion_tokens_details"] = {"reasoning_tokens": thought_tokens}
         return usage
+
+    def _cached(self) -> Counter[str]:
+        """Prompt tokens that came from the cache, by tier, once for each prompt."""
+        cached: Counter[str] = Counter()
+        for choice in self.choices[:: len(self.plan.specs[0])]:
+            cached.update(choice.stream.cached_by_tier)
+        return cached
 
 
 async def _pump(choice: Choice, queue: asyncio.Queue[tuple[Choice, Piece] | Exception]) -> None:

@@ -88,14 +88,14 @@ class OpenAIRoutes:
 
     async def completions(self, request: Request) -> Response:
         """Generate text that goes on from a prompt."""
-        body = schema.parse(schema.CompletionRequest, await self._read(request))
+        body = schema.parse(schema.CompletionRequest, await self._read_if_welcome(request))
         name_request(request.scope, body.request_id)
         plan = await plan_completion(self._service, self._encoder, body, request_tenant(request.scope))
         return await self._answer(request, CompletionFormat, plan, bool(body.stream), body.usage_in)
 
     async def chat(self, request: Request) -> Response:
         """Generate the assistant's next turn."""
-        body = schema.parse(schema.ChatRequest, await self._read(request))
+        body = schema.parse(schema.ChatRequest, await self._read_if_welcome(request))
         name_request(request.scope, body.request_id)
         plan = await plan_chat(self._service, self._encoder, body, request_tenant(request.scope))
         return await self._answer(request, ChatFormat, plan, bool(body.stream), body.usage_in)
@@ -152,6 +152,11 @@ class OpenAIRoutes:
             "owned_by": "terrace",
             "max_model_len": self._service.max_model_len,
         }
+
+    async def _read_if_welcome(self, request: Request) -> bytes:
+        """The body of what is to be generated, unless the tenant's limits are used up: then it need not be read."""
+        self._service.tenants.check(request_tenant(request.scope))
+        return await self._read(request)
 
     async def _read(self, request: Request) -> bytes:
         return await read_json_body(request.scope, request.receive, self._service.body_limits)

@@ -351,7 +351,7 @@ def _plan(
     salt = cache_salt(tenant, request.cache_salt)
     service_class = ServiceClass(
         tenant,
-        request.priority or 0,
+        service.tenants.priority(tenant, request.priority),
         background=request.service_tier == "flex",
         targets=_targets(service, request),
     )

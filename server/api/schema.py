@@ -318,6 +318,7 @@ class CacheRequest(Strict):
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS, description="With messages; as in a chat.")
     cache_salt: ShortText | None = None
     api_key: ShortText | None = Field(default=None, description="The tenant whose blocks are meant, by its API key.")
+    tenant: ShortText | None = Field(default=None, description="The same, by its name in the tenants file.")
 
 
 class CachePinRequest(CacheRequest):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.api.dialects.dialect import NO_DIALECT, Dialect
 from server.api.middleware import BodyLimits
+from server.api.tenancy import Tenants
 from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import Engine
 from server.metrics import Metrics
 from server.runner.grammar import Grammars
+from server.tenants import digest_of
 from server.text import Tokenizer
 from server.types import NO_TARGETS, Pooling, Targets
 
@@ -24,7 +25,7 @@ class Service:
     """One served model. Loop thread.
 
     `wall_clock` gives Unix seconds (for `created`). `limits` is the configuration of the HTTP front.
-    `api_key_hashes` and `admin_key_hashes` are SHA-256 digests; without API keys the service is open to all.
+    Without tenants the service is open to all. `admin_key_hashes` are SHA-256 digests.
     """
 
     engine: Engine
@@ -34,7 +35,7 @@ class Service:
     version: str
     wall_clock: Callable[[], float]
     limits: ServerConfig
-    api_key_hashes: Sequence[bytes] = ()
+    tenants: Tenants = field(default_factory=Tenants)
     admin_key_hashes: Sequence[bytes] = ()
     default_targets: Targets = NO_TARGETS
     """Of requests that name none; not of those in the background."""
@@ -60,4 +61,4 @@ class Service:
 
 def hash_keys(keys: Iterable[str]) -> tuple[bytes, ...]:
     """The digests under which API keys are kept, so that no key stands in memory for longer than a comparison."""
-    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+    return tuple(map(digest_of, keys))

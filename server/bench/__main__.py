@@ -15,6 +15,7 @@ BENCHES = {
     "model": "server.bench.model:run",
     "clients": "server.bench.clients:run",
     "grid": "server.bench.grid:run",
+    "isolation": "server.bench.isolation:run",
     "scale": "server.bench.scale:run",
     "soak": "server.bench.soak:run",
     "split": "server.bench.split:run",

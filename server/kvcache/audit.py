@@ -11,7 +11,8 @@ from collections import Counter
 from server.kvcache.block import Stage
 from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.manager import KVManager
-from server.types import FrameId
+from server.kvcache.shares import NOBODY, RESERVED, Shares
+from server.types import BlockHash, FrameId
 
 
 class InvariantViolation(AssertionError):
@@ -130,10 +131,12 @@ def _links(books: TierBooks) -> None:
 
 
 def suffix_first(kv: KVManager) -> None:
-    """Each policy ranks exactly what may go and yields children before parents; pins are counted right."""
+    """Each policy ranks exactly what may go, but for what a floor keeps, and yields children before parents; pins are
+    counted right."""
     for books in kv.levels:
-        ranked = list(books.policy.victims())
-        _require(len(ranked) == len(set(ranked)) == len(books.policy), f"{books.name}: the policy's books differ")
+        victims, ranked = list(books.policy.victims()), list(books.idle())
+        _require(len(ranked) == len(set(ranked)), f"{books.name}: a block is ranked twice")
+        _require(len(victims) == len(books.policy), f"{books.name}: the policy's books differ")
         fit = {frame for frame in books.find.values() if books.may_go(frame)}
         _require(set(ranked) == fit, f"{books.name}: {len(fit)} blocks may go, {len(ranked)} are ranked")
         _require(fit == {f for f in books.find.values() if books.ranked[f]}, f"{books.name}: ranks are off")
@@ -144,7 +147,35 @@ def suffix_first(kv: KVManager) -> None:
             yielded.add(frame)
 
 
-INVARIANTS = (frames_add_up, holds_add_up, leases_are_sound, flights_are_sound, suffix_first)
+def shares_are_kept(kv: KVManager) -> None:
+    """A chain has one owner, in all tiers; blocks are counted right; floors keep exactly what they should."""
+    owners: dict[BlockHash, int] = {}
+    for books in kv.levels:
+        if books.shares is None:
+            continue
+        counted: Counter[int] = Counter()
+        for value, frame in books.find.items():
+            owner = books.owner_of(frame)
+            counted[owner] += 1
+            _require(owners.setdefault(value, owner) == owner, f"{books.name}: a block has two owners")
+            above = books.above[frame]
+            _require(above == NOWHERE or books.owner_of(above) == owner, f"{books.name}: a chain has two owners")
+        _require(counted == books.shares.owned, f"{books.name}: {books.shares.owned} owned, {counted} are there")
+        _floors(books, books.shares)
+
+
+def _floors(books: TierBooks, shares: Shares) -> None:
+    reserved = list(shares.reserved())
+    marked = {frame for frame in books.find.values() if books.ranked[frame] == RESERVED}
+    _require(marked == set(reserved), f"{books.name}: {len(marked)} blocks are marked as reserved, {len(reserved)} are")
+    kept = Counter(books.owner_of(frame) for frame in reserved)
+    for owner in kept.keys() | shares.owned.keys():
+        _require(kept[owner] == shares.due(owner), f"{books.name}: {kept[owner]} blocks of {owner} are reserved, "
+                 f"{shares.due(owner)} are due")  # fmt: skip
+    _require(not kept[NOBODY], f"{books.name}: nobody has a floor")
+
+
+INVARIANTS = (frames_add_up, holds_add_up, leases_are_sound, flights_are_sound, suffix_first, shares_are_kept)
 
 
 def check(kv: KVManager) -> None:

@@ -85,7 +85,7 @@ class Lease:
     from the back while computing goes from the front). A position in neither has to be computed. `served` counts the
     blocks of the table that came from the cache, by the tier they were found in. `waits_since_s`, `late_s`: since when
     and until when to wait for the next one to leave `waits_level`. `retention` says what becomes of what this request
-    computes.
+    computes, and `owner` whose it is.
     """
 
     hashes: Sequence[BlockHash] = ()
@@ -98,6 +98,7 @@ class Lease:
     waits_level: int = 0
     late_s: float | None = None
     retention: Retention = ORDINARY
+    owner: int = 0
     released: bool = False
 
     @property

@@ -8,20 +8,22 @@ while a transfer fills it). `holds` counts everything that needs its bytes: leas
 `above` is the frame of the block's parent in this tier, and `pins` counts the blocks that hang on a frame and that may
 not go: while there are any, it may not either. So a chain goes suffix first. `kept` blocks, and so what they hang on,
 may not go at all. `ranked` blocks are those that may go, and the eviction policy knows exactly these.
+Where tenants are known that policy is `shares`, around the one that was asked for, and keeps some of them back.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 import numpy as np
 
 from server.kvcache.eviction import make_policy
 from server.kvcache.pool import FramePool
 from server.kvcache.reuse import ReuseModel, class_of
+from server.kvcache.shares import NOBODY, RANKED, Shares
 from server.types import BlockHash, FrameId, TierName
 
 NOWHERE = -1
@@ -30,8 +32,10 @@ EXIT_WEIGHT = 0.01
 
 
 class TierBooks:
-    def __init__(self, name: TierName, frames: int, eviction: str, reuse: ReuseModel | None = None) -> None:
-        """`reuse`: what all tiers know about when blocks are used again."""
+    def __init__(
+        self, name: TierName, frames: int, eviction: str, reuse: ReuseModel | None = None, *, shared: bool = False
+    ) -> None:
+        """`reuse`: what all tiers know about when blocks are used again. `shared`: it matters whose a block is."""
         self.name = name
         self.reuse = reuse or ReuseModel()
         self.pool = FramePool(frames)
@@ -64,11 +68,19 @@ class TierBooks:
         """Hit density of what was evicted for want of room: a decayed mean."""
         self.evicted: Counter[str] = Counter({"capacity": 0, "corrupt": 0, "admin": 0})
         self.policy = make_policy(eviction, self)
+        self.shares: Shares | None = None
+        if shared:
+            self.shares = self.policy = Shares(self, self.policy)
 
     @property
     def available(self) -> int:
         """Frames that are free or could be made free now; exact, so whoever asks for as many gets them."""
         return self.pool.free + len(self.policy)
+
+    @property
+    def contested(self) -> int:
+        """Frames that no floor keeps for somebody at present."""
+        return self.pool.capacity - (0 if self.shares is None else self.shares.reserved_blocks)
 
     def has(self, value: BlockHash) -> bool:
         """Is this block here, with all its bytes?"""
@@ -100,7 +112,15 @@ class TierBooks:
         self.pool.give_back(frames)
 
     def file(
-        self, frame: FrameId, value: BlockHash, parent: BlockHash | None, depth: int, *, ready: bool, hits: int = 0
+        self,
+        frame: FrameId,
+        value: BlockHash,
+        parent: BlockHash | None,
+        depth: int,
+        *,
+        ready: bool,
+        hits: int = 0,
+        owner: int = NOBODY,
     ) -> None:
         """A private frame becomes the place of block `value`, and hangs on its parent's if that is here. Its one hold
         stays the caller's."""
@@ -110,6 +130,8 @@ class TierBooks:
         self.depth[frame] = self.reach[frame] = depth
         self.hits[frame], self.ready[frame] = hits, ready
         self.kind[frame], self.used_s[frame] = 0, self.reuse.now_s
+        if self.shares is not None:
+            self.shares.filed(frame, owner)
         above = self.find.get(parent) if parent is not None else None
         if above is not None:
             self.hang(frame, above)
@@ -150,6 +172,8 @@ class TierBooks:
         self.kept.discard(value)
         self.origin.pop(frame, None)
         self.above[frame] = NOWHERE
+        if self.shares is not None:
+            self.shares.dropped(frame)
         self.pool.give_back((frame,))
         if reason in self.evicted:
             self.evicted[reason] += 1
@@ -160,6 +184,14 @@ class TierBooks:
         """O(frames), 0.3 ms per million: faults and operators are rarer than evictions."""
         for child in np.flatnonzero(np.frombuffer(self.above, np.int32) == frame).tolist():
             self.above[child] = NOWHERE
+
+    def owner_of(self, frame: FrameId) -> int:
+        """Whose block is in `frame`, by `Owners`; 0 where that does not matter."""
+        return NOBODY if self.shares is None else self.shares.owner[frame]
+
+    def idle(self) -> Iterator[FrameId]:
+        """All that may go, for whatever reason, children before their parents."""
+        return self.policy.victims() if self.shares is None else chain(self.policy.victims(), self.shares.reserved())
 
     def origin_of(self, frame: FrameId) -> TierName:
         """Where the block of `frame`, which is used now, was found: here, unless it was fetched early."""
@@ -234,7 +266,7 @@ class TierBooks:
 
     def _rank(self, frame: FrameId) -> None:
         while frame != NOWHERE and not self.ranked[frame] and self.may_go(frame):
-            self.ranked[frame] = 1
+            self.ranked[frame] = RANKED
             self.hits[frame] = self.policy.on_insert(frame)
             child, frame = frame, self.above[frame]
             if frame != NOWHERE:
@@ -254,11 +286,19 @@ class TierBooks:
     # --- restart -----------------------------------------------------------------------------------------------------
 
     def recover(
-        self, frames: Sequence[FrameId], hashes: Sequence[BlockHash], above: Sequence[FrameId], depths: Sequence[int]
+        self,
+        frames: Sequence[FrameId],
+        hashes: Sequence[BlockHash],
+        above: Sequence[FrameId],
+        depths: Sequence[int],
+        owners: Mapping[int, Sequence[FrameId]],
     ) -> None:
         """File what outlived the last process, in eviction order: 0.7 us a block. Only in books that are still empty,
-        of a tier from which nothing is spilled: `parents` stays empty, as nobody asks for it there."""
+        of a tier from which nothing is spilled: `parents` stays empty, as nobody asks for it there. `owners`: whose
+        frames they are, as far as they are anybody's."""
         self.pool.occupy(frames)
+        if self.shares is not None:
+            self.shares.recovered(owners)
         self.find = dict(zip(hashes, frames, strict=True))
         rows = np.asarray(frames, np.int64)
         for column, values in ((self.above, above), (self.depth, depths), (self.reach, depths)):

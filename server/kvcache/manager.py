@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -25,9 +25,10 @@ from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.hashing import chain_root
 from server.kvcache.planner import Planner, WriteBudget
 from server.kvcache.reuse import ANSWER, BATCH, ReuseModel, kind_of
+from server.kvcache.shares import Owners
 from server.kvcache.tiers.base import Recovered
 from server.kvcache.traffic import Traffic
-from server.types import DEVICE, BlockHash, BlockLayout, FrameId, Note, TierFault, TierName, Transfer
+from server.types import DEVICE, BlockHash, BlockLayout, CacheLimit, FrameId, Note, TierFault, TierName, Transfer
 
 FIRST_GUESS = (0.001, 0.001)
 """Seconds per block and latency of a hop that nobody measured yet."""
@@ -90,14 +91,17 @@ class KVManager:
         wall_offset_s: float = 0.0,
         spill_pace_s: float = SPILL_PACE_S,
         reuse: ReuseModel | None = None,
+        shared: bool = False,
     ) -> None:
         """`tiers` from fastest to slowest, the first is the device. `guesses[k]` are seconds per block and latency from
         tier k+1 to tier k until they were measured. `wall_offset_s`: Unix time minus `now`, for what outlives us.
-        `reuse`: what is known of when blocks are used again; nothing yet by default."""
+        `reuse`: what is known of when blocks are used again; nothing yet by default. `shared`: tenants may have limits,
+        see `share`."""
         assert tiers[0].name == DEVICE, f"the first tier is the device, not {tiers[0].name!r}"
         self.layout = layout
         self.reuse = reuse or ReuseModel()
-        self.levels = [TierBooks(tier.name, tier.frames, tier.eviction, self.reuse) for tier in tiers]
+        self.owners = Owners()
+        self.levels = [TierBooks(tier.name, tier.frames, tier.eviction, self.reuse, shared=shared) for tier in tiers]
         self.tiers = {books.name: books for books in self.levels}
         self.device = self.levels[0]
         hops = len(tiers) - 1
@@ -108,6 +112,7 @@ class KVManager:
             self.planner,
             Admission(write_share, WriteBudget(write_bytes_per_day), layout.block_bytes),
             spill_pace_s,
+            self.owners,
         )
         self.leases: set[Lease] = set()
         self.wake_s = float("inf")
@@ -150,14 +155,26 @@ class KVManager:
         missing = next((value for value in hashes if not self.device.has(value)), None)
         return missing is not None and self.traffic.level_of(missing) is not None
 
-    def admit(self, hashes: Sequence[BlockHash], now: float, *, floor_s: float = 0.0) -> Lease:
+    def share(self, limits: Mapping[str, Mapping[TierName, CacheLimit]]) -> None:
+        """These are the tenants from now on, and what each may hold and keep of each tier; floors leave room in every
+        tier, and in the device for any request. What others had, they keep until it goes. Needs `shared`."""
+        for tenant in limits:
+            self.owners.register(tenant)
+        for books in self.levels:
+            assert books.shares is not None, "tenants share a cache that was made for it"
+            books.shares.set_limits(
+                {self.owners.number(who): tiers[books.name] for who, tiers in limits.items() if books.name in tiers}
+            )
+
+    def admit(self, hashes: Sequence[BlockHash], now: float, *, floor_s: float = 0.0, tenant: str = "") -> Lease:
         """Lease the longest known prefix of `hashes` that is on the device or worth loading, and send for the latter.
 
         Then `join` puts into the table what came, and `compute_until` says how far to compute meanwhile. `floor_s`: how
-        long the step takes that is run before anything that was sent for can be used. Call `release` exactly once.
+        long the step takes that is run before anything that was sent for can be used. `tenant`: whose request it is,
+        and so whose all blocks of its chain are. Call `release` exactly once.
         """
         self.reuse.now_s = now
-        lease, device = Lease(), self.device
+        lease, device = Lease(owner=self.owners.number(tenant)), self.device
         self.leases.add(lease)
         frames = []
         for value in hashes:
@@ -332,7 +349,8 @@ class KVManager:
             twin = device.find.get(value)
             if twin is None:
                 parent = hashes[position - 1] if position else None
-                device.file(frame, value, parent, position, ready=True, hits=int(lease.retention.session))
+                hits = int(lease.retention.session)
+                device.file(frame, value, parent, position, ready=True, hits=hits, owner=lease.owner)
                 device.transient[frame] = lease.retention.transient
                 self.traffic.spill(value)
             elif device.ready[twin]:  # somebody else was first: hold theirs, give ours up
@@ -455,7 +473,8 @@ class KVManager:
     def recover(self, found: Recovered) -> None:
         """Take over what the lowest tier still holds. Once, before anything else."""
         bottom = self.levels[-1]
-        bottom.recover(found.frames, found.hashes, found.above, found.depths)
+        owners = {self.owners.register(tenant): frames for tenant, frames in found.owners.items()}
+        bottom.recover(found.frames, found.hashes, found.above, found.depths, owners)
         self.recovered_blocks = len(found.frames)
         for tip, until_unix_s in found.pins.items():
             if bottom.has(tip):
@@ -564,7 +583,7 @@ class KVManager:
         """Drop every copy that nobody holds; how many."""
         count = 0
         for books in self.levels:
-            for frame in list(books.policy.victims()):
+            for frame in list(books.idle()):
                 self._drop(books, frame)
                 count += 1
         return count

@@ -71,7 +71,7 @@ def _tier_end(transfer: Transfer) -> tuple[TierName, FrameId]:
 
 def _move(transfer: Transfer) -> Move:
     host = transfer.source if transfer.source[0] == DRAM else transfer.target
-    return Move(transfer.hash, transfer.parent, transfer.depth, host[1], _tier_end(transfer)[1])
+    return Move(transfer.hash, transfer.parent, transfer.depth, host[1], _tier_end(transfer)[1], transfer.tenant)
 
 
 def _runs(transfers: Sequence[Transfer], limit: int) -> list[tuple[TierName, list[Transfer]]]:

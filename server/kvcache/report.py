@@ -8,7 +8,7 @@ from itertools import groupby
 from server.kvcache.books import TierBooks
 from server.kvcache.manager import KVManager
 from server.kvcache.planner import Hop
-from server.types import BlockHash, HopReport, KvReport, SpanReport, TierReport
+from server.types import BlockHash, HopReport, KvReport, SpanReport, TierName, TierReport
 
 
 def kv_report(kv: KVManager) -> KvReport:
@@ -26,7 +26,17 @@ def kv_report(kv: KVManager) -> KvReport:
         admissions=dict(kv.traffic.spill_outcomes),
         recovered_blocks=kv.recovered_blocks,
         pinned_blocks=kv.pinned_blocks,
+        owned=_owned(kv),
     )
+
+
+def _owned(kv: KVManager) -> dict[str, dict[TierName, int]]:
+    counts = {books.name: books.shares.owned for books in kv.levels if books.shares is not None}
+    return {
+        tenant: {tier: owned[number] for tier, owned in counts.items()}
+        for number, tenant in enumerate(kv.owners.tenants)
+        if number and counts
+    }
 
 
 def explain(kv: KVManager, hashes: Sequence[BlockHash], now: float) -> list[SpanReport]:

@@ -20,6 +20,7 @@ from server.kvcache.block import Lease, Load, Stage
 from server.kvcache.books import TierBooks
 from server.kvcache.planner import Planner
 from server.kvcache.reuse import class_of
+from server.kvcache.shares import Owners
 from server.types import BlockHash, FrameId, Note, TierFault, TierName, Transfer
 
 SPILLS_QUEUED_MAX = 65_536
@@ -74,6 +75,7 @@ class Traffic:
         planner: Planner,
         admission: Admission,
         spill_pace_s: float,
+        owners: Owners,
     ) -> None:
         """`limits[k]`: blocks in flight at once, per direction, between levels k and k+1. `admission` is for writes to
         the lowest of three levels."""
@@ -98,6 +100,7 @@ class Traffic:
         self._evicted_before = [0] * len(limits)
         self._backlog = False
         self._admission = admission
+        self._owners = owners
         self._deadlines: list[tuple[float, int, Load]] = []
         self._next_id = 0
 
@@ -269,13 +272,14 @@ class Traffic:
             if self._came_otherwise(load):
                 continue
             early = load.early_goal is not None
-            crowded = early and not hop and target.available < EARLY_SHARE * target.pool.capacity
+            crowded = early and not hop and target.available < EARLY_SHARE * target.contested
             frames = None if crowded else target.take(1)
             if frames is None:
                 (queue.early if early else queue.urgent).appendleft(load)
                 return
-            target.file(frames[0], load.hash, load.parent, load.depth, ready=False)
             origin = source.find[load.hash]
+            owner = source.owner_of(origin)
+            target.file(frames[0], load.hash, load.parent, load.depth, ready=False, owner=owner)
             target.kind[frames[0]], target.used_s[frames[0]] = source.kind[origin], source.used_s[origin]
             load.stage = Stage.FLYING
             self.planner.up[hop].started(now)
@@ -310,7 +314,9 @@ class Traffic:
         now: float,
     ) -> Transfer:
         self._next_id += 1
-        transfer = Transfer(self._next_id, value, places[0], places[1], now, parent, depth)
+        target = self.levels[hop if load is not None else hop + 1]
+        tenant = self._owners.tenants[target.owner_of(places[1][1])]
+        transfer = Transfer(self._next_id, value, places[0], places[1], now, parent, depth, tenant)
         self.in_flight[transfer.id] = Flight(transfer, hop, load)
         return transfer
 
@@ -483,7 +489,8 @@ class Traffic:
         parent, depth = source.parents[origin], source.depth[origin]
         source.hold(origin)
         source.pending[origin] = 0
-        below.file(frame, value, parent, depth, ready=False, hits=source.hits[origin])
+        hits, owner = source.hits[origin], source.owner_of(origin)
+        below.file(frame, value, parent, depth, ready=False, hits=hits, owner=owner)
         below.transient[frame] = source.transient[origin]
         below.kind[frame], below.used_s[frame] = source.kind[origin], source.used_s[origin]
         self.planner.down[hop].started(now)

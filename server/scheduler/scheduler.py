@@ -411,7 +411,9 @@ class Scheduler:
             return False
         if busy and request.service.background and not self._background_may_hold(request):
             return False
-        request.lease = self.kv.admit(self.reusable(request), now, floor_s=self._step_s(busy))
+        request.lease = self.kv.admit(
+            self.reusable(request), now, floor_s=self._step_s(busy), tenant=request.service.tenant
+        )
         reserve = int(ADMIT_RESERVE_RATIO * self.kv.device.pool.capacity) if busy else 0
         wanted = self._missing_blocks(request) + reserve
         if self.kv.available_blocks - promised < wanted:

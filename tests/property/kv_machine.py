@@ -16,11 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from server.kvcache import audit
 from server.kvcache.block import Lease
+from server.kvcache.books import TierBooks
 from server.kvcache.eviction import POLICIES
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.step_cost import StepWork
-from server.types import DEVICE, DRAM, SSD, BlockHash, BlockLayout, TierFault, TierName, Transfer
+from server.types import DEVICE, DRAM, SSD, BlockHash, BlockLayout, CacheLimit, TierFault, TierName, Transfer
 
 NOISE = "noise"
 
@@ -30,7 +31,16 @@ tokens_of = st.builds(
     st.sampled_from([(0,) * 9, (0, 0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1, 1, 1, 1, 1, 1)]),
     st.integers(1, 9),
 )
-salts = st.sampled_from(["", "", "", "tenant"])
+salts = st.sampled_from(["", "", "", "tenant", "flood"])
+# Floors and quotas as shares of a tier; the floors leave a frame over.
+shares = st.dictionaries(
+    st.sampled_from(["tenant", "flood"]),
+    st.dictionaries(
+        st.sampled_from([DEVICE, DRAM, SSD]),
+        st.tuples(st.sampled_from([0, 0.25, 0.5]), st.sampled_from([0, 0.25, 0.5, None])),
+        max_size=3,
+    ),
+)
 
 
 @dataclass(eq=False)
@@ -52,6 +62,30 @@ class Model:
     truth: dict[BlockHash, Any] = field(default_factory=dict)
 
 
+def watch(machine: KVMachine, books: TierBooks) -> None:
+    """From now on whatever goes from `books` for want of room must be what the limits say."""
+    drop, shares = books.drop, books.shares
+    assert shares is not None
+
+    def watched(frame: int, reason: str) -> None:
+        if reason == "capacity":
+            tenants = machine.kv.owners.tenants
+            has = {tenant: shares.owned[number] for number, tenant in enumerate(tenants)}
+            mine = tenants[books.owner_of(frame)]
+            limit = machine.limits.get(mine, {}).get(books.name, CacheLimit())
+            assert has[mine] > limit.floor, f"{mine} keeps less than its floor of {books.name}"
+            over = {
+                tenant
+                for tenant, tiers in machine.limits.items()
+                if (quota := tiers[books.name].quota) is not None and has[tenant] > quota
+            }
+            could = {tenants[books.owner_of(other)] for other in books.policy.victims()}
+            assert mine in over or not over & could, f"{mine} gives way, but {over & could} is over its quota"
+        drop(frame, reason)
+
+    books.drop = watched  # type: ignore[method-assign]
+
+
 class KVMachine(RuleBasedStateMachine):
     manager: type[KVManager] = KVManager
 
@@ -62,6 +96,7 @@ class KVMachine(RuleBasedStateMachine):
         in_flight_max=st.integers(1, 3),
         step_s=st.sampled_from([None, 1e-4, 1e-2, 1e-2, 10.0]),
         write_bytes_per_day=st.sampled_from([0.0, 0.0, 1e5]),
+        limits=st.one_of(st.none(), shares),
     )
     def start(
         self,
@@ -71,13 +106,22 @@ class KVMachine(RuleBasedStateMachine):
         in_flight_max: int,
         step_s: float | None,
         write_bytes_per_day: float,
+        limits: Any,
     ) -> None:
         names = (DEVICE, DRAM, SSD)[: 1 + bool(frames[1]) + bool(frames[1] and frames[2])]
         tiers = [TierSpec(*spec, in_flight_max) for spec in zip(names, frames, policies, strict=False)]
         layout = BlockLayout(1, 1, 1, 8, block_tokens)
         self.kv = self.manager(
-            layout, tiers, b"model", write_bytes_per_day=write_bytes_per_day, pin_ratio=0.5, spill_pace_s=0.0
+            layout,
+            tiers,
+            b"model",
+            write_bytes_per_day=write_bytes_per_day,
+            pin_ratio=0.5,
+            spill_pace_s=0.0,
+            shared=limits is not None,
         )
+        self.shared = limits is not None
+        self.limits: dict[str, dict[TierName, CacheLimit]] = {}
         if step_s is not None:
             self.kv.planner.step.observe(StepWork(1), step_s)
         self.size = block_tokens
@@ -85,6 +129,10 @@ class KVMachine(RuleBasedStateMachine):
         self.moving: list[tuple[Transfer, Any]] = []
         self.model = Model()
         self.now = 0.0
+        if self.shared:
+            for books in self.kv.levels:
+                watch(self, books)
+            self.share(limits)
 
     def later(self) -> float:
         self.now += 1e-5
@@ -109,7 +157,8 @@ class KVMachine(RuleBasedStateMachine):
     def admit(self, tokens: list[int], salt: str) -> None:
         """A request arrives; what it matched on the device must hold its own tokens."""
         holder = self.chain(tokens, salt)
-        holder.lease = self.kv.admit(holder.hashes[: (len(tokens) - 1) // self.size], self.later())
+        usable = holder.hashes[: (len(tokens) - 1) // self.size]
+        holder.lease = self.kv.admit(usable, self.later(), tenant=salt)
         holder.computed = len(holder.lease.table) * self.size
         self.holders.append(holder)
         self.read(holder, holder.computed)
@@ -227,6 +276,20 @@ class KVMachine(RuleBasedStateMachine):
         else:
             self.kv.clear()
 
+    @precondition(lambda self: self.shared)
+    @rule(wanted=shares)
+    def share(self, wanted: dict[str, dict[TierName, tuple[float, float | None]]]) -> None:
+        """Tenants and their limits are others from now on."""
+        self.limits = {}
+        for books in self.kv.levels:
+            left, frames = books.pool.capacity - 1, books.pool.capacity
+            for tenant, tiers in wanted.items():
+                floor, quota = tiers.get(books.name, (0, None))
+                limit = CacheLimit(min(left, int(floor * frames)), None if quota is None else int(quota * frames))
+                left -= limit.floor
+                self.limits.setdefault(tenant, {})[books.name] = limit
+        self.kv.share(self.limits)
+
     # --- what a mover does -------------------------------------------------------------------------------------------
 
     @rule(land=st.booleans())
@@ -290,6 +353,8 @@ class KVMachine(RuleBasedStateMachine):
         for holder in self.holders:
             self.kv.release(holder.lease)
         self.holders.clear()
+        if self.shared:
+            self.share({})
         while self.kv.moving or self.moving:
             self.plan_transfers()
             if self.moving:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from server.kvcache.manager import KVManager, TierSpec
 from server.types import DEVICE, DRAM, SSD, BlockLayout, StepPlan, StepResult, TokenLogprobs
 
 
 def make_kv(
-    frames: int, *lower: int, block_tokens: int = 2, eviction: str = "lru", in_flight_max: int = 8, **settings: float
+    frames: int, *lower: int, block_tokens: int = 2, eviction: str = "lru", in_flight_max: int = 8, **settings: Any
 ) -> KVManager:
     """`lower`: frames of DRAM and SSD, as far as there are such tiers (0: there is none)."""
     sizes = zip((DEVICE, DRAM, SSD), (frames, *lower), strict=False)

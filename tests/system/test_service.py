@@ -11,14 +11,15 @@ import httpx
 
 import server.demo
 from server.api.app import create_app
-from server.api.auth import tenant_of
 from server.api.service import hash_keys
+from server.api.tenancy import tenant_of
 from server.build import Daemon, service_of
 from server.demo.corpus import example
 from server.engine import GenerateSpec
+from server.tenants import add_key, digest_of
 from server.text import Tokenizer
 from server.types import SamplingParams, ServiceClass
-from tests.system.harness import complete, complete_all, running
+from tests.system.harness import complete, complete_all, running, settled
 
 FOLDER = Path(server.demo.__file__).parent / "model"
 FEW = {"model__dtype": "float32", "kv__device_gib": "64MiB"}
@@ -105,3 +106,42 @@ async def test_the_weight_of_a_key_reaches_the_policy() -> None:
         for key, status in (("light", 200), ("heavy", 200), ("heavy 3", 401)):
             answer = await http.post("/v1/completions", json=TEXT, headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == status
+
+
+async def test_a_rotated_key_and_a_restart_leave_the_cache_warm(tmp_path: Path) -> None:
+    """Salt and floors are the tenant's: with another key, in another process, its blocks on SSD are found and are its
+    own; another tenant finds nothing."""
+    file = tmp_path / "tenants.toml"
+    alice, mallory = (add_key(file, name, {}) for name in ("alice", "mallory"))
+    settings = {
+        "kv__dram_gib": "4MiB", "kv__ssd_gib": "64MiB", "kv__ssd_path": str(tmp_path / "kv"), "kv__ssd_min_free_gib": 0,
+        "server__tenants_file": str(file), "server__admin_keys": "boss",
+    }  # fmt: skip
+    body = {"model": "demo", "prompt": "Mira keeps coins in Lisbon. " * 12, "max_tokens": 1}
+
+    async def found(http: httpx.AsyncClient, **whose: str) -> int:
+        asked = {"prompt": body["prompt"]} | whose
+        answer = await http.post("/v1/cache/lookup", json=asked, headers={"authorization": "Bearer boss"})
+        return int(answer.json()["cached_tokens"])
+
+    async with served(**settings) as (daemon, http):
+        assert (await http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {alice}"})).is_success
+        await settled(daemon)
+        before = daemon.engine.snapshot().kv.owned
+    newer = add_key(file, "alice", {})
+    file.write_text(file.read_text().replace(f', "sha256:{digest_of(alice).hex()}"', ""))
+    with file.open("a") as more:
+        more.write("cache.ssd.floor = 0.1\n")  # in the table of the last tenant, mallory
+    async with served(**settings) as (daemon, http):
+        (after, others) = (
+            daemon.engine.snapshot().kv.owned[daemon.tenants.id_of(name)] for name in ("alice", "mallory")
+        )
+        assert after["ssd"] == before[daemon.tenants.id_of("alice")]["ssd"] > 0
+        assert set(others.values()) == {0}
+        assert await found(http, api_key=newer) == await found(http, tenant="alice") == after["ssd"] * 16
+        assert await found(http, tenant="mallory") == 0
+        for key, status in ((newer, 200), (alice, 401), (mallory, 200)):
+            answer = await http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code == status
+            if key == mallory:
+                assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from server.api.app import create_app
 from server.api.dialects.dialect import NO_DIALECT, Dialect
 from server.api.service import Service, hash_keys
+from server.api.tenancy import Tenants
 from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import GenerateSpec
@@ -94,6 +95,7 @@ class FakeStream:
     request_id: int
     cached_tokens: int | None = None
     closed: bool = False
+    generated: int = 0
     _events: Iterator[TokenEvent] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,6 +116,7 @@ class FakeStream:
         batch = []
         for event in self._events:
             batch.append(event)
+            self.generated += event.token is not None
             if len(batch) == self.engine.burst or event.finish:
                 break
         if not batch:
@@ -260,6 +263,7 @@ def make_service(
     *,
     keys: Sequence[str] = (),
     admin_keys: Sequence[str] = (),
+    tenants: Tenants | None = None,
     default_targets: Targets = NO_TARGETS,
     vault: Vault | None = None,
     tokenizer: Any = None,
@@ -282,7 +286,7 @@ def make_service(
         version="1.2.3",
         wall_clock=lambda: 1_700_000_000.5,
         limits=ServerConfig(**limits),
-        api_key_hashes=hash_keys(keys),
+        tenants=tenants or Tenants(hash_keys(keys)),
         admin_key_hashes=hash_keys(admin_keys),
         default_targets=default_targets,
         vault=vault,

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from server.bench import clients, report, split
+from server.bench import clients, isolation, report, split
 from server.bench.scheduler import make_scheduler, measure_decode, measure_prefill
 
 
@@ -88,3 +88,21 @@ def test_split_measures_real_daemons():
     cell = found.raw[-1]
     assert len(cell["load_s"]) == len(cell["compute_s"]) == len(cell["own_s"]) >= 2
     assert all(seconds > 0 for seconds in cell["load_s"] + cell["compute_s"] + cell["own_s"])
+
+
+def test_a_spy_that_sees_nothing_and_one_that_sees_all():
+    """Times that say nothing give an area around one half and hold it; hits that are all faster give one; ties count
+    half."""
+    alike = [(number % 2 == 0, float(number * 7 % 101)) for number in range(100)]
+    area, low, high = isolation.auc(alike)
+    assert low < 0.5 < high
+    assert low < area < high
+    right, least, most = isolation.accuracy(alike)
+    assert least < 0.5 < most
+    assert least < right < most
+    apart = [(number % 2 == 0, float(number % 2)) for number in range(100)]
+    assert isolation.auc(apart) == (1.0, 1.0, 1.0)
+    right, least, _ = isolation.accuracy(apart)
+    assert right == 1.0
+    assert least > 0.8
+    assert isolation.auc([(True, 1.0), (False, 1.0)] * 3) == (0.5, 0.5, 0.5)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from server.kvcache.tiers import index, journal
-from server.kvcache.tiers.base import Recovered
+from server.kvcache.tiers.base import Move, Recovered
 from server.kvcache.tiers.files import OsIo
 from server.kvcache.tiers.index import DROP, MARK, PIN, PUT, RECORD, TOUCH, Identity, batch, fold, pack, recover
 from server.kvcache.tiers.journal import Journal, bytes_needed, read_index
@@ -25,7 +25,7 @@ CAPACITY = 64
 
 
 def record(op: int, frame: int, block: Block, sequence: int, until_s: float = 0.0) -> bytes:
-    return pack(op, frame, block.hash, block.parent, block.depth, until_s, sequence)
+    return pack(op, frame, block.hash, block.parent, block.depth, until_s, "", sequence)
 
 
 def table_of(*records: bytes, capacity: int = CAPACITY) -> np.ndarray:
@@ -48,8 +48,8 @@ def reopen(folder: Path, wall_s: float = 0.0) -> tuple[Journal, Recovered]:
     return opened, found
 
 
-def put(target: Journal, frame: int, block: Block) -> None:
-    target.put([(frame, block.hash, block.parent, block.depth)])
+def put(target: Journal, frame: int, block: Block, tenant: str = "") -> None:
+    target.put([Move(block.hash, block.parent, block.depth, 0, frame, tenant)])
 
 
 def write_journal(folder: Path, *batches: bytes) -> None:
@@ -73,6 +73,25 @@ def test_what_was_put_is_there_after_a_restart(tmp_path: Path):
     assert found.depths == [3, 2, 1, 0]
     assert found.hashes == [Block(0, depth).hash for depth in (3, 2, 1, 0)]
     assert second.close(5)
+
+
+def test_whose_blocks_they_are_is_remembered(tmp_path: Path):
+    """Chains come back with their tenants, also after the journal became a checkpoint; those of nobody are nobody's."""
+    first, _ = reopen(tmp_path)
+    for depth in range(3):
+        put(first, depth, Block(0, depth), "a" * 32)
+        put(first, 10 + depth, Block(1, depth), "b")
+        put(first, 20 + depth, Block(2, depth))
+    put(first, 30, Block(3, 0), "b")
+    for _ in range(2):
+        assert first.close(5)
+        first, found = reopen(tmp_path)
+        assert {tenant: sorted(frames) for tenant, frames in found.owners.items()} == {
+            "a" * 32: [0, 1, 2],
+            "b": [10, 11, 12, 30],
+        }
+        assert len(found.frames) == 10
+    assert first.close(5)
 
 
 def test_order_is_recency_of_the_chain_with_children_first():
@@ -203,7 +222,7 @@ def test_an_index_of_another_model_is_not_read(tmp_path: Path, identity: Identit
 def test_a_crash_before_the_journal_is_cut_brings_nothing_back(tmp_path: Path):
     """Records that the checkpoint covers are not applied to it again."""
     write_journal(tmp_path, record(PUT, 1, Block(1, 0), 1), record(PUT, 2, Block(2, 0), 2))
-    mark = pack(MARK, 0, b"", None, 0, 0.0, 5)
+    mark = pack(MARK, 0, b"", None, 0, 0.0, "", 5)
     live = record(PUT, 1, Block(3, 0), 4)
     (tmp_path / "checkpoint").write_bytes(IDENTITY.header() + batch(mark) + batch(live))
     opened, found = reopen(tmp_path)

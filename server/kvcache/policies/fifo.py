@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from server.kvcache.eviction import EvictionPolicy, suffix_first
+from server.kvcache.shares import RANKED
 from server.types import BlockHash, FrameId
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class FIFO(EvictionPolicy):
         self._count -= 1
 
     def victims(self) -> Iterator[FrameId]:
-        return suffix_first(filter(self._books.ranked.__getitem__, self._came), self._books)
+        ranked = self._books.ranked
+        return suffix_first((frame for frame in self._came if ranked[frame] == RANKED), self._books)
 
     def __len__(self) -> int:
         return self._count

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from server.kvcache.eviction import EvictionPolicy, suffix_first
+from server.kvcache.shares import RANKED
 from server.types import BlockHash, FrameId
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class SIEVE(EvictionPolicy):
 
     def victims(self) -> Iterator[FrameId]:
         ranked, marked = self._books.ranked, self._marked
-        everyone = [frame for frame in chain(self._ahead, self._passed) if ranked[frame]]
+        everyone = [frame for frame in chain(self._ahead, self._passed) if ranked[frame] == RANKED]
         unmarked = (frame for frame in everyone if frame not in marked)
         return suffix_first(chain(unmarked, (frame for frame in everyone if frame in marked)), self._books)
 

@@ -18,7 +18,8 @@ class Move:
     """One block between frame `host` of the host arena and frame `frame` of a tier.
 
     `hash` says what the source must hold. `parent` is the hash of the block before it in its chain (None for a first
-    block) and `depth` the number of blocks before it; a tier that outlives the process keeps both.
+    block) and `depth` the number of blocks before it; a tier that outlives the process keeps both. `tenant` says whose
+    it is, in at most 32 bytes of ASCII, if anybody's: it is enough to keep that of first blocks.
     """
 
     hash: BlockHash
@@ -26,6 +27,7 @@ class Move:
     depth: int
     host: FrameId
     frame: FrameId
+    tenant: str = ""
 
 
 @dataclass(slots=True)
@@ -34,7 +36,7 @@ class Recovered:
     evicted (least recently used first, a child before its parent).
 
     `above[i]` is the frame of row i's parent, which is among the rows too, or -1 for a first block. `pins` maps a hash
-    to the Unix time in seconds until which it was pinned.
+    to the Unix time in seconds until which it was pinned. `owners` maps a tenant to the frames that hold its blocks.
     """
 
     frames: Sequence[FrameId] = ()
@@ -42,6 +44,7 @@ class Recovered:
     above: Sequence[FrameId] = ()
     depths: Sequence[int] = ()
     pins: dict[BlockHash, float] = field(default_factory=dict)
+    owners: dict[str, Sequence[FrameId]] = field(default_factory=dict)
 
 
 class Tier(Protocol):

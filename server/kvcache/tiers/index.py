@@ -8,7 +8,7 @@ on whole columns: a million records fold in about a second. Pure functions over 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ RECORD = np.dtype(
     [("op", "<u4"), ("frame", "<u4"), ("depth", "<u4"), ("chained", "<u4"), ("hash", "<u8", 4), ("parent", "<u8", 4),
      ("until_s", "<f8"), ("sequence", "<u8")]
 )  # fmt: skip
-"""`chained`: 1 when the block has a parent. `sequence` counts records since the directory was made."""
+"""`chained`: 1 when the block has a parent; else `parent` says whose it is, with all that follow it, if anybody's.
+`sequence` counts records since the directory was made."""
 _RECORD = struct.Struct("<IIII32s32sdQ")
 assert _RECORD.size == RECORD.itemsize == 96, "one record has one size"
 _BATCH = struct.Struct("<4sIQ")
@@ -58,10 +59,18 @@ class Identity:
 
 
 def pack(
-    op: int, frame: FrameId, value: BlockHash, parent: BlockHash | None, depth: int, until_s: float, sequence: int
+    op: int,
+    frame: FrameId,
+    value: BlockHash,
+    parent: BlockHash | None,
+    depth: int,
+    until_s: float,
+    tenant: str,
+    sequence: int,
 ) -> bytes:
-    """One record."""
-    return _RECORD.pack(op, frame, depth, parent is not None, value, parent or b"", until_s, sequence)
+    """One record. `tenant` counts only where there is no parent."""
+    above = tenant.encode("ascii") if parent is None else parent
+    return _RECORD.pack(op, frame, depth, parent is not None, value, above, until_s, sequence)
 
 
 def batch(records: bytes) -> bytes:
@@ -191,7 +200,28 @@ def recover(table: Rows, present: Present, wall_s: float) -> Recovered:
         above=above[frames].tolist(),
         depths=depths[frames].tolist(),
         pins={hashes[i]: float(until_s[i]) for i in np.flatnonzero(until_s > wall_s).tolist()},
+        owners=_owners(table, above, frames),
     )
+
+
+def _owners(table: Rows, above: npt.NDArray[np.int64], frames: npt.NDArray[np.int64]) -> dict[str, Sequence[FrameId]]:
+    """Tenant -> those of `frames`, whose chains are whole, that are its; it is on record with the first block of each
+    chain."""
+    firsts = frames[above[frames] < 0]
+    firsts = firsts[(table["parent"][firsts] != 0).any(axis=1)]
+    if not len(firsts):
+        return {}
+    numbers: dict[str, int] = {}
+    whose = np.zeros(len(table), np.int64)
+    for frame, name in zip(firsts.tolist(), table["parent"][firsts].view("S32").ravel().tolist(), strict=True):
+        whose[frame] = numbers.setdefault(name.decode("ascii", "replace"), len(numbers) + 1)
+    first = np.where(above < 0, np.arange(len(table)), above)
+    while (first[frames] != first[first[frames]]).any():
+        first = first[first]
+    whose = whose[first[frames]]
+    order = np.argsort(whose, kind="stable")
+    ends = np.searchsorted(whose[order], np.arange(len(numbers) + 2))
+    return {name: frames[order[ends[n] : ends[n + 1]]].tolist() for name, n in numbers.items()}
 
 
 def _link(table: Rows, there: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from server.kvcache.tiers.base import Recovered
+from server.kvcache.tiers.base import Move, Recovered
 from server.kvcache.tiers.files import OsIo
 from server.kvcache.tiers.index import (
     BATCH_BYTES,
@@ -60,7 +60,7 @@ SLACK_RECORDS = 1024
 """The journal is compacted when it holds this many records plus half the capacity: a constant cost per record."""
 
 _OPS = {"drop": DROP, "touch": TOUCH, "pin": PIN}
-_Pending = tuple[int, FrameId, BlockHash, "BlockHash | None", int, float]
+_Pending = tuple[int, FrameId, BlockHash, "BlockHash | None", int, float, str]
 
 
 @dataclass(slots=True)
@@ -170,12 +170,12 @@ class Journal:
                 return True
         return False
 
-    def put(self, blocks: Sequence[tuple[FrameId, BlockHash, BlockHash | None, int]]) -> None:
-        """Frame, hash, parent and depth of blocks that are there now."""
-        self._enqueue([(PUT, frame, value, parent, depth, 0.0) for frame, value, parent, depth in blocks])
+    def put(self, moves: Sequence[Move]) -> None:
+        """These blocks are there now."""
+        self._enqueue([(PUT, move.frame, move.hash, move.parent, move.depth, 0.0, move.tenant) for move in moves])
 
     def note(self, notes: Sequence[Note]) -> None:
-        self._enqueue([(_OPS[note.kind], note.frame, note.hash, None, 0, note.until_s) for note in notes])
+        self._enqueue([(_OPS[note.kind], note.frame, note.hash, None, 0, note.until_s, "") for note in notes])
 
     def close(self, timeout_s: float) -> bool:
         """Write all that waits and a checkpoint, then stop. False if that takes longer than `timeout_s`."""
@@ -252,7 +252,7 @@ class Journal:
         path = self._directory / "checkpoint.new"
         path.unlink(missing_ok=True)
         with self._opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
-            mark = pack(MARK, 0, b"", None, 0, 0.0, self._sequence)
+            mark = pack(MARK, 0, b"", None, 0, 0.0, "", self._sequence)
             self._whole_write(fd, self._identity.header() + batch(mark))
             for start in range(0, self._capacity, PIECE_RECORDS):
                 chunk = self._table[start : start + PIECE_RECORDS]

@@ -226,7 +226,7 @@ class SsdTier:
             self.stats.bytes_written += written
             self.stats.write_s += self._clock() - started_s
             self.stats.writes += 1
-        self._journal.put([(move.frame, move.hash, move.parent, move.depth) for move, _ in blocks[:whole]])
+        self._journal.put([move for move, _ in blocks[:whole]])
         return [*[None] * whole, *self._cut_short(written, count - whole)]
 
     def _read_run(self, moves: Sequence[Move]) -> list[TierFault | None]:
