@@ -40,7 +40,7 @@ CLOCKED = {"cli", "cachectl", "build", "sim", "bench", "demo"}
 TORCH = {"models", "runner", "build", "bench", "demo", "kernels"}
 TORCH_FILES = {"server/kvcache/arena.py", "server/kvcache/codec.py", "server/kvcache/tiers/device.py"}
 NO_TORCH_FILES = {"server/kernels/attention.py", "server/kernels/__init__.py"}
-FLASHINFER_FILE = "server/kernels/flashinfer.py"
+SOLE_IMPORTERS = {"flashinfer": "server/kernels/flashinfer.py", "llguidance": "server/runner/grammar.py"}
 
 MODULE_STRING = re.compile(r"(server(?:\.\w+)+)(?::\w+)?")
 
@@ -123,8 +123,8 @@ def _import_breach(path: str, unit: str | None, name: str, *, typing_only: bool)
     if top == "torch" and not typing_only:
         allowed = (unit in TORCH and path not in NO_TORCH_FILES) or path in TORCH_FILES
         return None if allowed else "torch in the control plane"
-    if top == "flashinfer" and path != FLASHINFER_FILE:
-        return f"flashinfer is imported in {FLASHINFER_FILE} only"
+    if path != SOLE_IMPORTERS.get(top, path):
+        return f"{top} is imported in {SOLE_IMPORTERS[top]} only"
     return None
 
 
@@ -169,6 +169,7 @@ def test_there_is_something_to_check():
         ("server/engine.py", "from torch import nn", "torch in the control plane"),
         ("server/kernels/attention.py", "import torch", "torch in the control plane"),
         ("server/kernels/cpu.py", "import flashinfer", "flashinfer is imported in"),
+        ("server/runner/sampling.py", "from llguidance import LLMatcher", "llguidance is imported in"),
     ],
 )
 def test_checker_catches_planted_breaches(path, code, breach):

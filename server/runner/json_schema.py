@@ -20,7 +20,7 @@ MAX_DEPTH = 32
 """Schemas inside schemas, and values inside `const` and `enum`."""
 MAX_PARTS = 20_000
 """Subschemas, properties and constants in all; of the size that the library takes 1 s for."""
-MAX_OPTIONAL_PROPERTIES = 400
+MAX_OPTIONAL_PROPERTIES = 200
 """In one object: any of the optional ones may come next, and the parser keeps four states for each."""
 EXACT = 2**53
 """Larger numbers are not exact as floating-point numbers, which is what bounds are computed with."""

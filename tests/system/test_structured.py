@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
+
+from server.runner import grammar
 from server.types import Choice, Constraint, JsonSchema, Regex, SamplingParams
 from tests.system.harness import complete, complete_all, running
 
@@ -47,6 +50,17 @@ async def test_preemption_and_batching_do_not_show() -> None:
     async with running(**tight, scheduler__max_num_batched_tokens=64, scheduler__max_num_seqs=8) as daemon:
         assert await complete_all(daemon, PROMPTS, asked) == alone
         assert daemon.engine.scheduler.preemptions > 0
+
+
+async def test_a_daemon_without_the_library_serves_the_rest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the package is missing the start says so, and free texts are as ever."""
+    monkeypatch.setattr(grammar, "llguidance", None)
+    async with running(**FEW) as daemon:
+        assert daemon.grammars is None
+        assert len(await complete(daemon, PROMPTS[0], SamplingParams(max_tokens=5))) == 5
+    assert "llguidance" in caplog.text
 
 
 async def test_a_stuck_grammar_costs_its_request_only() -> None:

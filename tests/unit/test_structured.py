@@ -16,7 +16,7 @@ import torch
 import server.demo
 from server.errors import InvalidRequest, Overloaded
 from server.runner import grammar as grammars
-from server.runner.grammar import Grammars, Matchers, compile_grammar
+from server.runner.grammar import Grammars, Matchers, Vocabulary, compile_grammar
 from server.runner.json_schema import enforceable
 from server.runner.refusal import Refused
 from server.runner.regexes import literal, translate
@@ -86,7 +86,7 @@ def test_every_finished_answer_of_a_thousand_validates(writers: dict[str, Writer
     tally = try_schemas(writers[kind], range(1_000, 2_000))
     assert tally.wrong == []
     assert tally.finished > 700
-    assert tally.stuck == 0
+    assert tally.stuck == 0 or kind == "two_stage_bytes"  # which cannot write every character
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_every_finished_answer_of_a_thousand_validates(writers: dict[str, Writer
         ({"anyOf": [1]}, "#/anyOf/0"),
         ({"$ref": "#"}, "no text"),
         ([1], "object or a boolean"),
-        ({"type": "object", "properties": {f"p{i}": {} for i in range(401)}}, "400 optional"),
+        ({"type": "object", "properties": {f"p{i}": {} for i in range(201)}}, "200 optional"),
         (json.loads('{"items":' * 40 + "{}" + "}" * 40), "32 deep"),
         ({"enum": list(range(25_000))}, "20000 parts"),
         (False, "nsatisfiable"),
@@ -511,30 +511,49 @@ async def test_compiled_grammars_are_kept_per_tenant(writer: Writer) -> None:
     compiler.close()
 
 
-async def test_a_refusal_names_the_field_and_is_not_kept(writer: Writer) -> None:
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Constraint]:
+    """Every constraint that was really compiled, in order."""
+    seen: list[Constraint] = []
+
+    def compiling(vocabulary: Vocabulary, constraint: Constraint) -> Grammar:
+        seen.append(constraint)
+        return compile_grammar(vocabulary, constraint)
+
+    monkeypatch.setattr(grammars, "compile_grammar", compiling)
+    return seen
+
+
+async def test_a_refusal_names_the_field_and_is_not_kept(writer: Writer, compiled: list[Constraint]) -> None:
     """InvalidRequest with the request's field; compiled again the next time."""
     compiler = Grammars(writer.vocabulary)
     for param in ("structured_outputs.regex", "guided_regex"):
         with pytest.raises(InvalidRequest, match=param) as refused:
             await compiler.compile(Regex("(?=a)"), "", param)
         assert refused.value.param == param
-        assert not compiler._cache
+    assert len(compiled) == 2
     compiler.close()
 
 
-async def test_the_cache_is_bounded(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By number and by bytes of sources; what was used last stays."""
+async def test_the_cache_is_bounded(
+    writer: Writer, compiled: list[Constraint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By number and by bytes of sources: what was used longest ago goes."""
     monkeypatch.setattr(grammars, "MAX_CACHED", 3)
     compiler = Grammars(writer.vocabulary)
-    first = await compiler.compile(Regex("a"), "", "r")
-    for text in "bcd":
-        await compiler.compile(Regex(text), "", "r")
-        assert await compiler.compile(Regex("a"), "", "r") is first
-    assert [key[1].text for key in compiler._cache] == ["c", "d", "a"]
+
+    async def ask(*texts: str) -> list[str]:
+        """Which of these had to be compiled."""
+        compiled.clear()
+        for text in texts:
+            await compiler.compile(Regex(text), "", "r")
+        return [constraint.text for constraint in compiled if isinstance(constraint, Regex)]
+
+    assert await ask("a", "b", "a", "c", "a") == ["a", "b", "c"]
+    assert await ask("d", "a", "c", "d") == ["d"]
+    assert await ask("b", "c", "d") == ["b"], "a had been used longest ago"
     monkeypatch.setattr(grammars, "MAX_CACHED_BYTES", 220)
-    await compiler.compile(Regex("e" * 200), "", "r")
-    assert len(compiler._cache) < 3
-    assert compiler._cached_bytes == sum(size for _, size in compiler._cache.values())
+    assert await ask("e" * 200, "d", "c") == ["e" * 200, "d", "c"]
     compiler.close()
 
 
@@ -573,7 +592,7 @@ async def test_only_so_many_wait_to_be_compiled(writer: Writer, monkeypatch: pyt
         Regex(r"[\s\S]*" + "|".join(f"(.*{i}.*)" for i in range(200))),
         Choice(tuple(f"choice {i}" for i in range(4096))),
         JsonSchema(json.dumps({"allOf": [{"anyOf": [{"required": [f"{i}{j}"]} for j in range(4)]} for i in range(8)]})),
-        JsonSchema(json.dumps({"type": "object", "properties": {f"p{i}": {} for i in range(400)}})),
+        JsonSchema(json.dumps({"type": "object", "properties": {f"p{i}": {} for i in range(200)}})),
         JsonSchema(json.dumps({"enum": [f"value {i}" for i in range(4000)]})),
         FreeGrammar("start: a0\n" + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(40)) + 'a40: "x"\n'),
         FreeGrammar("start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(30)) + 'A30: "x"\n'),
