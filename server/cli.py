@@ -188,9 +188,9 @@ def _load(args: argparse.Namespace) -> Config:
 
 def _serve(args: argparse.Namespace) -> int:
     config = _load(args)
-    build = importlib.import_module("server.build")
+    process = importlib.import_module("server.process")
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return int(runner.run(build.serve(config, args.disk)))
+        return int(runner.run(process.serve(config, args.disk)))
 
 
 def loop_factory() -> Any:

@@ -18,7 +18,7 @@ SOURCES = sorted(path.relative_to(ROOT) for top in ("server", "loadgen") for pat
 
 # Unit -> layer, lowest first. A unit may import from lower layers and from itself, never from its own layer's others.
 LAYERS = [
-    {"base"},  # types errors registry quantities ownership
+    {"base"},  # types errors registry quantities ownership settings
     {"metrics", "config", "recorder", "tenants"},
     {"kvcache", "kernels"},
     {"scheduler", "models"},
@@ -26,17 +26,18 @@ LAYERS = [
     {"sim"},
     {"api"},
     {"build", "cachectl"},
+    {"process"},
     {"demo"},
     {"cli"},
     {"bench"},
     {"__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
-BASE = {"types", "errors", "registry", "quantities", "ownership"}
+BASE = {"types", "errors", "registry", "quantities", "ownership", "settings"}
 
 LOADGEN_FILES = {"server/sim/study.py", "server/sim/simulate.py", "server/sim/summary.py", "server/sim/page.py"}
 """They read the traces that load tests replay, and show figures as those do."""
-CLOCKED = {"cli", "cachectl", "build", "sim", "bench", "demo"}
+CLOCKED = {"cli", "cachectl", "build", "process", "sim", "bench", "demo"}
 TORCH = {"models", "runner", "build", "bench", "demo", "kernels"}
 TORCH_FILES = {"server/kvcache/arena.py", "server/kvcache/codec.py", "server/kvcache/tiers/device.py"}
 NO_TORCH_FILES = {"server/kernels/attention.py", "server/kernels/__init__.py"}

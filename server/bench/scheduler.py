@@ -16,8 +16,8 @@ from array import array
 from dataclasses import dataclass
 
 from server.bench.report import Report, quantile
-from server.build import GC_THRESHOLDS
 from server.kvcache.manager import KVManager, TierSpec
+from server.process import GC_THRESHOLDS
 from server.scheduler.policy import make_policy
 from server.scheduler.request import request_from
 from server.scheduler.scheduler import ADMIT_RESERVE_RATIO, Limits, Scheduler

@@ -24,11 +24,12 @@ import uvicorn
 
 from server.api.app import create_app
 from server.bench.report import Report
-from server.build import build, http_config, service_of
+from server.build import build, service_of
 from server.cli import loop_factory
 from server.config import Config, KvConfig, ModelConfig, SchedulerConfig
 from server.engine import Engine
 from server.kvcache.mover import Mover
+from server.process import http_config
 from server.types import StepPlan, StepResult
 
 STREAMS = (1, 16, 64, 256)

@@ -20,9 +20,10 @@ import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from server.api.app import create_app
-from server.build import Daemon, build, http_config, run_batches, service_of
+from server.build import Daemon, build, service_of
 from server.config import Config, load_config
 from server.engine import EngineSnapshot
+from server.process import http_config, run_batches
 
 NAME = "tiny"
 CONTEXT = 512

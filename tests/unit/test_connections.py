@@ -14,8 +14,8 @@ import httpx
 import uvicorn
 
 from server.api.connections import SPARE_FILES, may_connect
-from server.build import http_config
 from server.config import Config, ModelConfig, ServerConfig
+from server.process import http_config
 from tests.unit.api_fake import FakeEngine, make_app
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: here\r\n"
