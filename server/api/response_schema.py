@@ -34,7 +34,7 @@ from server.api.schema import (
     TemplateVariables,
     _Response,
 )
-from server.api.structured import Strict
+from server.api.structured import JsonSchemaFormat, Strict
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` names to get log-probabilities."""
@@ -102,8 +102,17 @@ class InputMessage(Strict):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class TextFormat(Strict):
-    type: Literal["text"] = Field(description="Only plain text; json_object and json_schema are not supported.")
+class PlainFormat(Strict):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(JsonSchemaFormat):
+    """A chat's `json_schema`, one level up."""
+
+    type: Literal["json_schema"]
+
+
+TextFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class TextConfig(Strict):
@@ -186,6 +195,7 @@ class ResponseRequest(GenerationRequest):
     stream_options: ResponseStreamOptions | None = None
     # Of chats and completions only.
     n: NoneOnly = None
+    response_format: NoneOnly = None
     max_tokens: NoneOnly = None
     prompt_logprobs: NoneOnly = None
     return_token_ids: NoneOnly = None

@@ -26,6 +26,7 @@ from server.api.parsing import parse
 from server.api.render import chat_logprobs
 from server.api.requests import Encoder, Plan, plan_chat
 from server.api.service import Service
+from server.api.structured import JsonSchemaFormat, ResponseFormat
 from server.errors import InvalidRequest, Overloaded, TerraceError
 from server.types import FinishReason
 
@@ -128,6 +129,7 @@ def _as_chat(request: wire.ResponseRequest, turns: Sequence[schema.Message]) -> 
     shared = {
         name: getattr(request, name) for name in schema.GenerationRequest.model_fields if name != "stream_options"
     }
+    shared["response_format"] = _format_of(request)
     first = [] if request.instructions is None else [schema.Message(role="system", content=request.instructions)]
     return schema.ChatRequest.model_construct(
         **shared,
@@ -137,6 +139,15 @@ def _as_chat(request: wire.ResponseRequest, turns: Sequence[schema.Message]) -> 
         top_logprobs=request.top_logprobs if request.shows_logprobs else None,
         chat_template_kwargs=request.chat_template_kwargs,
     )
+
+
+def _format_of(request: wire.ResponseRequest) -> ResponseFormat | None:
+    """`text.format` as a chat names it."""
+    wanted = None if request.text is None else request.text.format
+    if not isinstance(wanted, wire.SchemaFormat):
+        return None if wanted is None else ResponseFormat(type=wanted.type)
+    schema_ = JsonSchemaFormat.model_construct(**wanted.model_dump(exclude={"type"}))
+    return ResponseFormat.model_construct(type="json_schema", json_schema=schema_)
 
 
 async def _newest_that_fit(
@@ -167,7 +178,13 @@ async def _newest_that_fit(
     return turns[:voice] + turns[starts[low] :]
 
 
-_WORDS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "max_tokens": "max_output_tokens"}
+_WORDS = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+}
 
 
 def _reworded(error: InvalidRequest) -> InvalidRequest:
@@ -194,6 +211,10 @@ class _Answer:
         self._item_id = f"msg_{uuid4().hex}"
         self._created = int(service.wall_clock())
         self._sequence = 0
+        wanted = None if request.text is None else request.text.format
+        self._format = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True)
+        if isinstance(wanted, wire.SchemaFormat):
+            self._format["schema"] = json.loads(wanted.schema_)
 
     def whole(self, wholes: Sequence[Whole]) -> bytes:
         """The answer of a request that does not stream."""
@@ -305,7 +326,7 @@ class _Answer:
             "service_tier": "flex" if request.service_tier == "flex" else "default",
             "store": False,
             "temperature": params.temperature if request.temperature is None else request.temperature,
-            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "text": {"format": self._format, "verbosity": "medium"},
             "tool_choice": request.tool_choice or "auto",
             "tools": [],
             "top_logprobs": request.top_logprobs or 0,

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from server.api.response_schema import ResponseRequest
 from server.types import FinishReason
-from tests.unit.api_fake import FakeEngine, client, make_app, text_reply
+from tests.unit.api_fake import FakeEngine, byte_grammars, client, make_app, text_reply
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 PATH = "/v1/responses"
@@ -104,6 +104,25 @@ async def test_an_answer_is_what_the_client_defines() -> None:
     assert (spec.retention.session, spec.retention.keep_s) == (True, 86_400)
 
 
+async def test_a_schema_holds_the_text_and_comes_back_as_it_was_sent() -> None:
+    """`text.format` is a chat's `response_format`; what cannot be enforced is refused by its name here."""
+    wanted: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    shape: Any = {"format": {"type": "json_schema", "name": "x", "schema": wanted, "strict": True}}
+    engine = FakeEngine(text_reply('{"a": 1}'))
+    async with sdk(make_app(engine, grammars=byte_grammars())) as api:
+        answer = await api.responses.create(input="hi", model="fake", text=shape)
+        await api.responses.create(input="hi", model="fake", text={"format": {"type": "json_object"}})
+        shape["format"]["schema"] = {"type": "object", "unevaluatedProperties": False}
+        with pytest.raises(openai.BadRequestError) as refused:
+            await api.responses.create(input="hi", model="fake", text=shape)
+    assert refused.value.param == "text.format.schema"
+    assert answer.text is not None
+    assert answer.text.format is not None
+    assert answer.text.format.model_dump(by_alias=True)["schema"] == wanted
+    assert all(spec.params.grammar is not None for spec in engine.submitted)
+    assert len(engine.submitted) == 2
+
+
 async def test_a_conversation_goes_on_with_the_items_of_the_answer() -> None:
     """Every form of a message is understood, and the output of one answer is good input for the next."""
     engine = FakeEngine(text_reply("hello"))
@@ -188,7 +207,10 @@ async def test_a_failure_in_the_middle_is_an_event() -> None:
         ({"background": True}, "background", "send the whole conversation"),
         ({"tools": [{"type": "function", "name": "f"}]}, "tools", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "must be"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type", "must be 'text'"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format", "cannot be enforced here"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format", "must be"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.json_schema.schema", "is required"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "must be 'medium'"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "must be 'none'"),
         ({"moderation": {}}, "moderation", "not supported"),
