@@ -363,7 +363,7 @@ class Matchers:
         self._fill(masks, [(place.matcher, row) for row, place in enumerate(places) if not place.failed])
         ends = ((masks[:, end] & end_bit) != 0).tolist()
         masks[:, end] &= ~end_bit
-        texts = [bool(found) for found in masks.any(axis=1)]
+        texts = (np.bitwise_or.reduce(masks, axis=1) != 0).tolist()
         for place, spec, mask, may_end, text in zip(places, specs, masks, ends, texts, strict=True):
             place.complete = False
             if text and not may_end:
