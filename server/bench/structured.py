@@ -60,7 +60,7 @@ class Case:
     turns: int
 
 
-FULL = (Case("demo", 0, 2_048, tokens=200, turns=9), Case("0.6B shape", 28, 151_936, tokens=32, turns=5))
+FULL = (Case("demo", 0, 2_048, tokens=200, turns=9), Case("0.6B shape", 28, 151_936, tokens=16, turns=4))
 QUICK = (Case("demo", 0, 2_048, tokens=16, turns=1), Case("small", 1, 5_000, tokens=8, turns=1))
 
 

@@ -393,11 +393,14 @@ class Matchers:
         end, end_bit = self._vocab // 32, np.uint32(1 << self._vocab % 32)
         masks = np.zeros((len(places), end + 1), np.uint32)
         self._fill(masks, [(place.matcher, row) for row, place in enumerate(places) if not place.failed])
-        for place, spec, mask in zip(places, specs, masks, strict=True):
-            ends = bool(mask[end] & end_bit)
-            mask[end] &= ~end_bit
-            text = bool(mask.any())
-            may_end = ends and (text or place.accepts())
+        ends = ((masks[:, end] & end_bit) != 0).tolist()
+        masks[:, end] &= ~end_bit
+        texts = (np.bitwise_or.reduce(masks, axis=1) != 0).tolist()
+        for place, spec, mask, may_end, text in zip(places, specs, masks, ends, texts, strict=True):
+            place.complete = False
+            if text and not may_end:
+                continue
+            may_end = may_end and not place.failed and (text or place.accepts())
             place.failed = place.failed or place.matcher.is_error() or not (may_end or text)
             place.complete = may_end and not text
             stops = [token for token in spec.params.stop_token_ids if 0 <= token < self._vocab]
@@ -411,11 +414,12 @@ class Matchers:
 
     def _fill(self, masks: npt.NDArray[np.uint32], rows: list[tuple[Any, int]]) -> None:
         """The masks of (matcher, row), in parallel where that is faster than one after the other."""
+        address, size = masks.ctypes.data, masks.strides[0]
         if self._executor is not None and len(rows) >= MIN_PARALLEL_ROWS:
-            self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks.strides[0], len(masks))
+            self._executor.unsafe_compute_mask_ptr(rows, address, size, len(masks))
         else:
             for matcher, row in rows:
-                matcher.unsafe_compute_mask_ptr(masks.ctypes.data + row * masks.strides[0], masks.strides[0])
+                matcher.unsafe_compute_mask_ptr(address + row * size, size)
 
     def advance(
         self, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec], tokens: Sequence[int]

@@ -35,6 +35,8 @@ from server.types import FinishReason, RequestId, SampleSpec, SamplingParams, To
 GREEDY_BELOW = 1e-5
 """Temperatures below this choose the most likely token: dividing by them leaves nothing else in fp32 anyway."""
 WEIGHT_BITS = 40
+NO_WEIGHT = -80.0
+"""Logits this far below the best one have a weight of 0. Below -87, and at -inf, `exp` takes three times as long."""
 INDEX_BITS = 22
 """Token ids inside an order key; 4M tokens is 15 times the largest vocabulary in use."""
 CANDIDATES = (512, 8192)
@@ -78,7 +80,7 @@ def _order_keys(x: Tensor) -> Tensor:
 
 def _weights(x: Tensor) -> Tensor:
     """int64 weights [rows, vocab] proportional to exp(x), the greatest 2^40; x has its maximum at 0."""
-    return (x.exp() * float(1 << WEIGHT_BITS)).to(torch.int64)
+    return (x.clamp(min=NO_WEIGHT).exp() * float(1 << WEIGHT_BITS)).to(torch.int64)
 
 
 def _invert(weights: Tensor, draws: Tensor) -> Tensor:
