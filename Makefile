@@ -19,7 +19,7 @@ DEV     := $(VENV)/.installed-dev
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench claims sim fuzz install install-dev clean
+.PHONY: help serve test lint format bench claims sim fuzz clients install install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,8 +56,11 @@ fuzz: $(DEV) ## nightly form: ten thousand random HTTP bodies against a daemon
 install: $(RUN) ## set up $(VENV) to serve
 install-dev: $(DEV) ## set up $(VENV) to develop
 
+clients: $(DEV) ## clients that others wrote, each in an environment of its own under .clients/
+	$(BIN)/python -m tests.clients $(ARGS)
+
 clean: ## remove $(VENV) and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .clients build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -26,6 +26,13 @@ from server.engine import EngineSnapshot
 from server.process import http_config, run_batches
 
 NAME = "tiny"
+HERMES_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""Tools and calls as models of that family get and write them."""
 CONTEXT = 512
 SPECIALS = ("<|bos|>", "<|eos|>")
 CHAT_TEMPLATE = (
@@ -35,7 +42,7 @@ CHAT_TEMPLATE = (
 T = TypeVar("T")
 
 
-def write_model(folder: Path, context: int = CONTEXT) -> Path:
+def write_model(folder: Path, context: int = CONTEXT, template: str = CHAT_TEMPLATE) -> Path:
     """A Llama of two layers as Hugging Face writes it, without weights: serve it with `load_format=dummy`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE(vocab={_byte_name(byte): byte for byte in range(256)}, merges=[]))
@@ -68,7 +75,7 @@ def write_model(folder: Path, context: int = CONTEXT) -> Path:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": bos,
             "eos_token": eos,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": template,
         },
     }
     for name, content in files.items():

@@ -10,14 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.daemon import NAME, Served, ServerThread, Wait, tiny_config, write_model
+from tests.e2e.daemon import HERMES_TEMPLATE, NAME, Served, ServerThread, Wait, tiny_config, write_model
 
-TEMPLATE = (
-    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 MESSAGES: Any = [{"role": "user", "content": "Will it rain?"}]
 CLOSING = {str(ord(character)): 6 for character in '"}]'}
 """The model is random: without a push its strings would seldom end."""
@@ -37,9 +31,7 @@ TOOLS = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A daemon whose template is hermes', found out from it."""
-    folder = write_model(tmp_path_factory.mktemp("tools") / "tiny", 1024)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    folder = write_model(tmp_path_factory.mktemp("tools") / "tiny", 1024, HERMES_TEMPLATE)
     with ServerThread(tiny_config(Path(folder))) as running:
         yield running
         Wait().until(lambda: running.snapshot().running == running.snapshot().waiting == 0, "the engine is idle")

@@ -1,0 +1,40 @@
+"""llama-index's OpenAILike: an answer, a stream, a call of a tool, an answer in a schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Literal
+
+from llama_index.core.llms import ChatMessage
+from llama_index.core.tools import FunctionTool
+from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel
+
+
+class Trip(BaseModel):
+    """A trip."""
+
+    city: Literal["Oslo", "Rome"]
+    by_train: bool
+
+
+def weather(city: Literal["Oslo", "Rome"]) -> str:
+    """How the weather is."""
+    return city
+
+
+model = OpenAILike(
+    api_base=f"{sys.argv[1]}/v1", api_key="none", model="tiny", is_chat_model=True, is_function_calling_model=True,
+    max_tokens=64, max_retries=0, context_window=8192,
+)  # fmt: skip
+hello = [ChatMessage(role="user", content="Hello")]
+assert model.complete("Hello").text
+assert model.chat(hello).message.content
+assert "".join(chunk.delta or "" for chunk in model.stream_chat(hello))
+answer = model.chat_with_tools([FunctionTool.from_defaults(weather)], chat_history=hello, tool_required=True)
+[call] = model.get_tool_calls_from_response(answer)
+assert call.tool_name == "weather"
+assert call.tool_kwargs["city"] in ("Oslo", "Rome")
+shape = {"type": "json_schema", "json_schema": {"name": "trip", "schema": Trip.model_json_schema()}}
+Trip.model_validate(json.loads(model.chat(hello, response_format=shape).message.content))
