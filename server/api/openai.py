@@ -53,7 +53,14 @@ _WHEN = {
     507: "The disk is full.",
 }
 _BODY_ERRORS = (400, 401, 404, 408, 413, 415, 500)
-SSE = {"text/event-stream": {"schema": {"type": "string", "description": "Chunks as server-sent events."}}}
+_EVENT = {
+    "type": "object",
+    "description": "One of the server-sent events: `data` is a chunk as JSON, or `[DONE]`.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+# Before OpenAPI 3.2 the schema of a stream is that of each event.
+SSE = {"text/event-stream": {"schema": _EVENT}}
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:

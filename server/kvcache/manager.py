@@ -25,7 +25,7 @@ from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.hashing import chain_root
 from server.kvcache.planner import Planner, WriteBudget
 from server.kvcache.reuse import ANSWER, BATCH, ReuseModel, kind_of
-from server.kvcache.shares import Owners
+from server.kvcache.shares import NOBODY, Owners
 from server.kvcache.tiers.base import Recovered
 from server.kvcache.traffic import Traffic
 from server.types import DEVICE, BlockHash, BlockLayout, CacheLimit, FrameId, Note, TierFault, TierName, Transfer
@@ -174,7 +174,9 @@ class KVManager:
         and so whose all blocks of its chain are. Call `release` exactly once.
         """
         self.reuse.now_s = now
-        lease, device = Lease(owner=self.owners.number(tenant)), self.device
+        device = self.device
+        # A tenant that has no limits yet may get some: what it has is its own from the start.
+        lease = Lease(owner=NOBODY if device.shares is None else self.owners.register(tenant))
         self.leases.add(lease)
         frames = []
         for value in hashes:
