@@ -10,7 +10,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 
-class Trip(BaseModel):
+class Trip(BaseModel, extra="forbid"):
     """A trip."""
 
     city: Literal["Oslo", "Rome"]
@@ -23,7 +23,7 @@ def weather(city: Literal["Oslo", "Rome"]) -> str:
     return city
 
 
-model = ChatOpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", model="tiny", max_tokens=64, max_retries=0)
+model = ChatOpenAI(base_url=f"{sys.argv[1]}/v1", api_key="none", model="tiny", max_tokens=256, max_retries=0)
 said = model.invoke("Hello")
 assert said.content, said
 assert said.usage_metadata["output_tokens"] > 0
