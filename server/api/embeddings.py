@@ -13,8 +13,7 @@ from starlette.responses import Response
 from server.api import embedding_schema as wire
 from server.api.auth import request_tenant
 from server.api.generate import Generation, Whole
-from server.api.middleware import read_json_body
-from server.api.openai import Ways, answers, body_of, deliver, errors
+from server.api.openai import Ways, answers, body_of, deliver, errors, read_if_welcome
 from server.api.parsing import parse
 from server.api.requests import Encoder, plan_embeddings
 from server.api.service import Service
@@ -38,8 +37,7 @@ class EmbeddingRoutes:
 
     async def embeddings(self, request: Request) -> Response:
         """Vectors of texts: near each other where the model sees the texts as alike."""
-        raw = await read_json_body(request.scope, request.receive, self._service.body_limits)
-        body = parse(wire.EmbeddingRequest, raw)
+        body = parse(wire.EmbeddingRequest, await read_if_welcome(self._service, request))
         plan = await plan_embeddings(self._service, self._encoder, body, request_tenant(request.scope))
 
         def ways(generation: Generation) -> Ways:

@@ -95,14 +95,14 @@ class OpenAIRoutes:
 
     async def completions(self, request: Request) -> Response:
         """Generate text that goes on from a prompt."""
-        body = schema.parse(schema.CompletionRequest, await self._read_if_welcome(request))
+        body = schema.parse(schema.CompletionRequest, await read_if_welcome(self._service, request))
         name_request(request.scope, body.request_id)
         plan = await plan_completion(self._service, self._encoder, body, request_tenant(request.scope))
         return await self._answer(request, CompletionFormat, plan, bool(body.stream), body.usage_in)
 
     async def chat(self, request: Request) -> Response:
         """Generate the assistant's next turn."""
-        body = schema.parse(schema.ChatRequest, await self._read_if_welcome(request))
+        body = schema.parse(schema.ChatRequest, await read_if_welcome(self._service, request))
         name_request(request.scope, body.request_id)
         plan = await plan_chat(self._service, self._encoder, body, request_tenant(request.scope))
         return await self._answer(request, ChatFormat, plan, bool(body.stream), body.usage_in)
@@ -160,11 +160,6 @@ class OpenAIRoutes:
             "max_model_len": self._service.max_model_len,
         }
 
-    async def _read_if_welcome(self, request: Request) -> bytes:
-        """The body of what is to be generated, unless the tenant's limits are used up: then it need not be read."""
-        self._service.tenants.check(request_tenant(request.scope))
-        return await self._read(request)
-
     async def _read(self, request: Request) -> bytes:
         return await read_json_body(request.scope, request.receive, self._service.body_limits)
 
@@ -179,6 +174,12 @@ class OpenAIRoutes:
             return Ways(shape.whole, lambda request_id: _events(generation, shape, usage_in, request_id))
 
         return await deliver(service, request, plan, ways, stream=stream)
+
+
+async def read_if_welcome(service: Service, request: Request) -> bytes:
+    """The body of what is to be generated, unless the tenant's limits are used up: then it need not be read."""
+    service.tenants.check(request_tenant(request.scope))
+    return await read_json_body(request.scope, request.receive, service.body_limits)
 
 
 class Ways(NamedTuple):

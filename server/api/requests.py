@@ -190,7 +190,9 @@ async def plan_embeddings(service: Service, encoder: Encoder, request: Embedding
         prompts.append(_last_tokens(service, prompt, request.truncate_prompt_tokens, 0))
         _check_fits(service, len(prompts[-1].ids), 0, "input")
         await asyncio.sleep(0)  # a thousand inputs of a millisecond each must not hold the loop up
-    urgency = ServiceClass(tenant, request.priority or 0, background=request.service_tier == "flex")
+    urgency = ServiceClass(
+        tenant, service.tenants.priority(tenant, request.priority), background=request.service_tier == "flex"
+    )
     params = SamplingParams(max_tokens=0, pooling=service.pooling)
     salt = cache_salt(tenant, request.cache_salt)
     return Plan(

@@ -20,8 +20,8 @@ from server.api import schema
 from server.api.auth import request_tenant
 from server.api.generate import Choice, Generation, Shown, Whole
 from server.api.messages import TextPart
-from server.api.middleware import name_request, read_json_body
-from server.api.openai import SSE, Ways, answers, body_of, deliver, errors, told
+from server.api.middleware import name_request
+from server.api.openai import SSE, Ways, answers, body_of, deliver, errors, read_if_welcome, told
 from server.api.parsing import parse
 from server.api.render import chat_logprobs
 from server.api.requests import Encoder, Plan, plan_chat
@@ -87,7 +87,7 @@ class ResponseRoutes:
         )
 
     async def _body(self, request: Request) -> wire.ResponseRequest:
-        raw = await read_json_body(request.scope, request.receive, self._service.body_limits)
+        raw = await read_if_welcome(self._service, request)
         body = parse(wire.ResponseRequest, raw)
         name_request(request.scope, body.request_id)
         return body

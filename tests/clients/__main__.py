@@ -27,9 +27,12 @@ CLIENTS = {
     "litellm": ("litellm", ["{python}", "litellm_client.py", "{url}"]),
     "guidellm": (
         "guidellm",
-        ["{bin}/guidellm", "benchmark", "run", "--target", "{url}", "--model", NAME, "--processor", "{folder}",
-         "--profile", "concurrent", "--rate", "4", "--max-requests", "24", "--disable-console-interactive",
-         "--data", "prompt_tokens=64,output_tokens=16", "--output-dir", "{folder}/out"],
+        ["{bin}/guidellm", "run", "--backend", "kind=openai_http,target={url},model=" + NAME,
+         "--tokenizer", "kind=huggingface_auto,model={folder}", "--profile", "kind=concurrent,streams=4",
+         "--constraint", "kind=max_requests,count=24", "--constraint", "kind=max_errors,count=1",
+         "--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=16",
+         "--output", "kind=json,path={folder}/out.json",
+         "--disable-console-interactive"],
     ),
 }  # fmt: skip
 """By name: what is installed, and the command."""
