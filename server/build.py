@@ -48,8 +48,9 @@ from server.recorder import Recorder
 from server.registry import resolve
 from server.runner import grammar
 from server.runner.runner import TorchRunner
+from server.scheduler.limits import Limits
 from server.scheduler.policy import make_policy
-from server.scheduler.scheduler import Limits, Scheduler
+from server.scheduler.scheduler import Scheduler
 from server.tenants import Tenant, cache_limits, read_tenants
 from server.text import Tokenizer
 from server.types import (

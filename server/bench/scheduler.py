@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from server.bench.report import Report, quantile
 from server.kvcache.manager import KVManager, TierSpec
 from server.process import GC_THRESHOLDS
+from server.scheduler.limits import Limits
 from server.scheduler.policy import make_policy
 from server.scheduler.request import request_from
-from server.scheduler.scheduler import ADMIT_RESERVE_RATIO, Limits, Scheduler
+from server.scheduler.scheduler import ADMIT_RESERVE_RATIO, Scheduler
 from server.types import DEVICE, BlockLayout, SamplingParams, StepPlan, StepResult
 
 GOAL_RUNNING = 256

@@ -40,6 +40,11 @@ class Draft:
         return self._cost.step_s(self._decodes, self._context, self._prompt_s)
 
     @property
+    def decode_s(self) -> float:
+        """What it would take without its prompts."""
+        return self._cost.step_s(self._decodes, self._context, 0.0)
+
+    @property
     def has_prompts(self) -> bool:
         """Does somebody's prompt get on in it?"""
         return self._prompts > 0

@@ -2,7 +2,7 @@
 
 `rank` orders: the lowest is admitted first, gets its part of a step first and is preempted last. It is asked for once,
 when a request comes, and kept in `request.rank`, so that queues stay in order by insertion and a step costs nothing per
-waiting request. Whatever a policy has to learn beside that, it is told by `queued`, `started` and `ended`.
+waiting request. Whatever a policy has to learn beside that, it is told by `queued`, `started`, `served` and `ended`.
 
 Background requests rank behind all others and give way to all others; policies need not know of them.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from math import inf
 from types import MappingProxyType
 from typing import Any
 
@@ -47,6 +48,16 @@ class SchedulingPolicy(ABC):
         del waiting, running
         return False
 
+    def overtakes(self, waiting: Request, running: Request) -> bool:
+        """May `waiting` be computed before what is left of the prompt of `running`, which keeps its blocks? Only if it
+        outranks it."""
+        return self.outranks(waiting, running)
+
+    def step_s(self, request: Request) -> float:
+        """How long a step may take that computes this prompt: who outranks it and comes meanwhile waits for its end."""
+        del request
+        return inf
+
     def late(self, request: Request, done_s: float) -> Rank | None:
         """`request`, whose turn it is, gets its first token at `done_s` at the earliest: a worse rank, or None to go
         on. No request may be put back more often than once."""
@@ -58,6 +69,9 @@ class SchedulingPolicy(ABC):
 
     def started(self, request: Request) -> None:  # noqa: B027 - most policies do not care
         """`request` was admitted, for the first time or again."""
+
+    def served(self, request: Request) -> None:  # noqa: B027 - most policies do not care
+        """`request` got its first token."""
 
     def ended(self, request: Request, decode_s: float) -> None:  # noqa: B027 - most policies do not care
         """`request` is over; its answer took about `decode_s` of the device's time."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from math import ceil, inf
 from operator import attrgetter
@@ -26,6 +25,7 @@ from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager, Over
 from server.scheduler import forecast
 from server.scheduler.draft import Draft
+from server.scheduler.limits import Limits
 from server.scheduler.policy import SchedulingPolicy
 from server.scheduler.request import Request, RequestState
 from server.types import (
@@ -42,30 +42,12 @@ from server.types import (
 
 ADMIT_RESERVE_RATIO = 0.01
 """Share of the device's frames that an admission leaves for running requests to grow into."""
+CUT_LEAST = 4
+"""A step is not cut for those that may come to less than so many times what it takes without prompts."""
 DEFER_LOOK_AHEAD = 64
 """How many waiting requests are looked at behind ones that wait for a prefix which a running request computes."""
 
 GRAMMAR_STUCK = "the grammar that the text must follow became too complex, or nothing can follow in it; simplify it"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Named bounds of the scheduler; every one is in the configuration."""
-
-    max_running: int
-    max_step_tokens: int
-    max_chunk_tokens: int
-    max_queued_requests: int
-    max_queued_tokens: int
-    max_model_len: int
-    refuse_late: bool = False
-    """Refuse who is not expected to get the first token in the time that was asked for."""
-    background_step_s: float = 0.02
-    """How long a step may take that only background requests are in, as far as that can be told."""
-    background_slack: float = 0.05
-    """By what share they may lengthen a step of others."""
-    background_kv_share: float = 0.25
-    """Of the device's frames, how many they may hold."""
 
 
 _by_rank = attrgetter("rank")
@@ -181,10 +163,13 @@ class Scheduler:
         return draft.rows
 
     def _serve(self, requests: Sequence[Request], draft: Draft, now: float) -> None:
-        """Those that run, in order of rank: who decodes first, and then prompts for as long as that allows."""
-        until_s = draft.until_s
+        """Those that run, in order of rank: who decodes first, and then prompts for as long as that allows. A prompt
+        pauses, and keeps its blocks, while there is work for those that overtake it."""
+        until_s, preemptions = draft.until_s, self.preemptions
         for decoding in (True, False):
             for request in [r for r in requests if (len(r.tokens) - r.computed_tokens == 1) == decoding]:
+                if not decoding and self.preemptions == preemptions:
+                    self._admit_before(request, draft, now)
                 if draft.budget == 0:
                     break
                 if request.state is RequestState.RUNNING:
@@ -242,6 +227,8 @@ class Scheduler:
     def _granted(self, request: Request, count: int, draft: Draft) -> int:
         """Of `count` tokens that are due, how many fit into the step's time. Who is online always gets on."""
         count = min(count, self.limits.max_chunk_tokens)
+        if request.lacking > 1:
+            draft.until_s = min(draft.until_s, max(self.policy.step_s(request), CUT_LEAST * draft.decode_s))
         if draft.until_s == inf or count <= 0 or (request.lacking == 1 and not request.service.background):
             return count
         fitting = draft.fitting(request.computed_tokens, count)
@@ -311,14 +298,24 @@ class Scheduler:
 
     # --- admission ---------------------------------------------------------------------------------------------------
 
-    def _admit(self, background: bool, draft: Draft, now: float) -> None:
+    def _admit_before(self, running: Request, draft: Draft, now: float) -> None:
+        """Start waiting requests that overtake `running`, which computes its prompt: they get their part of the step
+        first. A prompt of 130,000 tokens takes 15 s."""
+        if self.waiting and self.policy.overtakes(self.waiting[0], running):
+            self._admit(running.service.background, draft, now, running)
+
+    def _admit(self, background: bool, draft: Draft, now: float, before: Request | None = None) -> None:
         """Start waiting requests in rank order. The first that lacks room stops the rest: no one overtakes it for ever.
 
         A request whose next block is being computed by a running one waits for that block instead of computing it too
         (n choices of one prompt, or a thousand users of one new system prompt); those behind it may pass.
+
+        `before`: only those that overtake it.
         """
         promised = self._promised_blocks()
         for request in self._candidates(background, now):
+            if before is not None and not self.policy.overtakes(request, before):
+                return
             if draft.full and not self.kv.would_load(self.reusable(request)):
                 return  # a request whose blocks are to be loaded may start that before its turn to compute
             while not self._place(request, promised, now):
@@ -399,9 +396,8 @@ class Scheduler:
 
     def _usable_hashes(self, request: Request) -> int:
         """How many leading blocks may come from the cache: at least one token is left to sample from."""
-        return (
-            0 if request.needs_all_states else min(len(request.hashes), (len(request.tokens) - 1) // self._block_tokens)
-        )
+        most = 0 if request.needs_all_states else (len(request.tokens) - 1) // self._block_tokens
+        return min(len(request.hashes), most)
 
     def _place(self, request: Request, promised: int, now: float) -> bool:
         """Lease what is cached and start `request` if the rest of its tokens fits as well; else leave all as it was."""
@@ -509,6 +505,7 @@ class Scheduler:
             finish = FinishReason.LENGTH  # max_tokens == 0: the prompt alone was wanted
         if request.first_token_s is None:
             request.first_token_s = now
+            self.policy.served(request)
             prompt_logprobs = request.prompt_logprobs
         else:
             prompt_logprobs = None

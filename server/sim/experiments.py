@@ -161,17 +161,20 @@ def _stretched(path: str, load: float) -> list[Asked]:
 
 
 MODEST_LOAD, FLOOD_LOAD = 0.3, 1.5
+FLOOD_FROM_S = (0.0, 100.0)
 
 
 def fairness(path: str) -> Iterable[Job]:
-    """One tenant asks for 0.3 of what the daemon can do, another for 1.5 times all of it."""
+    """One tenant asks for 0.3 of what the daemon can do, another for 1.5 times all of it, at once or later."""
     for policy in ("fcfs", "fair"):
-        for flood in (False, True):
-            yield partial(_fairness, path, policy, flood)
+        for from_s in FLOOD_FROM_S:
+            for flood in (False, True):
+                yield partial(_fairness, path, policy, from_s, flood)
 
 
-def _fairness(path: str, policy: str, flood: bool) -> Row:
-    """Every second conversation of the trace is the modest tenant's: its blocks are asked for by nobody else."""
+def _fairness(path: str, policy: str, from_s: float, flood: bool) -> Row:
+    """Every second conversation of the trace is the modest tenant's: its blocks are asked for by nobody else. What it
+    asks for from `from_s` on, until the flood is over, counts."""
     trace = trace_of(path, REQUESTS)
     sides: tuple[list[Asked], list[Asked]] = ([], [])
     for one in trace.asked:
@@ -180,12 +183,15 @@ def _fairness(path: str, policy: str, flood: bool) -> Row:
     share = work_s(path, split, REQUESTS) / 2
     modest = [replace(one, service=ServiceClass("modest")) for one in at_load(sides[0], MODEST_LOAD, share)]
     other = [replace(one, service=ServiceClass("flood")) for one in at_load(sides[1], FLOOD_LOAD, share)]
+    other = [replace(one, at_s=one.at_s + from_s) for one in other]
     asked = sorted([*modest, *other], key=lambda one: one.at_s) if flood else modest
     setup = Setup(PROFILE, SERVED, trace.block_tokens, policy)
     found = replay(setup, asked)
     during = max(one.at_s for one in other)
-    counted = [one for one in found.served if one.asked.service.tenant == "modest" and one.asked.at_s <= during]
-    return {"policy": policy, "flood": flood, **shown(replace(found, served=counted), setup)}
+    counted = [
+        one for one in found.served if one.asked.service.tenant == "modest" and from_s <= one.asked.at_s <= during
+    ]
+    return {"policy": policy, "from_s": from_s, "flood": flood, **shown(replace(found, served=counted), setup)}
 
 
 ONLINE_LOAD = 0.5

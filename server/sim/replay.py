@@ -22,8 +22,9 @@ from server.kvcache.reuse import ReuseModel
 from server.kvcache.step_cost import StepCost, StepWork
 from server.kvcache.tiers.base import Move, Recovered, Tier
 from server.metrics import Metrics
+from server.scheduler.limits import Limits
 from server.scheduler.policy import make_policy
-from server.scheduler.scheduler import Limits, Scheduler
+from server.scheduler.scheduler import Scheduler
 from server.sim.clock import VirtualLoop, run_virtual
 from server.sim.profile import Link, Profile
 from server.sim.stalls import CAUSES, Stalls

@@ -24,9 +24,10 @@ from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Mover
 from server.metrics import Metrics
 from server.scheduler.audit import check_scheduler
+from server.scheduler.limits import Limits
 from server.scheduler.policy import POLICIES as SCHEDULING
 from server.scheduler.policy import make_policy
-from server.scheduler.scheduler import Limits, Scheduler
+from server.scheduler.scheduler import Scheduler
 from server.sim.clock import SimFailure, VirtualLoop, run_virtual
 from server.sim.oracle import Arena, Expected, OracleRunner, Reference, StepCost
 from server.sim.tiers import FaultPlan, Media, SimTier

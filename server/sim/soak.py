@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 
 from server.kvcache.manager import TierSpec
-from server.scheduler.scheduler import Limits
+from server.scheduler.limits import Limits
 from server.sim.clock import SimFailure, VirtualLoop, run_virtual
 from server.sim.oracle import StepCost
 from server.sim.scenario import END_S, Scenario, Setup

@@ -12,9 +12,10 @@ from server.kvcache.manager import KVManager, TierSpec
 from server.models.weights import load_model
 from server.registry import resolve
 from server.runner.runner import TorchRunner
+from server.scheduler.limits import Limits
 from server.scheduler.policy import make_policy
 from server.scheduler.request import Request, request_from
-from server.scheduler.scheduler import Limits, Scheduler
+from server.scheduler.scheduler import Scheduler
 from server.types import DEVICE, BlockLayout, Pooling, SamplingParams, Vector
 from tests.numeric.conftest import Checkpoint
 from tests.numeric.families import FAMILIES

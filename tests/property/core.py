@@ -12,9 +12,10 @@ from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager
 from server.kvcache.step_cost import StepWork
 from server.scheduler.audit import check_scheduler
+from server.scheduler.limits import Limits
 from server.scheduler.policy import EVEN, make_policy
 from server.scheduler.request import Request, request_from
-from server.scheduler.scheduler import Limits, Scheduler
+from server.scheduler.scheduler import Scheduler
 from server.types import (
     BlockHash,
     SamplingParams,

@@ -18,10 +18,11 @@ from server.kvcache import audit
 from server.kvcache.eviction import POLICIES
 from server.kvcache.step_cost import StepWork
 from server.scheduler.audit import check_scheduler
+from server.scheduler.limits import Limits
 from server.scheduler.policy import POLICIES as SCHEDULING
 from server.scheduler.policy import make_policy
 from server.scheduler.request import Request, RequestState, request_from
-from server.scheduler.scheduler import Limits, Scheduler
+from server.scheduler.scheduler import Scheduler
 from server.types import (
     NO_TARGETS,
     ONLINE,

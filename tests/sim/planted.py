@@ -169,7 +169,7 @@ BUGS = [
     Bug(
         "prompt scores take cached blocks",
         f"{SCHEDULER}._usable_hashes",
-        "0 if request.scores_prompt else ",
+        "0 if request.needs_all_states else ",
         "",
         (
             SIM,

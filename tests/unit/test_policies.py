@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 
 from server.scheduler.policies.deadline import PATIENCE_S
-from server.scheduler.policies.fair import CREDIT_S
+from server.scheduler.policies.fair import CREDIT_S, STEP_S
 from server.scheduler.policies.prefix import WINDOW_S
 from server.scheduler.policies.spf import AGEING
 from server.scheduler.request import Request
@@ -17,6 +17,8 @@ from tests.property.core import Bench, Device
 
 SECOND = Device(base_s=0.01, token_s=0.01, floor_s=0.01, row_s=0.0)
 """A prompt of 100 tokens takes a second."""
+QUICK = Device(base_s=0.0005, token_s=0.0005, floor_s=0.0005, row_s=0.0)
+"""One of 200 takes a tenth."""
 
 
 def bench_of(policy: str, *, device: Device = SECOND, **more) -> Bench:
@@ -127,6 +129,20 @@ def test_who_has_its_first_token_is_not_late():
     assert last.rank == rank
 
 
+# --- priority --------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_pauses_for_a_better_priority():
+    """Who is more urgent goes first from the next step on; the prompt in work keeps its blocks and goes on after it."""
+    bench = bench_of("priority", max_running=4, max_chunk_tokens=100, max_step_tokens=100)
+    long = bench.submit(prompt(1, 1000), priority=5)
+    assert bench.step() == {long.id: 100}
+    urgent = bench.submit(prompt(2, 150), priority=1)
+    assert bench.step() == {urgent.id: 100}
+    assert bench.step() == {urgent.id: 50, long.id: 50}
+    assert not bench.scheduler.preemptions
+
+
 # --- fair ------------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +152,7 @@ def of(tenant: str) -> ServiceClass:
 
 def test_a_modest_tenant_goes_before_a_flood():
     """Whatever one tenant has queued, the next request of another that asks for little is the next to start."""
-    bench = bench_of("fair")
+    bench = bench_of("fair", device=QUICK)
     for number in range(100):
         bench.submit(prompt(number, 100), service=of("flood"))
     for number in range(5):
@@ -150,7 +166,7 @@ def test_a_modest_tenant_goes_before_a_flood():
 def test_a_backlog_is_shared_by_weight(lengths: tuple[int, int]):
     """While both have work queued, a tenant of weight 3 gets three times the prompt work of one of weight 1, from the
     start, however long their prompts are, to within one request of each."""
-    bench = bench_of("fair", weights={"heavy": 3.0})
+    bench = bench_of("fair", device=QUICK, weights={"heavy": 3.0})
     requests: dict[int, Request] = {}
     for _ in range(300):
         for tenant, length in zip(("heavy", "light"), lengths, strict=True):
@@ -177,14 +193,62 @@ def test_credit_is_bounded():
 
 
 def test_what_an_answer_cost_is_on_the_account():
-    """Of two tenants with equal prompts, the one whose last answer was long waits for the other."""
+    """Of two tenants with equal prompts, the one whose last answer was long waits for the other, while others wait."""
     bench = bench_of("fair", device=Device(row_s=0.1))
     bench.submit(prompt(1, 10), max_tokens=200, service=of("talker"))
-    bench.submit(prompt(2, 10), max_tokens=1, service=of("listener"))
-    order(bench)
-    talker = bench.submit(prompt(3, 10), service=of("talker"))
-    listener = bench.submit(prompt(4, 10), service=of("listener"))
-    assert order(bench) == ids([listener, talker])
+    first = bench.submit(prompt(2, 10), max_tokens=1, service=of("listener"))
+    others = [bench.submit(prompt(3 + n, 10), service=of("other")) for n in range(20)]
+    while first.first_token_s is None:
+        bench.step()
+    talker = bench.submit(prompt(30, 10), service=of("talker"))
+    listener = bench.submit(prompt(31, 10), service=of("listener"))
+    ended = order(bench)
+    assert ended.index(listener.id) < ended.index(others[-1].id) < ended.index(talker.id)
+
+
+def test_a_flood_after_silence_has_no_credit():
+    """When nobody waited any more, what a tenant was served counts for nothing: another that comes then, for the first
+    time or again, does not go before it."""
+    bench = bench_of("fair", device=QUICK)
+    for number in range(100):
+        bench.submit(prompt(number, 100), service=of("steady"))
+        order(bench)
+    flood = [bench.submit(prompt(200 + number, 100), service=of("flood")) for number in range(20)]
+    steady = [bench.submit(prompt(300 + number, 100), service=of("steady")) for number in range(3)]
+    assert order(bench)[:6] == ids([request for pair in zip(flood, steady, strict=False) for request in pair])
+
+
+def test_a_long_prompt_pauses_for_a_modest_tenant():
+    """A flood's prompt that takes a minute lets the next request of another tenant pass after one short step, and keeps
+    what it has computed."""
+    bench = bench_of("fair", device=QUICK, max_running=4)
+    bench.submit(prompt(1, 2), service=of("modest"))
+    long = bench.submit(prompt(2, 4000), service=of("flood"))
+    for number in range(3, 9):
+        bench.submit(prompt(number, 4000), service=of("flood"))
+    bench.step()
+    assert 0 < long.computed_tokens < 4000
+    came_s, computed = bench.now, long.computed_tokens
+    modest = bench.submit(prompt(10, 300), service=of("modest"))
+    bench.step()
+    assert modest.first_token_s == bench.now
+    assert bench.now - came_s < 0.5
+    assert long.computed_tokens >= computed
+    assert not bench.scheduler.preemptions
+
+
+def test_steps_are_short_only_where_somebody_may_come_before():
+    """A tenant alone computes its prompts in whole steps; beside one that has asked for less, in steps of STEP_S."""
+    bench = bench_of("fair", device=QUICK)
+    alone = bench.submit(prompt(1, 4000), service=of("flood"))
+    assert bench.step() == {alone.id: 4000}
+    bench.submit(prompt(2, 10), service=of("modest"))
+    bench.submit(prompt(3, 4000), service=of("flood"))
+    bench.submit(prompt(4, 4000), service=of("flood"))
+    bench.step()
+    before_s = bench.now
+    bench.step()
+    assert bench.now - before_s == pytest.approx(STEP_S, rel=0.1)
 
 
 # --- shortest prefill first ------------------------------------------------------------------------------------------

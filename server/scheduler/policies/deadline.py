@@ -26,6 +26,11 @@ class EarliestDeadline(SchedulingPolicy):
         """Only of one that has nothing to lose, and for one that has."""
         return _has_missed(running) and not _has_missed(waiting) and waiting.rank < running.rank
 
+    def overtakes(self, waiting: Request, running: Request) -> bool:
+        """What is in work is finished: at a load of 1.1 on the study's synthetic trace, to let others pass halved the
+        median TTFT but cost 6 % of goodput."""
+        return False
+
     def late(self, request: Request, done_s: float) -> Rank | None:
         target_s = request.service.targets.ttft_s
         served = request.first_token_s is not None  # and preempted since: its target is behind it
