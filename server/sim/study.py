@@ -172,9 +172,10 @@ def slo_goals(rows: Sequence[Row]) -> list[Goal]:
 
 
 def fairness_table(rows: Sequence[Row]) -> list[str]:
-    lines = [[row["policy"], f"{row['from_s']:g} s", "yes" if row["flood"] else "no", str(row["requests"]), seconds(row["p50_ttft_ms"]),
-              seconds(row["mean_ttft_ms"]), seconds(row["p99_ttft_ms"])] for row in rows]  # fmt: skip
-    return markdown(["policy", "from", "flood", "requests of the modest", "TTFT p50 s", "mean s", "p99 s"], lines)
+    lines = [[row["policy"], f"{row['from_s']:g} s", "yes" if row["flood"] else "no", str(row["requests"]),
+              *(seconds(row[f"{which}_ttft_ms"]) for which in ("p50", "mean", "p99"))] for row in rows]  # fmt: skip
+    header = ["policy", "from", "flood", "requests of the modest", "TTFT p50 s", "mean s", "p99 s"]
+    return markdown(header, lines)
 
 
 def fairness_goals(rows: Sequence[Row]) -> list[Goal]:
