@@ -27,6 +27,10 @@ SPARE_FILES = 256
 """Open files that are kept for everything but connections: the SSD tier, the log, the model."""
 
 
+LINGER_S = 1.0
+"""How long a refused client has to read why; until then what it sends is dropped."""
+
+
 class HeadTooLarge(InvalidRequest):
     status = 431
     code = "headers_too_large"
@@ -74,6 +78,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
         self._deadline: asyncio.TimerHandle | None = None
+        self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -93,6 +98,8 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         waiting = self._deadline is not None
         if waiting:
             self._head_bytes += len(data)
@@ -139,4 +146,8 @@ class Connection(HttpToolsProtocol):
         lines = [f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}".encode()]
         lines += [name + b": " + value for name, value in response.raw_headers]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
-        self._end()
+        self.transport.write_eof()
+        self._refused = True
+        self._stop_waiting()
+        # Closing at once would reset the connection of a client that still sends, which then never sees the answer.
+        self._deadline = self.loop.call_later(LINGER_S, self._end)
