@@ -351,12 +351,9 @@ def _plan(
     internal = 0 if logprobs is None and generate > keep else logprobs
     params = replace(_sampling(service, request), logprobs=internal, prompt_logprobs=asked, grammar=grammar)
     salt = cache_salt(tenant, request.cache_salt)
-    service_class = ServiceClass(
-        tenant,
-        service.tenants.priority(tenant, request.priority),
-        background=request.service_tier == "flex",
-        targets=_targets(service, request),
-    )
+    urgency = service.tenants.priority(tenant, request.priority)
+    targets = _targets(service, request)
+    service_class = ServiceClass(tenant, urgency, background=request.service_tier == "flex", targets=targets)
     retention = Retention(
         transient=request.prompt_cache_retention in ("in_memory", "in-memory"),
         session=request.prompt_cache_key is not None,
