@@ -25,8 +25,6 @@ log = logging.getLogger("terrace.api")
 
 SPARE_FILES = 256
 """Open files that are kept for everything but connections: the SSD tier, the log, the model."""
-
-
 LINGER_S = 1.0
 """How long a refused client has to read why; until then what it sends is dropped."""
 
@@ -107,6 +105,8 @@ class Connection(HttpToolsProtocol):
             self._await_head()
             self._head_bytes = len(data)
         super().data_received(data)
+        if self.transport.is_closing():  # it was no HTTP, and uvicorn has said so
+            return
         if self._deadline is not None and self._head_bytes > self.doors.head_bytes:
             limit = self.doors.head_bytes
             self._refuse(HeadTooLarge(f"the request's head is larger than the limit of {limit} bytes"))

@@ -57,6 +57,17 @@ async def test_a_head_that_never_ends_is_refused_at_its_limit() -> None:
             writer.close()
 
 
+async def test_what_is_no_http_is_answered_once() -> None:
+    """Bytes beyond the limit that are no request either get the one answer that says so."""
+    async with listening(max_header_bytes=1024) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"\x00" * 5000)
+        status, _, body = await answer(reader)
+        assert status == 400
+        assert b"HTTP/1.1" not in body
+        writer.close()
+
+
 async def test_a_head_in_drops_is_refused_when_its_time_is_over() -> None:
     """Slowloris: a client that sends a header now and then gets 408 when its time is over."""
     async with listening(header_timeout_s=0.3) as port:
