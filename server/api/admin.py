@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 
 from server.api import schema
 from server.api.auth import ADMIN_PREFIX
+from server.api.body import read_json_body
 from server.api.chat import render_chat
-from server.api.middleware import read_json_body
 from server.api.openai import answers, body_of, errors
 from server.api.requests import Encoder, cache_salt, check_ids, check_model
 from server.api.service import Service

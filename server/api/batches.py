@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, Response
 
 from server.api import batch_schema, schema
 from server.api.auth import request_tenant
+from server.api.body import read_json_body
 from server.api.files import list_object, vault_of
 from server.api.inprocess import endpoint_named
-from server.api.middleware import read_json_body
 from server.api.openai import answers, body_of, errors
 from server.api.service import Service
 from server.batches.records import WINDOW, BatchRecord, Page

@@ -11,8 +11,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
+from server.api.body import BODY_TIMEOUT_S, discard
 from server.api.errors import BodyTimeout, UnsupportedMediaType
-from server.api.middleware import BODY_TIMEOUT_S, discard
 from server.errors import BodyTooLarge, InvalidRequest
 
 OVERHEAD_BYTES = 64 * 2**10

@@ -15,10 +15,11 @@ from starlette.responses import JSONResponse, Response
 
 from server.api import schema
 from server.api.auth import request_tenant
+from server.api.body import read_json_body
 from server.api.chat import render_chat
 from server.api.errors import UNEXPECTED
 from server.api.generate import Generation, Whole, collect
-from server.api.middleware import REQUEST_ID, name_request, read_json_body
+from server.api.middleware import REQUEST_ID, name_request
 from server.api.render import ChatFormat, CompletionFormat, Format
 from server.api.requests import Encoder, Plan, check_ids, check_model, plan_chat, plan_completion
 from server.api.service import Service

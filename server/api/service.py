@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from server.api.body import BodyLimits
 from server.api.dialects.dialect import NO_DIALECT, Dialect
-from server.api.middleware import BodyLimits
 from server.api.tenancy import Tenants
 from server.batches.vault import Vault
 from server.config import ServerConfig

@@ -19,7 +19,7 @@ from server.sim.profile import PRESETS
 from server.sim.replay import Asked, Replay, Setup, Tiers, hash_chains, replay
 from server.sim.simulate import Trace, figures, load_trace
 from server.sim.writes import kept
-from server.types import ServiceClass, Targets, Transfer
+from server.types import BlockHash, ServiceClass, Targets, Transfer
 
 Row = dict[str, Any]
 Job = Callable[[], Row]
@@ -92,10 +92,11 @@ def _writes(path: str) -> Row:
     trace = trace_of(path)
     asked = at_load(trace.asked, LOAD, work_s(path, SPLITS[1]))
     moved: list[tuple[float, Transfer]] = []
-    setup = Setup(PROFILE, Tiers(*SPLITS[1], "learned"), trace.block_tokens, moved=moved)
+    left: list[tuple[float, BlockHash]] = []
+    setup = Setup(PROFILE, Tiers(*SPLITS[1], "learned"), trace.block_tokens, moved=moved, left=left)
     found = replay(setup, asked)
     by_tier = figures(found, setup, {})
-    likeliest = kept(moved, asked, hash_chains(asked, trace.block_tokens), WRITTEN)
+    likeliest = kept(moved, left, asked, hash_chains(asked, trace.block_tokens), WRITTEN)
     return {"shares": WRITTEN, "hit": by_tier["hit"], "ssd_hit": by_tier["hit_by_tier"]["ssd"], **likeliest}
 
 

@@ -14,6 +14,7 @@ from functools import partial
 
 from server.engine import Engine, GenerateSpec, Stream
 from server.errors import InvalidRequest, Overloaded
+from server.kvcache.books import TierBooks
 from server.kvcache.hashing import chain_root, extend_hashes
 from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Broke, Done, Mover
@@ -35,6 +36,7 @@ from server.types import (
     SSD,
     BlockHash,
     BlockLayout,
+    FrameId,
     KvReport,
     Note,
     SamplingParams,
@@ -96,6 +98,8 @@ class Setup:
     """What the planner thinks that steps cost, if not what it measures."""
     moved: list[tuple[float, Transfer]] | None = None
     """If a list, every transfer is put there, with the time at which it starts."""
+    left: list[tuple[float, BlockHash]] | None = None
+    """If a list, every block that DRAM evicts for want of room is put there, with the time."""
 
 
 @dataclass(slots=True)
@@ -156,6 +160,8 @@ class _Replayer:
         specs = setup.tiers.specs(in_flight)
         self.kv = KVManager(layout, specs, FINGERPRINT, guesses=guesses[: len(specs) - 1],
                             write_share=setup.tiers.write_share, reuse=setup.reuse)  # fmt: skip
+        if setup.left is not None:
+            note_evictions(self.kv.levels[1], setup.left, loop)
         limits = Limits(setup.max_running, max(setup.step_tokens, setup.max_running), setup.step_tokens, 1 << 30,
                         1 << 60, (setup.tiers.device - 1) * setup.block_tokens, setup.refuse_late)  # fmt: skip
         self.scheduler = Scheduler(self.kv, make_policy(setup.policy), limits)
@@ -303,6 +309,19 @@ class Noting(Mover):
     def start(self, transfers: Sequence[Transfer], done: Done, broke: Broke) -> None:
         self._moved.extend((self._loop.now_s, transfer) for transfer in transfers)
         super().start(transfers, done, broke)
+
+
+def note_evictions(books: TierBooks, left: list[tuple[float, BlockHash]], loop: VirtualLoop) -> None:
+    """From now on `left` gets the blocks that this tier evicts for want of room."""
+    evict = books.policy.on_evict
+
+    def on_evict(frame: FrameId) -> None:
+        value = books.hashes[frame]
+        assert value is not None, "what is evicted is filed"
+        left.append((loop.now_s, value))
+        evict(frame)
+
+    books.policy.on_evict = on_evict  # type: ignore[method-assign]
 
 
 class RateTier:

@@ -6,11 +6,13 @@ that a daemon can know at that moment (`FEATURES`) by gradient boosted trees (Fr
 learn from the whole trace but the conversations they are asked about: five folds, no conversation in two. That is more
 than a daemon can have, as most of what the model learns from lies in the future. Writing fewer blocks leaves room in
 which the others stay longer, which this does not see.
+
+A daemon could also wait and choose when DRAM evicts a block, by what it knows then; what a crash takes would be more.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +41,7 @@ FEATURES = (
     "time",
 )
 FOLDS = 5
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -128,31 +131,60 @@ class _Past:
         return hash(chain[min(1, len(chain) - 1)])
 
 
+def at_eviction(found: Sequence[Write], left: Sequence[tuple[float, BlockHash]]) -> list[Write]:
+    """The same, but at the time at which DRAM evicted the block; those that it never did are left out, as they are
+    neither written then nor loaded."""
+    times: dict[BlockHash, list[float]] = defaultdict(list)
+    for at_s, value in left:
+        times[value].append(at_s)
+    later = []
+    for write in found:
+        after = times[write.block][bisect_left(times[write.block], write.at_s) :]
+        if after:
+            later.append(Write(write.block, after[0], write.loads))
+    return later
+
+
 def kept(
     moved: Sequence[tuple[float, Transfer]],
+    left: Sequence[tuple[float, BlockHash]],
     asked: Sequence[Asked],
     chains: Sequence[Sequence[BlockHash]],
     shares: Sequence[float],
 ) -> dict[str, list[float]]:
     """Share of all loads from SSD that were of the likeliest `shares` of the writes: `known`, by what a daemon can
-    know, and `future`, by what became of them. `chains`: the blocks of each request that was `asked`.
+    know when it could write, `later`, by what it knows when the block is evicted from DRAM, and `future`, by what
+    became of them. `moved` and `left`: see `Setup`. `chains`: the blocks of each request that was `asked`.
 
     Raises ModuleNotFoundError without scikit-learn, which the extra `study` brings.
     """
+    writes, past = writes_of(moved), _Past(asked, chains)
+    loads = np.asarray([write.loads for write in writes], dtype=np.float64)
+    later = at_eviction(writes, left)
+    count = [share * len(writes) for share in shares]
+    return {
+        "known": _top(_likely(writes, past), loads, count),
+        "later": _top(_likely(later, past), np.asarray([write.loads for write in later], dtype=np.float64), count),
+        "future": _top(loads, loads, count),
+    }
+
+
+def _likely(writes: Sequence[Write], past: _Past) -> Array:
+    """How likely it is that a block is loaded, as learned from all conversations but its own: float64 [writes]."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import GroupKFold
 
-    writes, past = writes_of(moved), _Past(asked, chains)
     rows = np.asarray([past.row(write) for write in writes])
-    loads = np.asarray([write.loads for write in writes], dtype=np.float64)
+    loads = np.asarray([write.loads for write in writes])
     groups = np.asarray([past.conversation(write) for write in writes])
     likely = np.zeros(len(writes))
     for learn, judge in GroupKFold(FOLDS).split(rows, loads, groups):
         model = HistGradientBoostingClassifier(random_state=0).fit(rows[learn], loads[learn] > 0)
         likely[judge] = model.predict_proba(rows[judge])[:, 1]
-    return {"known": _top(likely, loads, shares), "future": _top(loads, loads, shares)}
+    return likely
 
 
-def _top(score: npt.NDArray[np.float64], loads: npt.NDArray[np.float64], shares: Sequence[float]) -> list[float]:
+def _top(score: Array, loads: Array, counts: Sequence[float]) -> list[float]:
+    """Share of the `loads` that so many writes of the highest `score` have."""
     running = np.cumsum(loads[np.argsort(-score, kind="stable")]) / loads.sum()
-    return [float(running[max(0, round(len(loads) * share) - 1)]) for share in shares]
+    return [float(running[min(len(loads), max(1, round(count))) - 1]) for count in counts]
