@@ -1,8 +1,12 @@
 """What hostile clients do to the others: times to the first token of one polite client, with an attack and without.
 
 A daemon on the demo model in a process of its own. The polite client asks for a few tokens again and again, on a fixed
-schedule; an attacker, a process of its own too, does one of `ATTACKS` all the while, from `ATTACKERS` threads, each as
-fast as it is answered but for a pause. Quiet times and attacks take turns. Every answer to an attack must be a 4xx.
+schedule, over connections that it keeps, as SDKs do; an attacker, a process of its own too, does one of `ATTACKS` all
+the while, from `ATTACKERS` threads, each as fast as it is answered but for a pause. Every answer must be a 4xx.
+
+An attack from the same machine also takes processor time from the daemon, which one from the network does not. So
+there are three times that take turns: quiet; with the attack on a server beside the daemon, which reads and drops what
+it gets; and with the attack on the daemon. What the daemon can do something about is the third against the second.
 """
 
 from __future__ import annotations
@@ -18,22 +22,27 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import uvloop
+
+from server.api.connections import may_connect
 from server.bench.clients import free_port, get, ready
 from server.bench.report import Report, quantile
 
 ROUNDS = 3
-PHASE_S = 6.0
+PHASE_S = 5.0
 EVERY_S = 0.04
 """Between two requests of the polite client."""
 GOAL = 1.2
 ATTACKERS = 2
 PAUSE_S = 0.02
 IDLE = 10_000
+SINK_CONNECTIONS = 4096
 EXPLODES = "((a{1,999}){1,999}){1,999}(a|b|ab)*c"
 POLITE = json.dumps(
     {"prompt": "Tom plays chess. What does Tom play?", "max_tokens": 4, "ignore_eos": True, "stream": True}
@@ -128,82 +137,162 @@ def run(*, quick: bool) -> Report:
     command = [sys.executable, "-m", "server", "serve", "demo", "--port", str(port), "--log-level", "error"]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    attacker = context.Process(target=_attacker, args=(theirs, port), daemon=True)
+    attacker = context.Process(target=_attacker, args=(theirs,), daemon=True)
+    beside = free_port()
+    sink = context.Process(target=_sink, args=(beside,), daemon=True)
     with tempfile.TemporaryFile("w+") as log:
         daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             attacker.start()
-            asyncio.run(_measure(report, daemon, port, ours, log, quick=quick))
+            sink.start()
+            asyncio.run(_measure(report, daemon, (port, beside), ours, log, quick=quick))
             daemon.send_signal(signal.SIGTERM)
             code = daemon.wait(60)
             report.goal(f"the daemon stops on SIGTERM with exit code 0 (got {code})", met=code == 0)
         finally:
             attacker.kill()
+            sink.kill()
             daemon.kill()
             daemon.wait()
     return report
 
 
 async def _measure(
-    report: Report, daemon: subprocess.Popen[bytes], port: int, attacker: Connection, log: object, *, quick: bool
+    report: Report,
+    daemon: subprocess.Popen[bytes],
+    ports: tuple[int, int],
+    attacker: Connection,
+    log: object,
+    *,
+    quick: bool,
 ) -> None:
+    port, beside = ports
     await ready(daemon, port, log)  # type: ignore[arg-type]
-    report.header("attack", "TTFT p50 ms", "p99 ms", "quiet p50", "quiet p99", "p99 ratio", "answers")
+    report.header("attack", "TTFT p50 ms", "p99 ms", "beside p50", "beside p99", "quiet p50", "quiet p99",
+                  "to quiet", "to beside", "answers")  # fmt: skip
     rounds, seconds = (1, 1.0) if quick else (ROUNDS, PHASE_S)
-    await _polite(port, seconds)
+    polite = _Polite(port)
+    await polite.ask(seconds)
+
+    async def under(number: int, target: int) -> tuple[list[float], set[int]]:
+        attacker.send((number, target))
+        times = await polite.ask(seconds)
+        attacker.send(None)
+        return times, await asyncio.get_running_loop().run_in_executor(None, attacker.recv)
+
     for number, attack in enumerate(ATTACKS):
-        quiet, loud, answers = [], [], set[int]()
+        times: dict[str, list[list[float]]] = {"loud": [], "beside": [], "quiet": []}
+        answers = set[int]()
         for _ in range(rounds):
-            quiet.append(await _polite(port, seconds))
-            attacker.send(number)
-            loud.append(await _polite(port, seconds))
-            attacker.send(None)
-            answers |= await asyncio.get_running_loop().run_in_executor(None, attacker.recv)
-        p50, p99 = ([median(quantile(one, q) for one in half) * 1e3 for half in (loud, quiet)] for q in (0.5, 0.99))
-        ratio = median(quantile(a, 0.99) / quantile(b, 0.99) for a, b in zip(loud, quiet, strict=True))
-        report.row(attack.name, f"{p50[0]:.1f}", f"{p99[0]:.1f}", f"{p50[1]:.1f}", f"{p99[1]:.1f}", f"{ratio:.2f}",
-                   " ".join(map(str, sorted(answers))) or "-")  # fmt: skip
-        report.keep(attack=attack.name, quiet_s=quiet, loud_s=loud, answers=sorted(answers))
+            times["quiet"].append(await polite.ask(seconds))
+            times["beside"].append((await under(number, beside))[0])
+            found = await under(number, port)
+            times["loud"].append(found[0])
+            answers |= found[1]
+        at = {way: [median(quantile(one, q) for one in runs) for q in (0.5, 0.99)] for way, runs in times.items()}
+        to_quiet, to_beside = (_ratio(times["loud"], times[way]) for way in ("quiet", "beside"))
+        report.row(attack.name, *(f"{value * 1e3:.1f}" for way in times for value in at[way]), f"{to_quiet:.2f}",
+                   f"{to_beside:.2f}", " ".join(map(str, sorted(answers))) or "-")  # fmt: skip
+        report.keep(attack=attack.name, **{f"{way}_s": runs for way, runs in times.items()}, answers=sorted(answers))
         refused = all(400 <= status < 500 for status in answers)
         report.goal(f"{attack.name}: refused with a 4xx ({sorted(answers)})", met=refused)
-        report.goal(f"{attack.name}: p99 TTFT of others {ratio:.2f} x, goal {GOAL}", met=ratio <= GOAL)
+        words = f"{attack.name}: p99 TTFT of others {to_beside:.2f} x that with the attack beside it"
+        report.goal(f"{words}, goal {GOAL} ({to_quiet:.2f} x that when quiet)", met=to_beside <= GOAL)
     report.goal("the daemon still answers", met='"data"' in await get(port, "/v1/models"))
 
 
-async def _polite(port: int, seconds: float) -> list[float]:
-    """Seconds to the first token of requests made on a fixed schedule."""
-    loop = asyncio.get_running_loop()
-    start_s = loop.time()
-    asked: list[asyncio.Task[float]] = []
-    while (at_s := start_s + len(asked) * EVERY_S) < start_s + seconds:
-        await asyncio.sleep(at_s - loop.time())
-        asked.append(asyncio.create_task(_first_token(port, at_s)))
-    return list(await asyncio.gather(*asked))
+def _ratio(loud: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float:
+    """Of the 99th percentiles of runs that took turns: the median."""
+    return median(quantile(a, 0.99) / quantile(b, 0.99) for a, b in zip(loud, other, strict=True))
 
 
-async def _first_token(port: int, since_s: float) -> float:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(_post("/v1/completions", len(POLITE)) + POLITE)
-    await reader.readuntil(b'data: {"id"')
-    first_s = asyncio.get_running_loop().time() - since_s
-    await reader.read()
-    writer.close()
-    return first_s
+class _Polite:
+    """A client that keeps its connections."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, seconds: float) -> list[float]:
+        """Seconds to the first token of requests made on a fixed schedule."""
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        asked: list[asyncio.Task[float]] = []
+        while (at_s := start_s + len(asked) * EVERY_S) < start_s + seconds:
+            await asyncio.sleep(at_s - loop.time())
+            asked.append(asyncio.create_task(self._first_token(at_s)))
+        return list(await asyncio.gather(*asked))
+
+    async def _first_token(self, since_s: float) -> float:
+        while True:
+            reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port)
+            if not reader.at_eof():
+                break
+        writer.write(_post("/v1/completions", len(POLITE)) + POLITE)
+        await reader.readuntil(b'data: {"id"')
+        first_s = asyncio.get_running_loop().time() - since_s
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        self._idle.append((reader, writer))
+        return first_s
 
 
-def _post(path: str, length: int) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: {length}\r\n"
-    return head.encode() + b"Content-Type: application/json\r\n\r\n"
+def _post(path: str, length: int, *more: str) -> bytes:
+    head = (f"POST {path} HTTP/1.1", "Host: here", f"Content-Length: {length}", "Content-Type: application/json", *more)
+    return "\r\n".join((*head, "", "")).encode()
+
+
+# --- a server that drops what it gets --------------------------------------------------------------------------------
+
+
+class _Sink(asyncio.Protocol):
+    """Reads requests to their end, and refuses them; of too many connections it closes the oldest."""
+
+    open: ClassVar[OrderedDict[_Sink, None]] = OrderedDict()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._head, self._left = b"", -1
+        self.open[self] = None
+        if len(self.open) > SINK_CONNECTIONS:
+            next(iter(self.open))._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open.pop(self, None)
+
+    def data_received(self, data: bytes) -> None:
+        if self._left < 0:
+            self._head += data
+            head, found, data = self._head.partition(b"\r\n\r\n")
+            if not found:
+                return
+            self._left = int(head.lower().partition(b"content-length: ")[2].split()[0])
+        self._left -= len(data)
+        if self._left <= 0:
+            assert isinstance(self._transport, asyncio.Transport), "a socket can be written to"
+            self._transport.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            self._transport.close()
+
+
+def _sink(port: int) -> None:
+    may_connect(SINK_CONNECTIONS)
+
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(_Sink, "127.0.0.1", port, backlog=2048)
+        await server.serve_forever()
+
+    uvloop.run(serve())
 
 
 # --- the attacker's process ------------------------------------------------------------------------------------------
 
 
-def _attacker(pipe: Connection, port: int) -> None:
-    """Runs the attack of the number it is sent until it is sent None; sends back which statuses it got."""
+def _attacker(pipe: Connection) -> None:
+    """Runs the attack of the number, on the port, that it is sent until it is sent None; sends back which statuses it
+    got."""
     os.nice(5)  # what is measured is the daemon, not who gets the processor
     while True:
-        attack, over, statuses = ATTACKS[pipe.recv()], threading.Event(), set[int]()
+        number, port = pipe.recv()
+        attack, over, statuses = ATTACKS[number], threading.Event(), set[int]()
         hold = attack.hold
         body = attack.body() if attack.body is not None else b""
         threads: Sequence[threading.Thread] = [
@@ -226,7 +315,7 @@ def _post_on(port: int, body: bytes, over: threading.Event, statuses: set[int]) 
     while not over.wait(PAUSE_S):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
             with contextlib.suppress(OSError):  # refused before all of it was sent
-                connection.sendall(_post(path, len(body)) + body)
+                connection.sendall(_post(path, len(body), "Connection: close") + body)
             answer = connection.recv(1 << 12)
             if answer.startswith(b"HTTP/1.1 "):
                 statuses.add(int(answer.split()[1]))
