@@ -469,7 +469,7 @@ class KVManager:
         while self._expiries and self._expiries[0][0] <= now:
             self._expire_pin(heapq.heappop(self._expiries)[1], now)
         planned = self.traffic.plan(now)
-        self.wake_s = min(self.wake_s, self.traffic.spill_s)
+        self.wake_s = min(self.wake_s, self.traffic.wake_s)
         return planned
 
     def recover(self, found: Recovered) -> None:

@@ -97,6 +97,7 @@ class Traffic:
         self._spill_grace_s = 0.0
         self._spill_due = False
         self._due_since_s: float | None = None
+        self._retry_s = inf
         self._evicted_before = [0] * len(limits)
         self._backlog = False
         self._admission = admission
@@ -122,6 +123,12 @@ class Traffic:
             return float("inf")
         pace_s = min(self._spill_pace_s, HURRY_PACE_S) if self._hurry else self._spill_pace_s
         return (self._due_since_s or 0.0) + max(pace_s, self._spill_grace_s)
+
+    @property
+    def wake_s(self) -> float:
+        """When to call `plan` for the sake of spills, whatever else happens: also those that wait for a tier which is
+        off or has no room for new frames are tried again, though nobody asks for anything."""
+        return min(self.spill_s, self._retry_s)
 
     @property
     def _hurry(self) -> bool:
@@ -252,7 +259,8 @@ class Traffic:
             self._plan_up(hop, planned, now)
         if self._spill_due and self._due_since_s is None:  # those that come after this one go with it
             self._due_since_s = now
-        if now >= self.spill_s:
+        if now >= self.wake_s:
+            self._retry_s = inf
             self._spill_due, self._due_since_s = False, None
             self._evicted_before = [level.evicted["capacity"] for level in self.levels[:-1]]
             for hop in range(len(self.hops)):
@@ -413,7 +421,12 @@ class Traffic:
             below.pool.thaw()
         room = min(queue.limit - self.planner.down[hop].in_flight, below.available, PLAN_BLOCKS - len(planned))
         breaker = self.planner.breakers[below.name]
-        if not queue.spills or room <= 0 or not breaker.allows(now):
+        if queue.spills and room <= 0 and queue.retry_s is not None:
+            self._retry_s = min(self._retry_s, queue.retry_s)
+        if not queue.spills or room <= 0:
+            return
+        if not breaker.allows(now):
+            self._retry_s = min(self._retry_s, breaker.until_s)
             return
         batch = self._spill_batch(hop, room if breaker.closed else 1, now)
         source = self.levels[hop]

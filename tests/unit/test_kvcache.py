@@ -475,6 +475,23 @@ def test_a_full_disk_is_lived_with():
     audit.check(kv)
 
 
+def test_a_tier_that_was_sick_gets_what_it_missed_though_nobody_asks():
+    """What cannot be written while the lowest tier is off is written once that works again, on an idle daemon too."""
+    kv = make_kv(8, 32, 32)
+    for start in (0, 10, 20):
+        visit(kv, [start, start + 1])
+        land(kv, TierFault("io"), into=SSD)
+    assert not kv.planner.breakers[SSD].closed
+    visit(kv, PROMPT)
+    land(kv, now=0.5)
+    assert not any(kv.tiers[SSD].has(value) for value in hashes_of(kv, PROMPT))
+    assert not kv.busy, "a drain does not wait for it"
+    assert 0.5 < kv.wake_s < 2.0
+    land(kv, now=kv.wake_s)
+    assert all(kv.tiers[SSD].has(value) for value in hashes_of(kv, PROMPT))
+    audit.check(kv)
+
+
 def test_an_endurance_budget_is_kept():
     """Beyond the budget nothing is written."""
     kv = make_kv(8, 32, 32, write_bytes_per_day=86_400.0)
