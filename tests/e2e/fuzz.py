@@ -1,9 +1,9 @@
 """Random bodies against a daemon: each is answered 200 or 4xx; afterwards the daemon still serves and holds nothing.
 
-`python -m tests.e2e.fuzz --count 50000` starts a daemon of its own on a tiny random model, whose memory must become flat;
-`--url` takes a running one.
-Three kinds of body, half of them valid but for a few fields: mutated requests, arbitrary JSON, arbitrary bytes. Some
-clients leave in the middle. Everything is drawn from one seed, so that a finding can be repeated.
+`python -m tests.e2e.fuzz --count 50000` starts a daemon of its own on a tiny random model, whose memory must become
+flat; `--url` takes a running one. Three kinds of body, half of them valid but for a few fields: mutated requests,
+arbitrary JSON, arbitrary bytes. Some clients leave in the middle. Everything is drawn from one seed, so that a finding
+can be repeated.
 """
 
 from __future__ import annotations
