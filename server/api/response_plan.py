@@ -82,8 +82,10 @@ class _Turn:
                 return not (self.texts or self.calls)
             case wire.InputMessage(role="assistant"):  # text may follow calls, but two messages are two answers
                 return not self.texts or bool(self.calls)
+            case wire.InputCall():
+                return True
             case _:
-                return isinstance(item, wire.InputCall)
+                return False
 
     def add(self, item: wire.Item) -> None:
         match item:
