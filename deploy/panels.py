@@ -26,6 +26,9 @@ from grafana_foundation_sdk.models import prometheus as query
 
 from server.metrics.families import FAMILIES, PREFIX, Family
 
+DATASOURCE_UID = "terrace-prometheus"
+"""Of the data source that compose.yaml provisions, with which the boards' variable begins. Elsewhere Grafana takes what
+it has."""
 COLUMNS = 24
 HEIGHT = 8
 """Grid rows of a panel; 4 where it is a number or a few."""
@@ -115,7 +118,7 @@ def as_json(board: Board) -> str:
         .refresh("10s")
         .tooltip(model.DashboardCursorSync.CROSSHAIR)
         .link(link.keep_time(True).include_vars(True))
-        .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
+        .with_variable(_source())
         .with_variable(_variable("instance", "instance", "Instance"))
         .with_variable(_variable("model", "model_name", "Model"))
     )
@@ -143,6 +146,12 @@ def _lines(panels: Sequence[Panel]) -> list[list[Panel]]:
             lines.append([])
         lines[-1].append(panel)
     return lines
+
+
+def _source() -> dashboard.DatasourceVariable:
+    """Which Prometheus to ask."""
+    provisioned = model.VariableOption(text="Prometheus", value=DATASOURCE_UID, selected=True)
+    return dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus").current(provisioned)
 
 
 def _variable(name: str, label: str, title: str) -> dashboard.QueryVariable:
