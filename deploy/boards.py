@@ -56,7 +56,7 @@ SAVED = (
 )
 MOVED = rate("terrace_kv_transfer_bytes_total", "src", "dst")
 MOVING = rate("terrace_kv_transfer_busy_seconds_total", "src", "dst")
-FAILED = rate("terrace_kv_transfer_failures_total", "src", "dst", "reason")
+HELD = 'terrace_kv_blocks{state=~"referenced|in_flight"}'
 FILL = "sum by (tier) (terrace_kv_used_bytes) / sum by (tier) (terrace_kv_capacity_bytes)"
 
 SERVING = Board(
@@ -146,10 +146,12 @@ TIERING = Board(
         "What is where?": (
             Panel("Fill", "percentunit", "Of a tier's bytes. Full is normal: a cache is to be full.",
                   {"{{tier}}": FILL}, "bars"),
-            Panel("Blocks by state", "short", "Free, cached, in use, arriving.",
-                  {"{{tier}} {{state}}": "sum by (tier, state) (terrace_kv_blocks)"}, log=True),
-            Panel("Evictions", "ops", "Blocks per second that left a tier, by reason.",
-                  {"{{tier}}: {{reason}}": rate("terrace_kv_evicted_blocks_total", "tier", "reason")}),
+            Panel("Blocks held", "short", "Used by running requests, or arriving. The rest of a tier may go.",
+                  {"{{tier}}, {{state}}": f"sum by (tier, state) ({HELD})"}),
+            Panel("Evictions", "ops", "Blocks per second that left a tier for want of room, and those of any tier that "
+                  "had to go otherwise.",
+                  {"{{tier}}": rate('terrace_kv_evicted_blocks_total{reason="capacity"}', "tier"),
+                   "any tier: {{reason}}": rate('terrace_kv_evicted_blocks_total{reason!="capacity"}', "reason")}),
             Panel("Age at eviction", "s", "Last use to eviction. What goes within seconds was written in vain.",
                   {"{{le}}": "sum by (le) (increase(terrace_kv_eviction_age_seconds_bucket[$i]))"}, "heatmap"),
             Panel("Evicted, then asked for again", "s", "How long after, median. Short: a little more room would do.",
@@ -177,7 +179,7 @@ TIERING = Board(
             Panel("Tiers in use", "none", "0: switched off because it fails or stalls.",
                   {"{{tier}}": "min by (tier) (terrace_kv_tier_up)"}),
             Panel("Transfers that failed", "ops", "By reason. Requests compute instead.",
-                  {"{{src}} to {{dst}}: {{reason}}": FAILED}),
+                  {"{{reason}}": rate("terrace_kv_transfer_failures_total", "reason")}),
             Panel("Blocks that did not verify", "ops", "Refused and computed again. One is enough to look at the disk.",
                   {"{{tier}}: {{kind}}": rate("terrace_kv_integrity_failures_total", "tier", "kind")}),
         ),

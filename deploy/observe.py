@@ -48,18 +48,23 @@ NOTICED_S = 15.0
 
 @dataclass(frozen=True)
 class Asked:
-    """One query of one panel, as committed."""
+    """One query. `board` is a uid; `panel` and `target` are Grafana's JSON of the panel and of the query."""
 
     board: str
-    """Its uid."""
-    panel: str
-    kind: str
-    """Grafana's type of the panel."""
-    unit: str
-    legend: str
-    expression: str
-    place: tuple[int, int, int, int]
-    """Left, top, width, height on the board's grid."""
+    panel: Mapping[str, Any]
+    target: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        return str(self.panel["title"])
+
+    @property
+    def legend(self) -> str:
+        return str(self.target["legendFormat"])
+
+    @property
+    def expression(self) -> str:
+        return str(self.target["expr"])
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Found:
     @property
     def faults(self) -> list[str]:
         queries = [
-            f"{a.asked.board}: {a.asked.panel}: {a.error or 'no data'}: {a.asked.expression}"
+            f"{a.asked.board}: {a.asked.title}: {a.error or 'no data'}: {a.asked.expression}"
             for a in self.answers
             if not a.good
         ]
@@ -98,12 +103,7 @@ class Found:
 
 def asked_by(board: Mapping[str, Any]) -> list[Asked]:
     """Every query of a board's JSON."""
-    return [
-        Asked(board["uid"], panel["title"], panel["type"], panel["fieldConfig"]["defaults"]["unit"],
-              target["legendFormat"], target["expr"], tuple(panel["gridPos"][key] for key in "xywh"))
-        for panel in board["panels"]
-        for target in panel.get("targets", ())
-    ]  # fmt: skip
+    return [Asked(board["uid"], panel, target) for panel in board["panels"] for target in panel.get("targets", ())]
 
 
 def variables(board: Mapping[str, Any], prometheus: Prometheus) -> dict[str, str]:
@@ -176,7 +176,7 @@ def _evaluated(prometheus: Prometheus) -> list[dict[str, Any]]:
 
 
 def _recorded(rule: Mapping[str, Any]) -> Asked:
-    return Asked("rules", rule["name"], "recorded", "", "", rule["name"], (0, 0, 0, 0))
+    return Asked("rules", {"title": rule["name"]}, {"legendFormat": "", "expr": rule["name"]})
 
 
 def _lint(metrics: str) -> list[str]:
@@ -203,7 +203,7 @@ def show(found: Found, console: Console) -> None:
     for answer in found.answers:
         numbers = [line.finite for line in answer.lines if line.finite]
         latest = f"{numbers[0][-1][1]:.4g}" if numbers else answer.error or "no data"
-        cells = (answer.asked.board, answer.asked.panel, answer.asked.legend, str(len(answer.lines)), str(len(numbers)))
+        cells = (answer.asked.board, answer.asked.title, answer.asked.legend, str(len(answer.lines)), str(len(numbers)))
         table.add_row(*cells, latest, style=None if answer.good else "red")
     console.print(table)
     alerts = [rule for rule in found.rules if rule["type"] == "alerting"]
