@@ -38,7 +38,7 @@ DAEMON = ("demo", "--device-gib=0.02", "--block-size=64", "--dram-gib=0.02", "--
           "--ssd-write-gib-per-day=1000", "--ttft-target-ms=500", "--tpot-target-ms=50")  # fmt: skip
 """Device and DRAM hold about 7,000 tokens each; the conversations of LOAD three times that."""
 LOAD = {"turns": "5", "first": "2000", "question": "50", "output": "16", "think_s": "1-2"}
-SESSIONS_PER_S = 1.5
+SESSIONS_PER_S = 1.0
 SETTLE_S = 2.0
 TABLE_COLUMNS = 130
 """Of a table that goes to a file."""
