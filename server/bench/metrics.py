@@ -16,6 +16,7 @@ import gc
 import http.client
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -54,7 +55,9 @@ def run(*, quick: bool) -> Report:
     report = Report("metrics", quick=quick)
     cores = sorted(os.sched_getaffinity(0))
     with _process(read_streams, cores[-1]) as client, _process(scrape, cores[-1]) as scraper:
+        interval_s = sys.getswitchinterval()
         os.sched_setaffinity(0, {cores[0]})
+        sys.setswitchinterval(_config(1).server.switch_interval_s)  # as `terrace serve` does
         try:
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
                 runner.run(_counting(report, client, quick=quick))
@@ -62,6 +65,7 @@ def run(*, quick: bool) -> Report:
                 runner.run(_rendering(report, quick=quick))
         finally:
             os.sched_setaffinity(0, set(cores))
+            sys.setswitchinterval(interval_s)
     return report
 
 
