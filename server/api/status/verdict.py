@@ -48,16 +48,21 @@ def _serving(now: Moment, facts: Facts) -> Verdict:
     if refused:
         named = ", ".join(f"{name} {count:.0f}" for name, count in now.minute.rejected.items() if count)
         late.append(f"{refused:.0f} requests were turned away in the last minute ({named}).")
-    work = f"{now.running} running, {now.waiting + now.loading} waiting."
+    made = now.recent.per_s(now.recent.generated)
+    work = f"{now.running} running, {now.waiting + now.loading} waiting, {made:,.0f} tokens a second."
     if late:
         return Verdict(question, "watch", "Not quite", [*late, work])
     ttft_s = quantile(now.minute.ttft_s, 0.99)
     if ttft_s is None:
         busy = now.running + now.loading + now.waiting
         return Verdict(question, "idle", "Busy with long ones" if busy else "Nobody asks anything", [work])
-    met = facts.targets.ttft_s < inf or facts.targets.tpot_s < inf
-    first = f"99 of 100 first tokens within {show_seconds(ttft_s)}" + (", targets met." if met else ".")
-    return Verdict(question, "good", "Yes", [first, work])
+    first = f"99 of 100 first tokens came within {show_seconds(ttft_s)}"
+    tpot_s = quantile(now.minute.tpot_s, 0.99)
+    if tpot_s is not None:
+        first += f", later ones every {show_seconds(tpot_s)}"
+    if facts.targets.ttft_s < inf or facts.targets.tpot_s < inf:
+        first += "; targets met"
+    return Verdict(question, "good", "Yes", [f"{first}.", work])
 
 
 def _late(now: Moment, facts: Facts) -> Iterator[str]:
@@ -79,16 +84,21 @@ def _tiering(now: Moment) -> Verdict:
     if not sum(now.minute.sources.values()):
         return Verdict(question, "idle", "Nothing to go by", ["No prompt was computed in the last minute."])
     tokens = now.minute.sources
-    parts = ", ".join(
-        f"{tier.name} {100 * tokens.get(tier.name, 0) / sum(tokens.values()):.0f} %" for tier in now.tiers
-    )
+    parts = ", ".join(f"{tier.name} {_percent(tokens.get(tier.name, 0) / sum(tokens.values()))}" for tier in now.tiers)
     if now.from_cache < 0.005:
         return Verdict(question, "idle", "Not now", ["No prompt of the last minute was known already."])
     saved_s = sum(now.minute.net_s(tier.name) for tier in now.tiers)
-    why = [f"{100 * now.from_cache:.0f} % of prompt tokens came from the cache ({parts})."]
+    why = [
+        f"{show_seconds(saved_s)} of computing saved in the last minute.",
+        f"{_percent(now.from_cache)} of prompt tokens came from the cache ({parts}).",
+    ]
     if len(now.tiers) == 1:
         why.append("There is no tier below the device.")
-    return Verdict(question, "good", f"Yes: {show_seconds(saved_s)} of computing saved in a minute", why)
+    return Verdict(question, "good", "Yes", why)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def _trouble(now: Moment, facts: Facts) -> Verdict:
@@ -118,7 +128,7 @@ def _slight(now: Moment, facts: Facts) -> Iterator[str]:
     stalled_s = sum(now.minute.stalled_s.values())
     if now.minute.per_s(stalled_s) > STALLED_SHARE:
         cause = max(now.minute.stalled_s, key=lambda cause: now.minute.stalled_s[cause])
-        yield f"Work stood still for {100 * now.minute.per_s(stalled_s):.0f} % of the last minute ({cause})."
+        yield f"Work stood still for {_percent(now.minute.per_s(stalled_s))} of the last minute ({cause})."
     budget = facts.write_bytes_per_day
     if budget and now.today_bytes > NEARLY_FULL_BUDGET * budget:
         yield f"{show_bytes(now.today_bytes)} of the {show_bytes(budget)} a day were written to SSD already."

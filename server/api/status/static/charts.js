@@ -1,8 +1,12 @@
 // One chart: a uPlot over some columns of the ring, and a legend that is also its table of values.
 
 const uPlot = window.uPlot;
-const HEIGHT = 140, SHORT = 92, WINDOW_S = 900;
+const LONGEST_S = 900, SHORTEST_S = 120;
+// Steps between lines of a grid of bytes: 1, 2, 4 ... of each unit.
+const BINARY = Array.from({ length: 50 }, (_, power) => 2 ** power);
 const sync = uPlot.sync("terrace");
+
+export const clock = (unix, style) => new Date(unix * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hourCycle: "h23", ...style });
 
 export function css(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -17,13 +21,14 @@ export function element(tag, classes, text) {
 
 // `series`: {key, label, color, dashed, constant}; `stacked`: areas, the first one lowest. `show` makes a value text.
 export class Chart {
-  constructor(id, { series, show, stacked = false, signed = false, least = 1 }) {
+  constructor(id, { series, show, stacked = false, signed = false, binary = false, least = 1 }) {
     this.root = document.getElementById(id);
     this.title = this.root.parentNode.querySelector("h2").textContent;
     this.series = series;
     this.show = show;
     this.stacked = stacked;
     this.signed = signed;
+    this.binary = binary;
     this.least = least;
     this.plot = null;
     this.points = null;
@@ -88,15 +93,18 @@ export class Chart {
       spanGaps: false,
     }));
     return {
-      width: this.place.clientWidth, height: this.height(), legend: { show: false },
+      width: this.place.clientWidth, height: this.place.clientHeight, legend: { show: false }, padding: [8, 10, 0, 0],
       cursor: { sync: { key: sync.key }, drag: { x: false, y: false }, points: { show: !this.stacked }, y: false },
       scales: {
-        x: { time: true, range: (u, min, max) => [max - WINDOW_S, max] },
+        x: { time: true, range: (u, min, max) => [max - Math.min(LONGEST_S, Math.max(SHORTEST_S, max - min)), max] },
         y: { range: (u, min, max) => this.range(min, max) },
       },
       axes: [
-        { ...axis, space: 70, size: 22 },
-        { ...axis, size: 58, gap: 4, space: 28, values: (u, ticks) => ticks.map((tick) => tick === 0 ? "0" : this.show(tick)) },
+        { ...axis, space: 64, size: 22, values: (u, ticks) => ticks.map((tick) => clock(tick, tick % 60 ? { second: "2-digit" } : {})) },
+        {
+          ...axis, size: 58, gap: 4, space: 22, ...(this.binary ? { incrs: BINARY } : {}),
+          values: (u, ticks) => ticks.map((tick) => tick === 0 ? "0" : this.show(tick)),
+        },
       ],
       series: [{}, ...(this.stacked ? drawn.reverse() : drawn)],
       hooks: { setCursor: [(u) => this.tell(u.cursor.idx ?? this.points.time.length - 1)] },
@@ -108,10 +116,9 @@ export class Chart {
     return [this.signed && min < 0 ? min * 1.08 : 0, top];
   }
 
-  height() { return this.root.classList.contains("short") ? SHORT : HEIGHT; }
-
   resize() {
-    if (this.plot && this.place.clientWidth) this.plot.setSize({ width: this.place.clientWidth, height: this.height() });
+    const { clientWidth: width, clientHeight: height } = this.place;
+    if (this.plot && width && (width !== this.plot.width || height !== this.plot.height)) this.plot.setSize({ width, height });
   }
 }
 

@@ -1,6 +1,6 @@
 // The live page: reads /status/stream, keeps the last 15 minutes, shows them. Text is only ever set as text.
 
-import { Chart, element } from "./charts.js";
+import { Chart, clock, element } from "./charts.js";
 
 const POINTS = 900, KEY = "terrace-key";
 const RETRY_S = [1, 2, 5, 10];
@@ -39,7 +39,6 @@ function duration(value) {
   const rest = next && Math.floor((value % size) / next[1]);
   return `${Math.floor(value / size)} ${name}${rest ? ` ${rest} ${next[0]}` : ""}`;
 }
-const clock = (unix) => new Date(unix * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 
 // --- what is drawn ---
 
@@ -71,9 +70,11 @@ const charts = {
       { key: "down", label: "down", color: "accent" },
       { key: "up", label: "up", color: "second", dashed: true },
     ],
-    show: rate, least: 1024,
+    show: rate, binary: true, least: 1024,
   }),
-  written: new Chart("written", { series: [{ key: "written", label: "written", color: "ssd" }], show: rate, least: 1024 }),
+  written: new Chart("written", {
+    series: [{ key: "written", label: "written", color: "ssd" }], show: rate, binary: true, least: 1024,
+  }),
 };
 
 let points = null, newest = null, drawnTiers = "";
@@ -157,16 +158,17 @@ function showTiers(tiers) {
     const net = tier.saved_last_minute_s - tier.cost_last_minute_s;
     foot.append(
       element("span", "", `${count(tier.used_blocks)} of ${count(tier.capacity_blocks)} blocks`),
-      element("span", "", `saved ${seconds(net)} in a minute`),
+      element("span", "", `saves ${seconds(net)} a minute`),
     );
     node.append(head, bar, foot);
     return node;
   }));
 }
 
-function row(cells) {
+// The first `left` cells hold words, the others numbers.
+function row(cells, left = 1) {
   const node = element("tr");
-  for (const cell of cells) node.append(element("td", "", cell));
+  cells.forEach((cell, i) => node.append(element("td", i < left ? "left" : "", cell)));
   return node;
 }
 
@@ -178,9 +180,7 @@ function showHops(hops) {
 
 function showSsd(ssd) {
   if (!ssd) return;
-  const since = new Date(ssd.since * 1000);
-  const midnight = ssd.since % 86400 === 0;
-  put(at("ssd-since"), midnight ? "since midnight UTC" : `since the start at ${since.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })}`);
+  put(at("ssd-since"), ssd.since % 86400 === 0 ? "since midnight UTC" : `since the start at ${clock(ssd.since)}`);
   const budget = ssd.budget_bytes_per_day;
   const node = element("div", "tier"), head = element("div", "head");
   head.append(
@@ -200,6 +200,7 @@ function showSsd(ssd) {
 
 function showLive(live) {
   const admin = live.sees === "all";
+  const named = live.requests.some((one) => one.tenant && one.tenant !== "other");
   const shown = live.requests.length;
   const notes = {
     all: live.count > shown ? `the oldest ${shown} of ${live.count} requests` : `${live.count} requests, oldest first`,
@@ -207,13 +208,13 @@ function showLive(live) {
     none: "only an admin key shows requests",
   };
   put(at("requests-note"), notes[live.sees]);
-  document.querySelector(".requests .admin").hidden = !admin;
+  document.querySelector(".requests .tenant").hidden = !named;
   at("requests").replaceChildren(...live.requests.map((one) => {
     const cached = Object.entries(one.cached_tokens_by_tier).filter(([, tokens]) => tokens);
     return row([
-      one.id || "–", ...(admin ? [one.tenant] : []), one.background ? `${one.phase}, background` : one.phase, seconds(one.age_s),
+      one.id || "–", ...(named ? [one.tenant] : []), one.background ? `${one.phase}, background` : one.phase, seconds(one.age_s),
       count(one.prompt_tokens), cached.map(([tier, tokens]) => `${tier} ${count(tokens)}`).join(", ") || "0", count(one.generated_tokens),
-    ]);
+    ], named ? 3 : 2);
   }));
   showWarnings(live.warnings);
   at("steer").hidden = !admin;
@@ -227,7 +228,7 @@ function showWarnings(warnings) {
   if (warnings && !warnings.length) at("warnings").replaceChildren(element("li", "empty", "Nothing since the start."));
   else at("warnings").replaceChildren(...(warnings || []).map((one) => {
     const item = element("li");
-    item.append(element("time", "", clock(one.time_s)), element("b", one.level, one.level), one.message);
+    item.append(element("time", "", clock(one.time_s, { second: "2-digit" })), element("b", one.level, one.level), one.message);
     if (one.count > 1) item.append(` (${one.count} times)`);
     return item;
   }));
