@@ -27,6 +27,7 @@ from tests.unit.api_fake import FakeEngine, a_report, client, make_app, make_ser
 from tests.unit.asgi_call import Call, settle
 
 MIB = 2**20
+EMPTY_SSD = ("ssd", 8, 8, 0, 0)
 BODY = {"prompt": "a secret prompt", "max_tokens": 50}
 
 
@@ -50,7 +51,7 @@ class Gauges:
     running: int = 0
     waiting: int = 0
     loading: int = 0
-    kv: KvReport = field(default_factory=lambda: a_report(("device", 8, 2, 4, 2), ("dram", 8, 8, 0, 0)))
+    kv: KvReport = field(default_factory=lambda: a_report(("device", 8, 2, 4, 2), ("dram", 8, 8, 0, 0), EMPTY_SSD))
     waiting_by_reason: dict[str, int] = field(default_factory=lambda: {"capacity": 0})
     preemptions: dict[str, int] = field(default_factory=lambda: {"spill": 0, "recompute": 0})
 
@@ -135,11 +136,11 @@ def test_seconds_saved_are_net_of_what_loads_cost():
     """By tier: computing that hits made unnecessary, less the waiting for them."""
     watched = Watched()
     kv = watched.gauges.kv
-    lives = [TierLife(avoided_s=0.0), TierLife(avoided_s=0.0)]
+    lives = [TierLife(), TierLife(), TierLife()]
     watched.gauges.kv = replace(kv, tiers=[replace(t, life=life) for t, life in zip(kv.tiers, lives, strict=True)])
     watched.after(10)
     lives[1].avoided_s, lives[1].held_up_s = 3.0, 1.0
-    device, dram = watched.after()["tiers"]
+    device, dram, _ = watched.after()["tiers"]
     assert (dram["saved_last_minute_s"], dram["cost_last_minute_s"], dram["net_saved_per_s"]) == (3.0, 1.0, 0.2)
     assert device["net_saved_per_s"] == 0.0
     lives[1].held_up_s = 4.0
@@ -174,13 +175,16 @@ def test_what_serves_well_is_said_so():
     assert [v["level"] for v in (serving, tiering, trouble)] == ["good", "good", "good"]
     assert "targets met" in serving["why"][0]
     assert serving["why"][1].startswith("3 running, 0 waiting")
-    assert "50\N{NO-BREAK SPACE}% of prompt tokens came from the cache" in tiering["why"][1]
+    assert "50 % of prompt tokens came from the cache" in tiering["why"][1]
 
 
 @pytest.mark.parametrize(
     ("what", "place", "level", "words"),
     [
-        ("late", 0, "watch", "The first token takes 998 ms (p99), the target is 250 ms."),
+        ("late", 0, "bad", "The first token takes 998 ms (p99), the target is 250 ms."),
+        ("late", 0, "bad", "The first token takes 875 ms (the median), the target is 250 ms."),
+        ("late now and then", 0, "watch", "The first token takes 950 ms (p99), the target is 250 ms."),
+        ("unwritten", 2, "watch", "3 blocks of the last minute were not written to SSD: beyond the write budget."),
         ("refused", 0, "watch", "1 requests were turned away in the last minute (queue_full 1)."),
         ("draining", 0, "watch", "It takes no new requests."),
         ("failed", 0, "bad", "It takes no new requests."),
@@ -189,7 +193,7 @@ def test_what_serves_well_is_said_so():
         ("late", 1, "idle", "No prompt of the last minute was known already."),
         ("off", 2, "bad", "dram is switched off: it failed or stalled. It is tried again by itself."),
         ("error", 2, "bad", "1 requests ended with an error in the last minute."),
-        ("stalled", 2, "watch", "Work stood still for 50\N{NO-BREAK SPACE}% of the last minute (kv_restore)."),
+        ("stalled", 2, "watch", "Work stood still for 50 % of the last minute (kv_restore)."),
         ("failed", 2, "bad", "The engine has failed; only a restart helps."),
         ("fault", 2, "watch", "2 moves failed or blocks did not verify in the last 15 minutes; "
          "all were computed anew."),
@@ -202,12 +206,17 @@ def test_what_is_wrong_is_named(what: str, place: int, level: str, words: str):
     kv = watched.gauges.kv
     if what == "late":
         watched.serve(ttft_s=0.8)
+    elif what == "late now and then":
+        for ttft_s in (*[0.01] * 19, 0.8):
+            watched.serve(ttft_s)
+    elif what == "unwritten":
+        watched.gauges.kv = replace(kv, admissions={tier: {"reject_wear": 3} for tier in ("dram", "ssd")})
     elif what == "refused":
         watched.metrics.rejected("queue_full")
     elif what in ("draining", "failed"):
         watched.gauges.state = what
     elif what == "off":
-        watched.gauges.kv = replace(kv, tiers=[kv.tiers[0], replace(kv.tiers[1], up=False)])
+        watched.gauges.kv = replace(kv, tiers=[kv.tiers[0], replace(kv.tiers[1], up=False), kv.tiers[2]])
     elif what == "error":
         watched.metrics.finished(Ending("error", 1.0, {}, None, 1, 1))
     elif what == "stalled":

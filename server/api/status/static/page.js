@@ -119,6 +119,9 @@ function showHead(status) {
   document.title = `${worst ? `${SIGNS[worst]} ` : ""}${status.model} · Terrace`;
 }
 
+// A number stays on one line with its unit.
+const unbroken = (text) => text.replace(/(\d) (%|[a-zA-Z]{1,3}\b)/g, "$1\u00a0$2");
+
 function showVerdicts(verdicts) {
   const place = at("verdicts");
   verdicts.forEach((verdict, i) => {
@@ -132,7 +135,7 @@ function showVerdicts(verdicts) {
     sign.setAttribute("aria-hidden", "true");
     answer.append(sign, verdict.answer);
     const why = element("ul");
-    for (const line of verdict.why) why.append(element("li", "", line));
+    for (const line of verdict.why) why.append(element("li", "", unbroken(line)));
     card.append(answer, why);
     if (place.children[i]) place.replaceChild(card, place.children[i]);
     else place.append(card);
