@@ -70,7 +70,9 @@ class Status:
         """Sample until cancelled; then nobody watches any more."""
         try:
             while True:
-                await asyncio.sleep(INTERVAL_S - self._wall_clock() % INTERVAL_S)
+                left_s = INTERVAL_S - self._wall_clock() % INTERVAL_S
+                # On the full second, which makes for even steps; a timer that fired too early must not make two of one.
+                await asyncio.sleep(left_s if left_s > INTERVAL_S / 2 else left_s + INTERVAL_S)
                 self.sample()
         except Exception:
             log.exception("the live page stands still until the next start")
