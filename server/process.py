@@ -20,6 +20,7 @@ from server.api.app import create_app
 from server.api.connections import Doors, may_connect
 from server.api.inprocess import InProcess
 from server.api.service import Service
+from server.api.status.warnings import LOGGER, WarningLog
 from server.batches.runner import Runner
 from server.build import Daemon, build, service_of
 from server.config import Config
@@ -38,7 +39,7 @@ in every one of them, and a full collection over a large cache takes longer than
 async def serve(config: Config, disk: OsIo | None = None) -> int:
     """Run the daemon until SIGTERM or SIGINT; the exit code: 0 after a clean drain, 1 when the engine failed. `disk` as
     in `build`."""
-    configure_logging(config)
+    warnings = configure_logging(config)
     sys.setswitchinterval(config.server.switch_interval_s)
     listener = _bind(config)
     reload = asyncio.Event()
@@ -48,10 +49,11 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    service = service_of(daemon)
+    service = service_of(daemon, warnings)
     http = uvicorn.Server(http_config(create_app(service), config))
     engine = asyncio.create_task(daemon.engine.run())
     lag = asyncio.create_task(_probe_lag(daemon.metrics))
+    status = asyncio.create_task(service.status.run())
     batches = asyncio.create_task(run_batches(service))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -66,6 +68,7 @@ async def serve(config: Config, disk: OsIo | None = None) -> int:
     await asyncio.gather(batches, return_exceptions=True)
     log.info("stopping: no new requests, running ones get %g s", config.server.shutdown_timeout_s)
     await daemon.engine.drain(config.server.shutdown_timeout_s)
+    status.cancel()  # who watches saw the drain, and would keep the server open
     http.should_exit = True
     await serving
     for task in (lag, stopping, reloading):
@@ -123,7 +126,8 @@ def _announce(daemon: Daemon, listener: socket.socket) -> None:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("%s", daemon.summary)
     log.info("%s", daemon.dialect.summary)
-    log.info("ready at %s (API: %s/v1, metrics: %s/metrics)", url, url, url)
+    page = f", live page: {url}/ui" if daemon.config.server.ui else ""
+    log.info("ready at %s (API: %s/v1, metrics: %s/metrics%s)", url, url, url, page)
     body = json.dumps({"model": daemon.model_name, "prompt": "Once upon a time", "max_tokens": 16})
     if daemon.model_name == "demo":
         body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": _demo_question()}]})
@@ -156,11 +160,14 @@ class _JsonLines(logging.Formatter):
         return json.dumps(entry)
 
 
-def configure_logging(config: Config) -> None:
-    """Events to stderr: readable lines on a terminal, JSON lines elsewhere."""
+def configure_logging(config: Config) -> WarningLog:
+    """Events to stderr: readable lines on a terminal, JSON lines elsewhere. What keeps the last warnings of our own."""
     json_lines = config.server.log_format == "json" or (config.server.log_format == "auto" and not sys.stderr.isatty())
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines() if json_lines else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=config.server.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "uvicorn.error", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings = WarningLog()
+    logging.getLogger(LOGGER).addHandler(warnings)
+    return warnings

@@ -25,7 +25,7 @@ LAYERS = [
     {"runner", "engine", "text", "batches"},
     {"sim"},
     {"api"},
-    {"build", "cachectl"},
+    {"build", "cachectl", "top"},
     {"process"},
     {"demo"},
     {"cli"},

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from server.api import schema
 from server.api.batch_schema import BatchLine
@@ -113,7 +114,7 @@ class InProcess:
         idle = {name: value for name, value in _BACKGROUND.items() if name in type(body).model_fields}
         body = body.model_copy(update=idle)
         plan = await endpoint.plan(service, self._encoder, body, tenant)
-        generation = Generation(service, plan)
+        generation = Generation(service, plan, uuid4().hex)
         try:
             way = endpoint.ways(service, body, generation)
             whole = await way.answer(await collect(generation))
