@@ -19,7 +19,7 @@ DEV     := $(VENV)/.installed-dev
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench claims sim fuzz clients install install-dev clean
+.PHONY: help serve test lint format bench claims observe sim fuzz clients install install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ bench: $(DEV) ## speed of scheduler, model and server; fails when a stated goal 
 claims: $(DEV) ## what the README claims of tiers, over HTTP; fails when a goal is missed
 	$(BIN)/terrace bench suite $(ARGS)
 
+observe: $(DEV) ## every query of the boards and every rule against a daemon under load, with Debian's Prometheus
+	$(BIN)/python -m deploy.observe $(ARGS)
+
 sim: $(DEV) ## nightly form: SEEDS of the simulation with faults, and long runs of the property machines
 	$(BIN)/python -m server.sim --seeds $(SEEDS)
 	$(BIN)/python -m pytest -m nightly --ignore=tests/e2e $(ARGS)
@@ -60,7 +63,7 @@ clients: $(DEV) ## clients that others wrote, each in an environment of its own 
 	$(BIN)/python -m tests.clients $(ARGS)
 
 clean: ## remove $(VENV) and caches
-	rm -rf $(VENV) .clients build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .clients .prometheus build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -154,7 +154,7 @@ def _imports(top: str) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 names.add(node.module.split(".")[0])
-    return names - {"server", "loadgen", "tests", "__future__"}
+    return names - {"server", "loadgen", "deploy", "tests", "__future__"}
 
 
 def _module(requirement: str) -> str:
@@ -181,11 +181,12 @@ def test_dependencies_are_used_and_declared():
 
 
 def test_tests_import_only_what_is_declared():
-    """The test suite needs nothing beyond the core and the `dev` extra."""
+    """The test suite, and what makes the boards, need nothing beyond the core and the `dev` extra."""
     extra = project()["optional-dependencies"]
     declared = {_module(requirement) for requirement in [*project()["dependencies"], *extra["dev"], *extra["cuda"]]}
     others = _imports("tests/clients/")  # each of those runs in an environment of its own
-    imported = {name for name in _imports("tests/") - others if name not in sys.stdlib_module_names}
+    used = _imports("tests/") - others | _imports("deploy/")
+    imported = {name for name in used if name not in sys.stdlib_module_names}
     assert {name.replace("yaml", "pyyaml") for name in imported} - declared - {"starlette"} == set()
 
 
