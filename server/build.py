@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import platform
 import secrets
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from math import inf
 from pathlib import Path
@@ -38,9 +41,10 @@ from server.kvcache.mover import Mover
 from server.kvcache.step_cost import StepWork
 from server.kvcache.tiers.base import Tier
 from server.kvcache.tiers.device import DeviceTier
+from server.kvcache.tiers.drive import drive_written_bytes
 from server.kvcache.tiers.files import OsIo
 from server.kvcache.tiers.ssd import SsdTier
-from server.metrics import Metrics
+from server.metrics import Facts, Metrics
 from server.models.base import Model
 from server.models.fingerprint import fingerprint, random_digest, weights_digest
 from server.models.weights import checkpoint_files, load_config, load_model, resolve_folder
@@ -104,15 +108,20 @@ class Daemon:
         """Take over what the SSD tier still holds, and measure what a step costs."""
         gc.disable()  # a million fresh objects, none of them garbage
         try:
-            for tier in self.tiers.values():
-                found = await tier.open()
-                if found.frames:
-                    self.engine.kv.recover(found)
-                    log.info("%d blocks of the %s tier are warm", len(found.frames), tier.name)
+            with _timed(self.metrics.startup_s, "index_recovery"):
+                await self._recover()
         finally:
             gc.enable()
         if len(self.tiers) > 0:
-            await _calibrate(self)
+            with _timed(self.metrics.startup_s, "warmup"):
+                await _calibrate(self)
+
+    async def _recover(self) -> None:
+        for tier in self.tiers.values():
+            found = await tier.open()
+            if found.frames:
+                self.engine.kv.recover(found)
+                log.info("%d blocks of the %s tier are warm", len(found.frames), tier.name)
 
     def admit(self, named: Sequence[Tenant]) -> None:
         """These are the tenants from now on. Raises ConfigError, and nothing is changed, where that cannot be."""
@@ -169,23 +178,23 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
     folder = DEMO_MODEL if config.model.model == "demo" else resolve_folder(config.model.model, config.model.revision)
     tokenizer = Tokenizer.load(folder, _chat_template(config))
     dialect = dialect_of(tokenizer, config.model.tool_call_parser, config.model.reasoning_parser)
-    model = _load(config, folder)
+    startup_s: dict[str, float] = {}
+    with _timed(startup_s, "weights"):
+        model, weights = _load(config, folder), _weights(config, folder)
     layout = _layout(config, model)
     kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
     frames = int(config.kv.device_gib * 2**30) // layout.block_bytes
     max_model_len = _max_model_len(config, model, layout, frames)
-    arena = allocate_arena(frames, layout, kv_dtype, config.model.device)
+    with _timed(startup_s, "kv_alloc"):
+        arena = allocate_arena(frames, layout, kv_dtype, config.model.device)
     backend = config.model.attention if config.model.attention != "auto" else "cpu"
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
     name = config.model.served_model_name or _default_name(config, folder)
-    metrics = Metrics(name, version(), max_model_len=max_model_len)
-    identity = fingerprint(
-        _weights(config, folder), load_config(folder).to_dict(), layout, dtypes=(str(model.dtype), str(kv_dtype))
-    )
-    tiers, specs = _lower_tiers(config, layout, arena, identity, disk)
-    ssd = tiers.get(SSD)
-    if isinstance(ssd, SsdTier):
-        metrics.bind_ssd(ssd.stats, lambda: ssd.disk_bytes)
+    metrics = Metrics(name, _facts(config, model, kv_dtype, max_model_len))
+    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=(str(model.dtype), str(kv_dtype)))
+    with _timed(startup_s, "host_alloc"):
+        tiers, specs = _lower_tiers(config, layout, arena, identity, metrics, disk)
+    metrics.startup_s.update(startup_s)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
     recorder = _recorder(config)
     if recorder is not None:
@@ -208,7 +217,7 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         recorder=recorder,
     )
     summary = (
-        f"model {name}: {model.geometry.layers} layers, {str(model.dtype).removeprefix('torch.')}, context "
+        f"model {name}: {model.geometry.layers} layers, {_name_of(model.dtype)}, context "
         f"{max_model_len} tokens; device tier {frames} blocks of {layout.block_tokens} tokens "
         f"({frames * layout.block_tokens} tokens, {layout.token_bytes} B each, {config.kv.device_gib:g} GiB); "
         f"attention {backend}"
@@ -255,6 +264,34 @@ def version() -> str:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long a part of the start takes."""
+    started_s = time.monotonic()
+    yield
+    phases[name] = time.monotonic() - started_s
+
+
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _facts(config: Config, model: Model, kv_dtype: Any, max_model_len: int) -> Facts:
+    weights = model.parameters().values()
+    return Facts(
+        version=version(),
+        python=platform.python_version(),
+        torch=metadata.version("torch"),
+        dtype=_name_of(model.dtype),
+        kv_dtype=_name_of(kv_dtype),
+        parameters=sum(weight.numel() for weight in weights),
+        max_model_len=max_model_len,
+        weights_bytes=sum(weight.numel() * weight.itemsize for weight in weights),
+        targets=_targets(config),
+        write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
+    )
 
 
 def _load(config: Config, folder: Path) -> Model:
@@ -361,7 +398,7 @@ def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity
 
 
 def _lower_tiers(
-    config: Config, layout: BlockLayout, arena: Any, identity: bytes, disk: OsIo | None
+    config: Config, layout: BlockLayout, arena: Any, identity: bytes, metrics: Metrics, disk: OsIo | None
 ) -> tuple[dict[TierName, Tier], list[TierSpec]]:
     """What moves blocks between the device and the tiers below, and those tiers as the KV manager sees them."""
     knobs = config.kv
@@ -376,11 +413,13 @@ def _lower_tiers(
         )
     host = HostArena(frames, layout.block_bytes)
     host.prefault()
+    metrics.bind_host(host)
     tiers: dict[TierName, Tier] = {DEVICE: DeviceTier(arena, host)}
     specs = [TierSpec(DRAM, frames, knobs.dram_eviction, in_flight)]
     if knobs.ssd_path is not None:
         ssd = _ssd(config, host, identity, knobs.ssd_path, disk)
         tiers[SSD] = ssd
+        metrics.bind_ssd(ssd.stats, lambda: ssd.disk_bytes, partial(drive_written_bytes, ssd.directory))
         specs.append(TierSpec(SSD, ssd.capacity_blocks, knobs.ssd_eviction, in_flight))
     return tiers, specs
 

@@ -11,9 +11,10 @@ import asyncio
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, Self
 
 from server.errors import InvalidRequest, NotReady, Overloaded, StepFailed
@@ -23,7 +24,7 @@ from server.kvcache.manager import KVManager
 from server.kvcache.mover import Mover
 from server.kvcache.report import explain, kv_report
 from server.kvcache.step_cost import StepWork
-from server.metrics import Metrics
+from server.metrics import Ending, Metrics
 from server.recorder import Ended, Recorder
 from server.scheduler.request import Request, request_from
 from server.scheduler.scheduler import Scheduler
@@ -70,13 +71,16 @@ class GenerateSpec:
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """Gauges at one moment. `loading` of the running requests wait for blocks from a tier below."""
+    """One moment. `loading` of the running requests can do nothing but wait for blocks from a tier below.
+    `preemptions` since the start, by what became of what was computed: `spill` (it is below), `recompute`."""
 
     state: State
     running: int
     waiting: int
     loading: int
     kv: KvReport
+    waiting_by_reason: Mapping[str, int]
+    preemptions: Mapping[str, int]
 
 
 class Stream:
@@ -276,13 +280,15 @@ class Engine:
         return gone
 
     def snapshot(self) -> EngineSnapshot:
-        running = self.scheduler.running
+        scheduler = self.scheduler
         return EngineSnapshot(
             state=self.state,
-            running=len(running),
-            waiting=len(self.scheduler.waiting),
-            loading=sum(request.lease is not None and request.lease.loading for request in running),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            loading=sum(request.held_since_s is not None for request in scheduler.running),
             kv=kv_report(self.kv),
+            waiting_by_reason=scheduler.waiting_by_reason(),
+            preemptions={"spill": scheduler.spilled, "recompute": scheduler.preemptions - scheduler.spilled},
         )
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -295,17 +301,15 @@ class Engine:
             while not self._drained():
                 if self._failure is not None:
                     raise self._failure
-                now = self._clock()
-                preemptions = self.scheduler.preemptions
-                plan = self.scheduler.plan(now)
-                for _ in range(self.scheduler.preemptions - preemptions):
-                    self._metrics.preempted()
+                plan = self.scheduler.plan(self._clock())
                 self._prefilling = plan is not None and any(len(row.tokens) > 1 for row in plan.rows)
                 self._move()  # after the plan, which sends for blocks and may wait for them
-                if plan is None:
+                if plan is not None:
+                    await self._step(plan)
+                elif self.scheduler.idle:
                     await self._rest()
                 else:
-                    await self._step(plan)
+                    await self._stall()
             if self.kv.frames_total <= IDLE_AUDIT_FRAMES:
                 audit.check(self.kv)
             self.state = "stopped"
@@ -355,6 +359,14 @@ class Engine:
             audit.check(self.kv)
             self._audited = True
         self._wake.clear()
+
+    async def _stall(self) -> None:
+        """There is work, and none of it can run now: it waits for blocks, or for frames to put them in."""
+        cause = "kv_restore" if any(request.held_since_s is not None for request in self.scheduler.running) else None
+        cause = self.kv.starved_for() or cause or "no_free_blocks"
+        since_s = self._clock()
+        await self._rest()
+        self._metrics.stalled(cause, self._clock() - since_s)
 
     def _move(self) -> None:
         """Start the transfers that may start now."""
@@ -419,48 +431,91 @@ class Engine:
 
     def _deliver(self, events: Sequence[TokenEvent], now: float) -> None:
         gaps: dict[float, int] = {}
+        tokens = 0
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is None:
                 continue
-            if event.token is not None:
-                if stream.last_token_s is None:
-                    self._metrics.first_token(now - stream.request.arrival_s, _deepest(stream.request))
-                else:
-                    gaps[stream.last_token_s] = gaps.get(stream.last_token_s, 0) + 1
+            if stream.last_token_s is None:
+                self._count_first(stream, event, now)
+            elif event.token is not None:
+                gaps[stream.last_token_s] = gaps.get(stream.last_token_s, 0) + 1
                 stream.last_token_s = now
+            tokens += event.token is not None
             if event.finish is not None:
                 del self._streams[event.request_id]
                 self._count_finished(stream.request, event.finish, now)
             stream.deliver(event)
         for last_s, count in gaps.items():
             self._metrics.inter_token(now - last_s, count)
+        self._metrics.generated(tokens)
 
     def _end_all(self, reason: FinishReason, message: str) -> None:
         now = self._clock()
         for stream in list(self._streams.values()):
             stream.deliver(TokenEvent(stream.request_id, None, finish=reason, error=message))
             del self._streams[stream.request_id]
-            self._count_finished(stream.request, reason, now)
+            self._count_finished(stream.request, reason, now, failed=True)
             if self.state != "failed":
                 self.scheduler.abort(stream.request_id, now)
 
-    def _count_finished(self, request: Request, reason: FinishReason, now: float) -> None:
+    def _count_first(self, stream: Stream, event: TokenEvent, now: float) -> None:
+        """The first event of a request: its prompt is done, unless its step failed."""
+        request, size = stream.request, self.kv.layout.block_tokens
+        if request.first_token_s is None:
+            return
+        stream.last_token_s = now
+        if event.token is not None:
+            self._metrics.first_token(now - request.arrival_s, _deepest(request))
+        looks_up = self._prefix_caching and request.looks_up
+        self._metrics.prompt_done(
+            request.prompt_tokens,
+            request.prompt_tokens if looks_up else 0,
+            {tier: blocks * size for tier, blocks in request.served.items()},
+            {reason: blocks * size for reason, blocks in request.missed.items()},
+        )
+
+    def _count_finished(self, request: Request, reason: FinishReason, now: float, *, failed: bool = False) -> None:
+        """`failed`: it is our doing that it ended."""
         admitted_s = now if request.admitted_s is None else request.admitted_s
         first_s = now if request.first_token_s is None else request.first_token_s
+        held_s = min(request.held_s, first_s - admitted_s)
+        phases_s = {
+            "queue": admitted_s - request.arrival_s,
+            "kv_restore": held_s,
+            "prefill": first_s - admitted_s - held_s,
+            "decode": now - first_s,
+        }
+        tpot_s = None
+        if request.generated > 1 and request.last_token_s is not None:
+            tpot_s = (request.last_token_s - first_s) / (request.generated - 1)
+        failed = failed or reason is FinishReason.ERROR
         self._metrics.finished(
-            reason.value,
-            e2e_s=now - request.arrival_s,
-            queue_s=admitted_s - request.arrival_s,
-            prefill_s=first_s - admitted_s,
-            decode_s=now - first_s,
-            prompt_tokens=request.prompt_tokens,
-            generated_tokens=request.generated,
-            served_tokens={tier: blocks * self.kv.layout.block_tokens for tier, blocks in request.served.items()},
+            Ending(
+                reason.value,
+                now - request.arrival_s,
+                phases_s,
+                tpot_s,
+                request.prompt_tokens,
+                request.generated,
+                _met(request.service, failed, first_s - request.arrival_s, tpot_s),
+            )
         )
         if self._recorder is not None:
             prompt = request.tokens[: request.prompt_tokens]
             self._recorder.record(Ended(request.arrival_s, request.root, prompt, request.generated, request.service))
+
+
+def _met(service: ServiceClass, failed: bool, ttft_s: float, tpot_s: float | None) -> dict[str, bool]:
+    """By target that an online request has: was it met? Who left before a first token was late has seen no target
+    missed."""
+    targets = service.targets
+    met: dict[str, bool] = {}
+    if not service.background and targets.ttft_s < inf:
+        met["ttft"] = not failed and ttft_s <= targets.ttft_s
+    if not service.background and targets.tpot_s < inf:
+        met["tpot"] = not failed and (tpot_s is None or tpot_s <= targets.tpot_s)
+    return met
 
 
 def _deepest(request: Request) -> str:

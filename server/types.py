@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from server.histogram import AGE_S, MOVE_S, Histogram
+
 BlockHash = bytes
 """32 bytes: keyed hash over (parent hash, token ids); the chain's root is the fingerprint and the cache salt."""
 FrameId = int
@@ -399,6 +401,26 @@ class Note:
     until_s: float = 0.0
 
 
+@dataclass(slots=True)
+class TierLife:
+    """How blocks fare in one tier, since the start: the very numbers that are counted with. Some are of one block in
+    eight, see `kvcache/lives.py`."""
+
+    eviction_age_s: Histogram = field(default_factory=lambda: Histogram(AGE_S))
+    """Last use to eviction for want of room."""
+    lifetime_s: Histogram = field(default_factory=lambda: Histogram(AGE_S))
+    reuse_gap_s: Histogram = field(default_factory=lambda: Histogram(AGE_S))
+    evict_to_reuse_s: Histogram = field(default_factory=lambda: Histogram(AGE_S))
+    ghost_hit_blocks: int = 0
+    """Asked for, and would have been here if the tier had twice the size: an estimate."""
+    restore_s: Histogram = field(default_factory=lambda: Histogram(MOVE_S))
+    """From admission to having all on the device, of requests for which this was the slowest tier."""
+    avoided_s: float = 0.0
+    """What hits of this tier would have cost to compute, as steps were measured."""
+    held_up_s: float = 0.0
+    """How long requests waited for loads from this tier and did nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class TierReport:
     """One tier at one moment, counters since the start. Blocks: `referenced` are held, `cached` could be evicted."""
@@ -415,6 +437,7 @@ class TierReport:
     declined: Mapping[str, int]
     """Blocks that were here and were computed all the same: `slower_than_recompute`, `disabled`."""
     breaker_opened: int
+    life: TierLife = field(default_factory=TierLife)
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +453,8 @@ class HopReport:
     block_s: float
     """Measured seconds per block while busy."""
     failed: Mapping[str, int]
+    duration_s: Histogram = field(default_factory=lambda: Histogram(MOVE_S))
+    """Start to landing of a block; the very one that is counted with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,12 +465,14 @@ class KvReport:
     block_tokens: int
     tiers: Sequence[TierReport]
     hops: Sequence[HopReport]
-    admissions: Mapping[str, int]
-    """Of blocks to the lowest tier: `admit`, `reject_cold`, `reject_wear`, `no_room`."""
+    admissions: Mapping[TierName, Mapping[str, int]]
+    """Of blocks on their way down to a tier: `admit`, `reject_cold`, `reject_wear`, `no_room`."""
     recovered_blocks: int
     pinned_blocks: int
     owned: Mapping[str, Mapping[TierName, int]] = field(default_factory=dict)
     """Blocks by tenant and tier, of tenants that were named."""
+    prefetched: Mapping[str, int] = field(default_factory=dict)
+    """Blocks that were fetched before a request needed them: `useful`, `late`, `wasted`, `cancelled`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from server.api.errors import error_response
 from server.api.tenancy import Tenants
 from server.errors import TerraceError, Unauthorized
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics", "/metrics/vllm", "/version", "/openapi.json"})
 ADMIN_PREFIX = "/v1/cache"
 TENANT = "tenant"
 """Key in the request's state: the id of the tenant, which separates its cached prefixes from those of others."""

@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 
 from server.types import ORDINARY, BlockHash, FrameId, Retention, TierName
+
+LATE_ALREADY = -1.0
+"""As a lease's `late_s`: a promise was not kept, and was counted."""
 
 
 class BlockTable:
@@ -84,8 +88,12 @@ class Lease:
     those that are to come, `tail` the frames of those that came and wait until the table reaches them (loading goes
     from the back while computing goes from the front). A position in neither has to be computed. `served` counts the
     blocks of the table that came from the cache, by the tier they were found in. `waits_since_s`, `late_s`: since when
-    and until when to wait for the next one to leave `waits_level`. `retention` says what becomes of what this request
-    computes, and `owner` whose it is.
+    and until when to wait for the next one to leave `waits_level`; it came from `waits_for`. `retention` says what
+    becomes of what this request computes, and `owner` whose it is.
+
+    For the accounts: `since_s` is when it was made, `landed_s` when the last block came that it waited for; `missed`
+    counts blocks that are somewhere and are computed all the same, by reason; `gained` are the runs of the table that
+    came from the cache and were not accounted for yet, each a tier, a position and a length.
     """
 
     hashes: Sequence[BlockHash] = ()
@@ -96,12 +104,60 @@ class Lease:
     served: Counter[TierName] = field(default_factory=Counter)
     waits_since_s: float = 0.0
     waits_level: int = 0
+    waits_for: TierName = ""
     late_s: float | None = None
     retention: Retention = ORDINARY
     owner: int = 0
     released: bool = False
+    since_s: float = 0.0
+    landed_s: float = 0.0
+    missed: dict[str, int] = field(default_factory=dict)
+    gained: list[tuple[TierName, int, int]] = field(default_factory=list)
 
     @property
     def loading(self) -> bool:
         """The matched prefix is not all in the table yet."""
         return len(self.hashes) > len(self.table)
+
+    def found(self, origins: Sequence[TierName], position: int) -> None:
+        """The blocks of the table from `position` on came from the cache, from these tiers."""
+        for tier, group in groupby(origins):
+            count = len(list(group))
+            self.gain(tier, position, count)
+            position += count
+
+    def gain(self, tier: TierName, position: int, count: int) -> None:
+        """The same of `count` blocks from one tier."""
+        self.served[tier] += count
+        self.gained.append((tier, position, count))
+
+    def miss(self, position: int) -> None:
+        """The block at this position of `hashes` is computed after all."""
+        reason = "split"
+        if position in self.loads:
+            reason = "late" if self.late_s == LATE_ALREADY else "split"
+        elif position not in self.tail:
+            reason = "failed"
+        self.missed[reason] = self.missed.get(reason, 0) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """A request that ended, as far as it tells when its blocks will be used again. `prompt_tokens` None: all blocks."""
+
+    prompt_tokens: int | None = None
+    answered_tokens: int = 0
+    background: bool = False
+
+
+OVER = Over()
+
+
+@dataclass(frozen=True, slots=True)
+class UsedChain:
+    """Blocks of a request that ended, how often each was found up to now, and of what kind each is."""
+
+    values: list[BlockHash]
+    hits: list[int]
+    kinds: list[int]
+    transient: bool

@@ -21,6 +21,7 @@ from itertools import chain, islice
 import numpy as np
 
 from server.kvcache.eviction import make_policy
+from server.kvcache.lives import Lives
 from server.kvcache.pool import FramePool
 from server.kvcache.reuse import ReuseModel, class_of
 from server.kvcache.shares import NOBODY, RANKED, Shares
@@ -63,6 +64,7 @@ class TierBooks:
         """1: this block was asked not to outlive the process."""
         self.origin: dict[FrameId, TierName] = {}
         """Where blocks that were fetched early came from, until somebody uses them."""
+        self.lives = Lives(frames)
         self.kept: set[BlockHash] = set()
         self.exit_density = 0.0
         """Hit density of what was evicted for want of room: a decayed mean."""
@@ -130,6 +132,7 @@ class TierBooks:
         self.depth[frame] = self.reach[frame] = depth
         self.hits[frame], self.ready[frame] = hits, ready
         self.kind[frame], self.used_s[frame] = 0, self.reuse.now_s
+        self.lives.came(value, self.reuse.now_s)
         if self.shares is not None:
             self.shares.filed(frame, owner)
         above = self.find.get(parent) if parent is not None else None
@@ -155,7 +158,9 @@ class TierBooks:
             class_ = class_of(self.hits[frame], self.kind[frame])
             density = self.reuse.class_density(class_, self.used_s[frame])
             self.exit_density += EXIT_WEIGHT * (density - self.exit_density)
+            self.lives.evicted(value, self.used_s[frame], self.reuse.now_s)
         else:
+            self.lives.gone(value)
             self._orphan_children(frame)
             self.pins[frame] = self.kids[frame] = 0
         if above != NOWHERE:
@@ -171,6 +176,7 @@ class TierBooks:
         self.pending[frame] = 0
         self.kept.discard(value)
         self.origin.pop(frame, None)
+        self.lives.unused(frame)
         self.above[frame] = NOWHERE
         if self.shares is not None:
             self.shares.dropped(frame)
@@ -195,6 +201,12 @@ class TierBooks:
 
     def origin_of(self, frame: FrameId) -> TierName:
         """Where the block of `frame`, which is used now, was found: here, unless it was fetched early."""
+        self.lives.used(frame)
+        return self.origin.pop(frame, self.name)
+
+    def origin_moved(self, frame: FrameId) -> TierName:
+        """The same of a block that moves on although nobody uses it yet."""
+        self.lives.moved(frame)
         return self.origin.pop(frame, self.name)
 
     # --- holding -----------------------------------------------------------------------------------------------------

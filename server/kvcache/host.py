@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import threading
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -54,6 +56,9 @@ class HostArena:
         self._bytes = memoryview(self._pages)
         self.address: int = np.frombuffer(self._pages, np.uint8).ctypes.data
         self._labels: list[tuple[BlockHash, bytes] | None] = [None] * frames
+        self.corrupt: Counter[str] = Counter()
+        """Blocks that did not leave for the device: `label` (the frame held something else), `payload`."""
+        self._counting = threading.Lock()
         self._memmove = _held_memmove() if block_bytes <= HELD_BYTES else ctypes.memmove
 
     def prefault(self) -> None:
@@ -107,10 +112,15 @@ class HostArena:
         holds something else or its bytes have changed since they arrived."""
         digest = self.digest_of(frame, hash)
         if digest is None:
-            return TierFault("corrupt", f"host frame {frame} does not hold the block that was asked for")
+            return self._refused("label", f"host frame {frame} does not hold the block that was asked for")
         if self._copy(frame, target, self.frame_address(frame)) != digest:
-            return TierFault("corrupt", f"host frame {frame} changed since it was filled")
+            return self._refused("payload", f"host frame {frame} changed since it was filled")
         return None
+
+    def _refused(self, kind: str, detail: str) -> TierFault:
+        with self._counting:
+            self.corrupt[kind] += 1
+        return TierFault("corrupt", detail)
 
     def _copy(self, frame: FrameId, target: int, source: int) -> bytes:
         """Copy one block, of which `frame` is one end; the checksum of what is in `frame` then. Piece by piece: the sum

@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from server.kvcache.accounts import Accounts
 from server.kvcache.admission import Admission
-from server.kvcache.block import Lease
+from server.kvcache.block import LATE_ALREADY, OVER, Lease, Over, UsedChain
 from server.kvcache.books import NOWHERE, TierBooks
 from server.kvcache.hashing import chain_root
 from server.kvcache.planner import Planner, WriteBudget
@@ -37,31 +38,8 @@ SPILL_PACE_S = 0.4
 them. Under a load of short device hits, 0.1 s cost 4 % of TTFT, 0.4 s nothing."""
 SPILL_GRACE_S = 0.2
 """Those that are due wait at most this long while a prompt is being computed: somebody waits for its first token."""
-LATE_ALREADY = -1.0
 ALL = 1 << 40
 """More blocks than any request has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Over:
-    """A request that ended, as far as it tells when its blocks will be used again. `prompt_tokens` None: all blocks."""
-
-    prompt_tokens: int | None = None
-    answered_tokens: int = 0
-    background: bool = False
-
-
-OVER = Over()
-
-
-@dataclass(frozen=True, slots=True)
-class _UsedChain:
-    """Blocks of a request that ended, how often each was found up to now, and of what kind each is."""
-
-    values: list[BlockHash]
-    hits: list[int]
-    kinds: list[int]
-    transient: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +92,7 @@ class KVManager:
             spill_pace_s,
             self.owners,
         )
+        self.accounts = Accounts(self.levels, self.planner.step, layout.block_tokens)
         self.leases: set[Lease] = set()
         self.wake_s = float("inf")
         """When somebody must look again although nothing happened: a load is late by then."""
@@ -122,7 +101,7 @@ class KVManager:
         )
         self.pin_blocks_max = int(pin_ratio * self.levels[-1].pool.capacity)
         self.recovered_blocks = 0
-        self._used_chains: list[_UsedChain] = []
+        self._used_chains: list[UsedChain] = []
         self._wall_offset_s = wall_offset_s
         self._fingerprint = fingerprint
         self._expiries: list[tuple[float, BlockHash]] = []
@@ -143,6 +122,11 @@ class KVManager:
     def moving(self) -> bool:
         """Blocks are in flight or about to be: what has no room now may have room when they landed."""
         return self.traffic.moving
+
+    def starved_for(self) -> str | None:
+        """What keeps a load from starting that somebody waits for, if that is a frame."""
+        lacking = next((k for k, hop in enumerate(self.traffic.hops) if hop.starved), None)
+        return None if lacking is None else "host_pool_full" if lacking else "no_free_blocks"
 
     def knows(self, value: BlockHash) -> bool:
         """Is this block anywhere?"""
@@ -176,7 +160,7 @@ class KVManager:
         self.reuse.now_s = now
         device = self.device
         # A tenant that has no limits yet may get some: what it has is its own from the start.
-        lease = Lease(owner=NOBODY if device.shares is None else self.owners.register(tenant))
+        lease = Lease(owner=NOBODY if device.shares is None else self.owners.register(tenant), since_s=now)
         self.leases.add(lease)
         frames = []
         for value in hashes:
@@ -188,7 +172,10 @@ class KVManager:
         lease.table.extend(frames)
         lease.sealed = len(frames)
         lease.hashes = hashes[: len(frames)]
-        lease.served.update(map(device.origin_of, frames) if device.origin else {DEVICE: len(frames)})
+        if device.origin:
+            lease.found([device.origin_of(frame) for frame in frames], 0)
+        else:
+            lease.gain(DEVICE, 0, len(frames))
         if len(frames) < len(hashes) and len(self.levels) > 1:
             self._send_for(lease, hashes, now, floor_s)
         return lease
@@ -197,7 +184,9 @@ class KVManager:
         """Match on below the device, and want what is worth it, the last block first."""
         start = len(lease.table)
         found = self._levels_of(hashes, start)
-        levels, probed = self._worth_loading(found, len(lease.table), now, floor_s)
+        levels, probed, declined = self._worth_loading(found, len(lease.table), now, floor_s)
+        if declined is not None:
+            lease.missed[declined] = len(found) - len(levels)
         lease.hashes = hashes[: start + len(levels)]
         for position in probed:
             self.traffic.load_early(hashes, start + position, found[position] - 1)
@@ -221,13 +210,18 @@ class KVManager:
         shared = bisect_left(range(lease.sealed), True, key=lambda place: holds[table[place]] == 1)
         frames = len(table) - shared
         seconds = self.planner.step.tokens_s(shared * size, tokens - shared * size)
-        if lease.sealed > shared and len(self.levels) > 1:
-            value = self.device.hashes[table[lease.sealed - 1]]
-            below = next((k for k in range(1, len(self.levels)) if value in self.levels[k].find), None)
-            if below is not None:
-                rest = self.planner.step.tokens_s(lease.sealed * size, tokens - lease.sealed * size)
-                seconds = min(seconds, self.planner.load_s(below, lease.sealed - shared, queued) + rest)
+        below = self.level_below(lease) if lease.sealed > shared else None
+        if below is not None:
+            rest = self.planner.step.tokens_s(lease.sealed * size, tokens - lease.sealed * size)
+            seconds = min(seconds, self.planner.load_s(below, lease.sealed - shared, queued) + rest)
         return seconds, frames
+
+    def level_below(self, lease: Lease) -> int | None:
+        """The fastest level below the device that has the last block which `lease` shares; None: there is none."""
+        if len(self.levels) == 1 or not lease.sealed:
+            return None
+        value = self.device.hashes[lease.table[lease.sealed - 1]]
+        return next((k for k in range(1, len(self.levels)) if value in self.levels[k].find), None)
 
     def _levels_of(self, hashes: Sequence[BlockHash], start: int) -> list[int]:
         """Where each block from `start` on is, until one is nowhere."""
@@ -239,9 +233,12 @@ class KVManager:
             levels.append(level)
         return levels
 
-    def _worth_loading(self, levels: list[int], above: int, now: float, floor_s: float) -> tuple[list[int], range]:
+    def _worth_loading(
+        self, levels: list[int], above: int, now: float, floor_s: float
+    ) -> tuple[list[int], range, str | None]:
         """`levels`, of blocks that follow `above` others, up to the first run of blocks whose tier is off or too slow
-        for them; and which blocks of that run to load all the same, to learn whether it is still too slow."""
+        for them; which blocks of that run to load all the same, to learn whether it is still too slow; and which of
+        both it is, if either."""
         queued = self.traffic.queued()
         start = 0
         while start < len(levels):
@@ -258,15 +255,16 @@ class KVManager:
                 if reason is not None:
                     probed = 0 if reason == "disabled" else self.planner.probe(level, end - start, now)
                     self.declined[(name, reason)] += len(levels) - start - probed
-                    return levels[:start], range(end - probed, end)
+                    return levels[:start], range(end - probed, end), reason
             start = end
-        return levels, range(0)
+        return levels, range(0), None
 
     def join(self, lease: Lease) -> int:
         """Append to the table what it has reached: blocks that came from below or that somebody else computed. The
         table must hold finished blocks only. Returns how many."""
         assert lease.sealed == len(lease.table), "a table with private blocks is joined"
         device, table, before = self.device, lease.table, len(lease.table)
+        origins = []
         while len(table) < len(lease.hashes):
             position = len(table)
             came = lease.tail.pop(position, None)
@@ -283,7 +281,8 @@ class KVManager:
             if position and device.above[frame] == NOWHERE:
                 device.hang(frame, table[position - 1])
             table.extend((frame,))
-            lease.served[origin] += 1
+            origins.append(origin)
+        lease.found(origins, before)
         lease.sealed = len(table)
         if lease.sealed > before:
             lease.late_s = None
@@ -305,7 +304,7 @@ class KVManager:
             stop += 1
         blocks, queued = stop - front, self.traffic.queued(lease)
         if lease.late_s is None or lease.waits_level != load.level:  # a hop further up is progress too
-            lease.waits_since_s, lease.waits_level = now, load.level
+            lease.waits_since_s, lease.waits_level, lease.waits_for = now, load.level, load.origin
             estimate_s = self.planner.load_s(load.level, blocks, queued)
             lease.late_s = now + self.planner.patience_s(estimate_s, front, blocks)
         if now >= lease.late_s:
@@ -337,6 +336,7 @@ class KVManager:
             self.device.ready[frame] = 1
         lease.table.extend(frames)
         for position in range(start, min(start + wanted, len(lease.hashes))):
+            lease.miss(position)
             if position in lease.loads:
                 self.traffic.leave(lease, position)
             elif position in lease.tail:
@@ -366,6 +366,7 @@ class KVManager:
     def asked(self, hashes: Sequence[BlockHash], now: float) -> None:
         """A request arrived that could use these blocks."""
         self.reuse.asked(hashes, now)
+        self.accounts.asked(hashes, now)
 
     def expect(self, hashes: Sequence[BlockHash]) -> int:
         """A request has to wait that will use these blocks: they should be the last to go. The number it returns goes
@@ -413,7 +414,7 @@ class KVManager:
             device.hits[frame] += 1
         values = [value for frame in frames if (value := device.hashes[frame]) is not None]
         assert len(values) == len(frames), "what is sealed has a name"
-        chain = _UsedChain(values, [device.hits[frame] for frame in frames], kinds, lease.retention.transient)
+        chain = UsedChain(values, [device.hits[frame] for frame in frames], kinds, lease.retention.transient)
         self.reuse.left(values, chain.hits, kinds)
         if len(self.levels) > 1:
             self._used_chains.append(chain)
@@ -424,7 +425,7 @@ class KVManager:
             self._used(chain)
         self._used_chains.clear()
 
-    def _used(self, chain: _UsedChain) -> None:
+    def _used(self, chain: UsedChain) -> None:
         """This chain was just used: it is recent in every tier, and what lacks a copy below is spilled again."""
         values = chain.values
         for level, books in enumerate(self.levels[1:]):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from server.histogram import MOVE_S, Histogram
 from server.kvcache.step_cost import StepCost
 from server.types import TierName
 
@@ -67,7 +68,7 @@ class Hop:
     """
 
     __slots__ = ("_blocks", "_burst_blocks", "_first_s", "_gaps", "_gaps_s", "_mark_s", "_start_s", "_time_s", "busy_s",
-                 "failed", "fresh", "in_flight", "latency_s", "moved_blocks", "probe_s")  # fmt: skip
+                 "duration_s", "failed", "fresh", "in_flight", "latency_s", "moved_blocks", "probe_s")  # fmt: skip
 
     def __init__(self, block_s: float, latency_s: float) -> None:
         self.latency_s = latency_s
@@ -76,6 +77,8 @@ class Hop:
         self.busy_s = 0.0
         self.probe_s = 0.0
         self.failed = dict.fromkeys(("io", "corrupt", "no_space", "timeout"), 0)
+        self.duration_s = Histogram(MOVE_S)
+        """Start to landing of a block."""
         self.fresh = True
         """Nothing has landed since this hop was last idle."""
         self._blocks = GUESS_BLOCKS

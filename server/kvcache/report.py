@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -23,11 +24,19 @@ def kv_report(kv: KVManager) -> KvReport:
         block_tokens=kv.layout.block_tokens,
         tiers=[_tier(kv, level, books) for level, books in enumerate(kv.levels)],
         hops=hops,
-        admissions=dict(kv.traffic.spill_outcomes),
+        admissions={books.name: hop.outcomes for books, hop in zip(kv.levels[1:], kv.traffic.hops, strict=True)},
         recovered_blocks=kv.recovered_blocks,
         pinned_blocks=kv.pinned_blocks,
         owned=_owned(kv),
+        prefetched=_prefetched(kv),
     )
+
+
+def _prefetched(kv: KVManager) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for counts in (kv.traffic.prefetched, *(books.lives.prefetched for books in kv.levels)):
+        found.update(counts)
+    return found
 
 
 def _owned(kv: KVManager) -> dict[str, dict[TierName, int]]:
@@ -89,10 +98,12 @@ def _tier(kv: KVManager, level: int, books: TierBooks) -> TierReport:
         evicted=dict(books.evicted),
         declined={reason: count for (name, reason), count in kv.declined.items() if name == books.name},
         breaker_opened=breaker.opened if breaker else 0,
+        life=books.lives.life,
     )
 
 
 def _hop(source: str, target: str, hop: Hop, waiting: int) -> HopReport:
     return HopReport(
-        source, target, hop.moved_blocks, hop.in_flight, waiting, hop.busy_s, hop.block_s, dict(hop.failed)
-    )
+        source, target, hop.moved_blocks, hop.in_flight, waiting, hop.busy_s, hop.block_s, dict(hop.failed),
+        hop.duration_s,
+    )  # fmt: skip

@@ -55,6 +55,12 @@ class HopQueue:
     early: deque[Load] = field(default_factory=deque)
     spills: OrderedDict[BlockHash, None] = field(default_factory=OrderedDict)
     retry_s: float | None = None
+    outcomes: Counter[str] = field(
+        default_factory=lambda: Counter(dict.fromkeys(("admit", "reject_cold", "reject_wear", "no_room"), 0))
+    )
+    """Of blocks that came down here."""
+    starved: bool = False
+    """A load that somebody waits for found no frame above, when last tried."""
 
     def next_load(self, hop: int) -> Load | None:
         """The next load that still waits here, urgent ones first; it is taken out of the queue."""
@@ -87,10 +93,9 @@ class Traffic:
         self.notes: list[Note] = []
         self.kept: dict[BlockHash, float] = {}
         """Blocks that the lowest tier must keep, and until when."""
-        self.spill_outcomes: Counter[str] = Counter(
-            dict.fromkeys(("admit", "reject_cold", "reject_wear", "no_room"), 0)
-        )
         self.early_blocks = 0
+        self.prefetched = {"late": 0, "cancelled": 0}
+        """Early loads that somebody came to wait for, and those that came to nothing."""
         self.cut_short = False
         """The last plan would have had more transfers but for PLAN_BLOCKS."""
         self._spill_pace_s = spill_pace_s
@@ -104,6 +109,7 @@ class Traffic:
         self._owners = owners
         self._deadlines: list[tuple[float, int, Load]] = []
         self._next_id = 0
+        self._now_s = 0.0
 
     @property
     def moving(self) -> bool:
@@ -164,8 +170,8 @@ class Traffic:
         if load is None:
             load = self._new_load(values, position, None)
         elif load.early_goal is not None:
-            load.early_goal = None
-            self.early_blocks -= 1
+            self._no_longer_early(load)
+            self.prefetched["late"] += 1
         if load.stage is Stage.QUEUED and not load.leases:
             self.hops[load.level - 1].urgent.append(load)
         if not load.leases:
@@ -207,9 +213,13 @@ class Traffic:
     def end_early(self) -> None:
         """Nobody is expected any more: prefetches end, those in flight when they land."""
         for load in [load for load in self.loads.values() if load.early_goal is not None]:
-            load.early_goal = None
-            self.early_blocks -= 1
+            self._no_longer_early(load)
+            self.prefetched["cancelled"] += 1
             self._give_up_if_unwanted(load)
+
+    def _no_longer_early(self, load: Load) -> None:
+        load.early_goal = None
+        self.early_blocks -= 1
 
     def _new_load(self, values: Sequence[BlockHash], position: int, early_goal: int | None) -> Load:
         value = values[position]
@@ -217,18 +227,22 @@ class Traffic:
         assert level, "only what is below the device is loaded"
         books = self.levels[level]
         books.hold(books.find[value])
-        parent, origin = values[position - 1] if position else None, books.origin_of(books.find[value])
+        frame = books.find[value]
+        origin = books.origin_of(frame) if early_goal is None else books.origin_moved(frame)
+        parent = values[position - 1] if position else None
         load = self.loads[value] = Load(value, parent, position, level, origin, early_goal)
         return load
 
     def _end(self, load: Load) -> None:
-        """Nobody gets anything from this load any more. The caller has seen to its hold."""
+        """Nobody gets anything from this load any more. The caller has seen to its hold; and to it that it is not early
+        any more, if it came to something."""
         for lease in load.leases:
             del lease.loads[load.depth]
         load.leases.clear()
         load.stage = Stage.OVER
         if load.early_goal is not None:
-            self.early_blocks -= 1
+            self._no_longer_early(load)
+            self.prefetched["cancelled"] += 1
         del self.loads[load.hash]
 
     def _expire(self, now: float) -> None:
@@ -252,6 +266,7 @@ class Traffic:
 
     def plan(self, now: float) -> list[Transfer]:
         """Transfers to start now: loads first, a request waits for them; then spills, nobody does."""
+        self._now_s = now
         self._expire(now)
         planned: list[Transfer] = []
         due_since_s = self._due_since_s
@@ -273,6 +288,7 @@ class Traffic:
 
     def _plan_up(self, hop: int, planned: list[Transfer], now: float) -> None:
         queue, target, source = self.hops[hop], self.levels[hop], self.levels[hop + 1]
+        queue.starved = False
         while self.planner.up[hop].in_flight < queue.limit and len(planned) < PLAN_BLOCKS:
             load = queue.next_load(hop)
             if load is None:
@@ -284,6 +300,7 @@ class Traffic:
             frames = None if crowded else target.take(1)
             if frames is None:
                 (queue.early if early else queue.urgent).appendleft(load)
+                queue.starved = not early
                 return
             origin = source.find[load.hash]
             owner = source.owner_of(origin)
@@ -330,8 +347,12 @@ class Traffic:
 
     def complete(self, transfer_id: int, fault: TierFault | None, now: float) -> None:
         """The mover's report: no byte of this transfer moves any more. A faulty target is never used."""
+        self._now_s = now
         flight = self.in_flight.pop(transfer_id)
         self._spill_due = self.spilling
+        if fault is None:
+            hops = self.planner.up if flight.load is not None else self.planner.down
+            hops[flight.hop].duration_s.observe(now - flight.transfer.planned_s)
         if flight.load is not None:
             self._came_up(flight, flight.load, fault, now)
         else:
@@ -382,20 +403,28 @@ class Traffic:
             hop = self.hops[load.level - 1]
             (hop.urgent if load.leases else hop.early).append(load)
         else:
+            self._land_early(load, frame)
             self._end(load)
-            self.levels[load.level].origin[frame] = load.origin
             self.levels[load.level].unhold(frame)
 
     def _deliver(self, load: Load, frame: FrameId) -> None:
         device = self.levels[0]
         if not load.leases:
-            device.origin[frame] = load.origin
+            self._land_early(load, frame)
         for lease in load.leases:
             device.hold(frame)
             lease.tail[load.depth] = (frame, load.origin)
-            lease.late_s = None  # progress: patience begins anew
+            lease.late_s, lease.landed_s = None, self._now_s  # progress: patience begins anew
         self._end(load)
         device.unhold(frame)
+
+    def _land_early(self, load: Load, frame: FrameId) -> None:
+        """Nobody waits for this block, which is where it was to go."""
+        books = self.levels[load.level]
+        books.origin[frame] = load.origin
+        if load.early_goal is not None:
+            self._no_longer_early(load)
+            books.lives.fetched(frame)
 
     # --- spills ------------------------------------------------------------------------------------------------------
 
@@ -460,10 +489,11 @@ class Traffic:
                 continue
             parent = source.parents[frame]
             if parent is not None and parent not in batch and parent not in below.find:
-                self.spill_outcomes["no_room"] += 1  # unreachable down there without its parent
+                queue.outcomes["no_room"] += 1  # unreachable down there without its parent
                 if hop:
                     self._admission.left_out()
             elif hop == 0 or self._admits(source, frame, now):
+                queue.outcomes["admit"] += 1
                 batch[value] = None
                 continue
             source.mark_pending(frame, False)
@@ -493,7 +523,8 @@ class Traffic:
         leaves = source.exit_density or inf  # nothing left that tier yet: what counts is what survives a crash
         likely = source.reuse.likely(class_, source.used_s[frame], leaves, below.exit_density)
         outcome = self._admission.admit(likely, now, full=full, kept=source.hashes[frame] in self.kept)
-        self.spill_outcomes[outcome] += 1
+        if outcome != "admit":
+            self.hops[-1].outcomes[outcome] += 1
         return outcome == "admit"
 
     def _spill_to(self, hop: int, value: BlockHash, frame: FrameId, planned: list[Transfer], now: float) -> None:

@@ -1,5 +1,5 @@
 """What the daemon counts and how Prometheus sees it; see README.md for every family."""
 
-from server.metrics.recording import MAX_HTTP_CHILDREN, Metrics, lengths_up_to
+from server.metrics.recording import Ending, Facts, Metrics
 
-__all__ = ["MAX_HTTP_CHILDREN", "Metrics", "lengths_up_to"]
+__all__ = ["Ending", "Facts", "Metrics"]

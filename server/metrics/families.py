@@ -90,8 +90,8 @@ def _requests() -> Iterator[Family]:
                  "while blocks are loaded (kv_restore).", reason=WAITING)  # fmt: skip
     yield _counter("requests_finished_total", "requests", "Requests that ended.", finish_reason=FINISH_REASONS)
     yield _counter("admission_rejections_total", "requests", "Requests refused before queueing.", reason=REJECTIONS)
-    yield _counter("preemptions_total", "requests", "Running requests that had to give their frames up, by what becomes "
-                   "of what they computed: a copy is below (spill), or only what stays cached (recompute).",
+    yield _counter("preemptions_total", "requests", "Running requests that had to give their frames up, by what "
+                   "becomes of what they computed: a copy is below (spill), or only what stays cached (recompute).",
                    action=PREEMPTIONS)  # fmt: skip
     yield _counter("recorded_requests_total", "requests", "Requests for the recording.", outcome=("written", "dropped"))
     yield _gauge("batches", "batches", "Batches remembered.", status=OPEN)
@@ -130,8 +130,8 @@ def _engine() -> Iterator[Family]:
     yield _histogram("engine_batch_tokens", "tokens", "batch", "Tokens per forward pass.")
     yield _counter("engine_busy_seconds_total", "seconds", "Time spent in forward passes.")
     yield _counter("engine_host_seconds_total", "seconds", "Loop time spent to plan and commit steps.")
-    yield _counter("engine_stall_seconds_total", "seconds", "Time in which there was work and none of it could run: "
-                   "blocks were being loaded, or waited for a frame of the device or of DRAM.", cause=STALLS)  # fmt: skip
+    yield _counter("engine_stall_seconds_total", "seconds", "Time in which there was work and none could run: blocks "
+                   "were being loaded, or waited for a frame of the device or of DRAM.", cause=STALLS)  # fmt: skip
     yield _gauge("device_memory_bytes", "bytes", "What the device holds.", kind=("weights", "kv"))
     yield _histogram("event_loop_lag_seconds", "seconds", "move", "How late the event loop's timers fire.")
 
@@ -154,8 +154,8 @@ def _value() -> Iterator[Family]:
                    "done, but for those that may not come from it.")  # fmt: skip
     yield _counter("kv_hit_tokens_total", "tokens", "Prompt tokens served, by the tier found in.", tier=TIERS)
     yield _counter("kv_miss_tokens_total", "tokens", "Prompt tokens looked up and computed; with the hits they sum to "
-                   "the lookups. not_cached: known nowhere; slower_than_recompute, disabled: their tier was too slow or "
-                   "switched off; split: computed while others were loaded; late, failed: their load was.",
+                   "the lookups. not_cached: known nowhere; slower_than_recompute, disabled: their tier was too slow "
+                   "or switched off; split: computed while others were loaded; late, failed: their load was.",
                    reason=MISSES)  # fmt: skip
     yield _counter("kv_ghost_hit_tokens_total", "tokens", "Prompt tokens that a tier of twice the size would have "
                    "had, by a sample of what it evicted: an estimate.", tier=TIERS)  # fmt: skip
@@ -178,15 +178,15 @@ def _transfers() -> Iterator[Family]:
     yield _gauge("kv_transfer_queue_bytes", "bytes", "Bytes waiting to move.", **hop)
     yield _counter("kv_transfer_failures_total", "blocks", "Moves that failed.", **hop, reason=FAULTS)
     yield _counter("kv_prefetch_blocks_total", "blocks", "Blocks fetched before a request needed them: used afterwards "
-                   "(useful), needed while still on their way (late), evicted unused (wasted), or given up (cancelled).",
+                   "(useful), needed while on their way (late), evicted unused (wasted), or given up (cancelled).",
                    outcome=PREFETCHED)  # fmt: skip
 
 
 def _lives() -> Iterator[Family]:
     yield _counter("kv_evicted_blocks_total", "blocks", "Blocks dropped.", tier=TIERS, reason=EVICTED)
     yield _histogram("kv_eviction_age_seconds", "seconds", "age", "Last use to eviction for want of room.", tier=TIERS)
-    yield _histogram("kv_block_lifetime_seconds", "seconds", "age", "Arrival in a tier to eviction for want of room, of "
-                     "one in eight blocks.", tier=TIERS)  # fmt: skip
+    yield _histogram("kv_block_lifetime_seconds", "seconds", "age", "Arrival in a tier to eviction for want of room, "
+                     "of one in eight blocks.", tier=TIERS)  # fmt: skip
     yield _histogram("kv_reuse_gap_seconds", "seconds", "age", "Last use of a cached block to the next request for it, "
                      "by the fastest tier that has it, of one in eight blocks.", tier=TIERS)  # fmt: skip
     yield _histogram("kv_evict_to_reuse_seconds", "seconds", "age", "Eviction for want of room to the next request for "
@@ -201,7 +201,7 @@ def _ssd() -> Iterator[Family]:
     yield _counter("ssd_device_written_bytes_total", "bytes", "Bytes that anybody wrote to the drive, since it was "
                    "attached; only where the system tells.")  # fmt: skip
     yield _gauge("ssd_write_budget_bytes_per_day", "bytes", "Most bytes to write to SSD per day; 0: no limit.")
-    yield _histogram("ssd_io_seconds", "seconds", "move", "Reads and writes of the SSD tier, each of one run of blocks.",
+    yield _histogram("ssd_io_seconds", "seconds", "move", "Reads and writes of the SSD tier, each a run of blocks.",
                      op=("read", "write"))  # fmt: skip
     yield _counter("ssd_io_errors_total", "calls", "Reads and writes that failed, by errno.", errno=OPEN)
     yield _gauge("ssd_disk_bytes", "bytes", "What the cache takes on disk, index included.")
@@ -221,8 +221,8 @@ def _process() -> Iterator[Family]:
 
 def _tenants() -> Iterator[Family]:
     yield _counter("tenant_requests_total", "requests", "Requests by what became of them.", tenant=OPEN, outcome=OPEN)
-    yield _counter("tenant_tokens_total", "tokens", "Tokens of requests that are over; `cached` ones of prompts are not "
-                   "charged.", tenant=OPEN, kind=OPEN)  # fmt: skip
+    yield _counter("tenant_tokens_total", "tokens", "Tokens of requests that are over; `cached` ones of prompts are "
+                   "not charged.", tenant=OPEN, kind=OPEN)  # fmt: skip
     yield _gauge("tenant_requests_open", "requests", "Requests that are not over.", tenant=OPEN)
     yield _gauge("tenant_kv_blocks", "blocks", "Blocks of a tenant in a tier.", tenant=OPEN, tier=TIERS)
 

@@ -45,7 +45,7 @@ class Series:
 
     def _make(self, name: str, family: Family, labels: Labels, edges: Sequence[float]) -> list[str]:
         pairs = (*(self._common.items() if family.of_model else ()), *zip(family.labels, labels, strict=True))
-        shown = [f'{label}="{_escaped(value, quoted=True)}"' for label, value in pairs]
+        shown = [f'{label}="{_escaped(value, quoted=True)}"' for label, value in sorted(pairs)]
         if family.kind != "histogram":
             return [f"{name}{_braces(shown)} "]
         ends = [*map(repr, map(float, edges)), "+Inf"]

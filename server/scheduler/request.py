@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -38,12 +38,14 @@ class Request:
     """`root` starts the hash chain (fingerprint and cache salt); `hashes` are extended and never recomputed.
 
     `cached_tokens` counts the prompt tokens that came from the cache before any preemption, and `served` their blocks
-    by the tier that they were found in. `rank` is its place in every queue: behind all online ones if background, then
-    as the policy says. `work_s` is the device time that the prompt was thought to need when it came, and
-    `predicted_ttft_s` all that it was thought to wait. `needed_blocks` is the room that the last failed admission
-    wanted. `claimed` are the positions of `hashes` that this request will seal, and `awaits` a hash that another one
-    will. `expected`: the blocks that the KV manager keeps for it while it waits, and the number under which it does.
-    `prompt_logprobs` collects entries until the prompt is done; None when not wanted.
+    by the tier that they were found in; `missed` counts those that are cached and were computed, by reason. `rank` is
+    its place in every queue: behind all online ones if background, then as the policy says. `work_s` is the device time
+    that the prompt was thought to need when it came, and `predicted_ttft_s` all that it was thought to wait.
+    `needed_blocks` is the room that the last failed admission wanted. `claimed` are the positions of `hashes` that this
+    request will seal, and `awaits` a hash that another one will. `expected`: the blocks that the KV manager keeps for
+    it while it waits, and the number under which it does. `prompt_logprobs` collects entries until the prompt is done;
+    None when not wanted. `held_since_s`: since when it is admitted and can compute nothing because its next block is on
+    its way; `held_s`: how long that was, all in all.
     """
 
     id: RequestId
@@ -61,6 +63,7 @@ class Request:
     aborted: bool = False
     cached_tokens: int | None = None
     served: Counter[TierName] = field(default_factory=Counter)
+    missed: Mapping[str, int] = field(default_factory=dict)
     rank: tuple[bool, tuple[Any, ...]] = (False, ())
     work_s: float = 0.0
     predicted_ttft_s: float = 0.0
@@ -73,6 +76,8 @@ class Request:
     first_token_s: float | None = None
     last_token_s: float | None = None
     preemptions: int = 0
+    held_since_s: float | None = None
+    held_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.tokens)
@@ -97,6 +102,21 @@ class Request:
     def needs_all_states(self) -> bool:
         """Every token of the prompt has to go through the model: none may come from the cache."""
         return self.scores_prompt or self.params.pooling == "mean"
+
+    def hold_up(self, lease: Lease, now: float, *, waits: bool) -> float:
+        """It was looked at again, and `waits` for its next block or does not: seconds of waiting since the last look. A
+        wait ends when the last block came, whenever that is noticed."""
+        since_s, self.held_since_s = self.held_since_s, now if waits else None
+        if since_s is None:
+            return 0.0
+        seconds = (lease.landed_s if not waits and lease.landed_s > since_s else now) - since_s
+        self.held_s += seconds
+        return seconds
+
+    @property
+    def looks_up(self) -> bool:
+        """Its prompt might have come from the cache."""
+        return self.params.prompt_logprobs is None and self.params.pooling != "mean"
 
 
 def request_from(

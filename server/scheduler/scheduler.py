@@ -20,9 +20,9 @@ from math import ceil, inf
 from operator import attrgetter
 
 from server.errors import InvalidRequest, Overloaded
-from server.kvcache.block import Lease
+from server.kvcache.block import Lease, Over
 from server.kvcache.hashing import extend_hashes
-from server.kvcache.manager import KVManager, Over
+from server.kvcache.manager import KVManager
 from server.scheduler import forecast
 from server.scheduler.draft import Draft
 from server.scheduler.limits import Limits
@@ -65,6 +65,8 @@ class Scheduler:
         self.planned: StepPlan | None = None
         self.queued_tokens = 0
         self.preemptions = 0
+        self.spilled = 0
+        """Preemptions of requests that had a copy of all they shared in a tier below."""
         self._background = 0
         self._block_tokens = kv.layout.block_tokens
         self._computing: dict[BlockHash, int] = {}
@@ -128,6 +130,13 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.requests
+
+    def waiting_by_reason(self) -> dict[str, int]:
+        """Who is in the queue, by what for: O(queue)."""
+        background = sum(request.service.background for request in self.waiting)
+        shared = sum(r.awaits in self._computing and not r.service.background for r in self.waiting)
+        alone = len(self.waiting) - background - shared
+        return {"capacity": alone, "shared_prefix": shared, "background": background}
 
     # --- plan --------------------------------------------------------------------------------------------------------
 
@@ -211,6 +220,8 @@ class Scheduler:
         lease = request.lease
         assert lease is not None
         limit = self._meet(request, lease, now) if lease.loading else len(request.tokens)
+        if lease.loading or request.held_since_s is not None:
+            self.kv.accounts.held_up(lease, request.hold_up(lease, now, waits=limit <= request.computed_tokens))
         count = self._granted(request, min(limit - request.computed_tokens, draft.budget), draft)
         if count <= 0:
             return  # waits for its blocks, or for time
@@ -249,6 +260,7 @@ class Scheduler:
         if lease.sealed == len(lease.table) and self.kv.join(lease):
             self._joined(request, lease)
         if not lease.loading:
+            self.kv.accounts.restored(lease, now)
             return len(request.tokens)
         floor_s = self._step_s(len(self.running) - 1)
         return min(self.kv.compute_until(lease, now, floor_s=floor_s) * self._block_tokens, len(request.tokens))
@@ -260,8 +272,9 @@ class Scheduler:
     def _joined(self, request: Request, lease: Lease) -> None:
         """The table grew by blocks that need no computing."""
         request.computed_tokens = len(lease.table) * self._block_tokens
+        self.kv.accounts.credit(lease)
         if request.preemptions == 0:
-            request.served = lease.served
+            request.served, request.missed = lease.served, lease.missed
             request.cached_tokens = lease.served.total() * self._block_tokens
 
     def _row(self, request: Request, end: int) -> StepRow:
@@ -289,7 +302,7 @@ class Scheduler:
         """Take a running request's blocks back and queue it again, at its rank."""
         self.running.remove(request)
         self._retire(request, None)
-        request.computed_tokens = 0
+        request.computed_tokens, request.held_since_s = 0, None
         if request.scores_prompt:
             request.prompt_logprobs = []
         request.preemptions += 1
@@ -543,6 +556,7 @@ class Scheduler:
 
     def _retire(self, request: Request, over: Over | None) -> None:
         assert request.lease is not None
+        self.spilled += over is None and self.kv.level_below(request.lease) is not None
         self.kv.release(request.lease, over=over)
         request.lease = None
         self._unclaim(request, request.claimed)

@@ -289,7 +289,7 @@ async def test_the_endurance_budget_holds(tmp_path: Path, prompts: list[list[int
             for _ in range(2):
                 assert (await ask(prefer_loading(daemon), prompts))[0] == alone
         assert ssd_of(daemon).stats.bytes_written <= 0.0001 * 2**30
-        assert daemon.engine.snapshot().kv.admissions["reject_wear"] > 0
+        assert daemon.engine.snapshot().kv.admissions[SSD]["reject_wear"] > 0
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

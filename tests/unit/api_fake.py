@@ -21,7 +21,7 @@ from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
-from server.metrics import Metrics
+from server.metrics import Facts, Metrics
 from server.runner.grammar import Grammars, Vocabulary
 from server.types import (
     NO_TARGETS,
@@ -171,6 +171,10 @@ class Gauges:
     running: int
     waiting: int = 0
     loading: int = 0
+    waiting_by_reason: Mapping[str, int] = field(
+        default_factory=lambda: {"capacity": 0, "shared_prefix": 0, "background": 0}
+    )
+    preemptions: Mapping[str, int] = field(default_factory=lambda: {"spill": 0, "recompute": 0})
     kv: KvReport = field(default_factory=lambda: a_report(("device", 8, 8, 0, 0)))
 
 
@@ -186,7 +190,8 @@ def a_report(*tiers: tuple[str, int, int, int, int]) -> KvReport:
         for above, below in itertools.pairwise(names)
         for source, target in ((above, below), (below, above))
     ]
-    return KvReport(1024, 16, reports, hops, {"admit": 0}, 0, 0)
+    admissions = {tier[0]: {"admit": 0} for tier in tiers[1:]}
+    return KvReport(1024, 16, reports, hops, admissions, 0, 0)
 
 
 class FakeEngine:
@@ -272,7 +277,7 @@ def make_service(
     **limits: Any,
 ) -> Service:
     """What the routes need, over `engine`, with a byte-level tokenizer unless another is given."""
-    metrics = Metrics("fake", "1.2.3", max_model_len=engine.max_model_len)
+    metrics = Metrics("fake", Facts(version="1.2.3", max_model_len=engine.max_model_len))
     metrics.bind(engine.snapshot)
     if vault is not None:
         metrics.bind_batches(vault)

@@ -141,7 +141,7 @@ async def test_keys_guard_every_route_that_serves(path: str) -> None:
 async def test_probes_and_metrics_need_no_key() -> None:
     """What a kubelet and a scraper ask is open; the model list is not."""
     async with client(make_app(FakeEngine(), keys=["one"])) as http:
-        for path in ("/livez", "/readyz", "/health", "/metrics", "/version", "/openapi.json"):
+        for path in ("/livez", "/readyz", "/health", "/metrics", "/metrics/vllm", "/version", "/openapi.json"):
             assert (await http.get(path)).status_code == 200, path
         refused(await http.get("/v1/models"), 401)
         assert (await http.get("/v1/models", headers={"authorization": "Bearer one"})).status_code == 200

@@ -498,8 +498,8 @@ def test_an_endurance_budget_is_kept():
     for start in range(0, 60, 4):
         visit(kv, list(range(start, start + 4)))
         land(kv)
-    assert kv.traffic.spill_outcomes["reject_wear"] > 0
-    assert kv.traffic.spill_outcomes["admit"] == 1, "60 seconds' worth of 1 byte per second: one block of 32 bytes"
+    assert kv.traffic.hops[-1].outcomes["reject_wear"] > 0
+    assert kv.traffic.hops[-1].outcomes["admit"] == 1, "60 seconds' worth of 1 byte per second: one block of 32 bytes"
 
 
 def test_what_should_not_outlive_the_process_does_not():

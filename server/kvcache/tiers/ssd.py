@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from server.histogram import MOVE_S, Histogram
 from server.kvcache.host import HostArena, checksum
 from server.kvcache.tiers.base import Move, Recovered
 from server.kvcache.tiers.files import Buffers, OsIo, move_all
@@ -51,12 +52,8 @@ class SsdStats:
 
     bytes_read: int = 0
     bytes_written: int = 0
-    read_s: float = 0.0
-    """Seconds in read calls, summed over threads."""
-    write_s: float = 0.0
-    reads: int = 0
-    """Calls to the system, not blocks."""
-    writes: int = 0
+    io_s: dict[str, Histogram] = field(default_factory=lambda: {op: Histogram(MOVE_S) for op in ("read", "write")})
+    """Seconds of each `read` and `write` of one run, whatever number of blocks that is."""
     io_errors: Counter[str] = field(default_factory=Counter)
     """Calls that failed, by errno name; `SHORT`: they ended early."""
     corrupt: Counter[str] = field(default_factory=Counter)
@@ -224,8 +221,7 @@ class SsdTier:
         whole = written // self._slot_bytes
         with self._counting:
             self.stats.bytes_written += written
-            self.stats.write_s += self._clock() - started_s
-            self.stats.writes += 1
+            self.stats.io_s["write"].observe(self._clock() - started_s)
         self._journal.put([move for move, _ in blocks[:whole]])
         return [*[None] * whole, *self._cut_short(written, count - whole)]
 
@@ -247,8 +243,7 @@ class SsdTier:
         whole = got // self._slot_bytes
         with self._counting:
             self.stats.bytes_read += got
-            self.stats.read_s += self._clock() - started_s
-            self.stats.reads += 1
+            self.stats.io_s["read"].observe(self._clock() - started_s)
         outcomes = [self._verify(page, move) for page, move in zip(pages[:whole], moves[:whole], strict=True)]
         return outcomes + self._cut_short(got, len(moves) - whole)
 
