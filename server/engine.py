@@ -183,6 +183,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._audited = True
         self._stepping = self._move_due = self._prefilling = False
+        self._progress_s = clock()
         metrics.bind(self.snapshot)
 
     @property
@@ -210,6 +211,8 @@ class Engine:
             service=spec.service,
             retention=retention,
         )
+        if self.scheduler.idle:
+            self._progress_s = request.arrival_s
         try:
             self.scheduler.submit(request)
         except InvalidRequest:
@@ -291,6 +294,11 @@ class Engine:
             preemptions={"spill": scheduler.spilled, "recompute": scheduler.preemptions - scheduler.spilled},
         )
 
+    def stuck_s(self) -> float:
+        """For how long there has been work and no step has ended; 0.0 where there is none, or none is due any more."""
+        idle = self.scheduler.idle or self._over.is_set()
+        return 0.0 if idle else self._clock() - self._progress_s
+
     # --- life --------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -332,6 +340,14 @@ class Engine:
             self._end_all(FinishReason.ABORT, "the server is shutting down")
             self._wake.set()
             await self._over.wait()
+
+    def hurry(self) -> None:
+        """A drain has no time left: end what runs, and write nothing more down."""
+        self._flush_s = 0.0
+        if self._flush_until_s is not None:
+            self._flush_until_s = self._clock()
+        self._end_all(FinishReason.ABORT, "the server is shutting down")
+        self._wake.set()
 
     def _drained(self) -> bool:
         """No more work, and what is hot was written down, as far as the time for that goes."""
@@ -406,6 +422,7 @@ class Engine:
             return
         finally:
             self._stepping = False
+            self._progress_s = self._clock()
         now = self._clock()
         self._deliver(self.scheduler.commit(plan, result, now), now)
         busy_s = result.finished_s - result.started_s

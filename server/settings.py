@@ -308,6 +308,12 @@ class ServerConfig(Section):
         ge=0,
         description="After SIGTERM, how long running requests may take to finish before they are aborted.",
     )
+    stuck_after_s: Seconds = Field(
+        default=120.0,
+        ge=1,
+        description="Work, and no step that ends for so long: the daemon is stuck. /livez fails, systemd's watchdog is "
+        "not fed, the state is logged. Longer than the longest step.",
+    )
     switch_interval_s: Seconds = Field(
         default=0.001,
         gt=0,

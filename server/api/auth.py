@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -41,10 +40,9 @@ class BearerAuth:
     The cache admin API takes admin keys only; without any it is open like the rest if that is open, else off.
     """
 
-    def __init__(self, app: ASGIApp, tenants: Tenants, admin_hashes: Sequence[bytes]) -> None:
+    def __init__(self, app: ASGIApp, tenants: Tenants) -> None:
         self._app = app
         self._tenants = tenants
-        self._admins = admin_hashes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
@@ -59,9 +57,10 @@ class BearerAuth:
         await self._app(scope, receive, send)
 
     def _check_admin(self, scope: Scope) -> None:
-        if self._admins:
+        if self._tenants.admins:
             digest = _digest(scope)
-            if not sum(hmac.compare_digest(other, digest) for other in self._admins):  # all of them, as with tenants
+            # All of them are compared, as with tenants.
+            if not sum(hmac.compare_digest(other, digest) for other in self._tenants.admins):
                 raise Unauthorized("the API key is not known to this server")
         elif self._tenants.guarded:
             raise AdminOff("the cache admin API is off; start the server with --admin-key to use it")

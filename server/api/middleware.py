@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api import schema
 from server.api.errors import UNEXPECTED, error_response
 from server.api.sse import CLIENT_GONE
+from server.logs import REQUEST_ID as LOGGED_ID
 from server.metrics import Metrics
 
 log = logging.getLogger("terrace.api")
@@ -21,6 +22,8 @@ REQUEST_ID = "request_id"
 MAY_NAME = "may_name"
 """Keys in the request's state: its id, and whether that was made here, so that the body may give a better one."""
 _GOOD_ID = re.compile(schema.REQUEST_ID_PATTERN)
+_PROBES = frozenset({"/livez", "/readyz", "/health"})
+"""They fail for as long as the state that they tell of lasts, several times a minute: the state itself is logged."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
@@ -39,6 +42,7 @@ class RequestContext:
         state = scope.setdefault("state", {})
         state[REQUEST_ID] = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         state[MAY_NAME] = state[REQUEST_ID] != given
+        LOGGED_ID.set(state[REQUEST_ID])
         status = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
@@ -64,7 +68,7 @@ class RequestContext:
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         self._metrics.http(route, method, status)
-        level = logging.WARNING if status >= 500 else logging.DEBUG
+        level = logging.WARNING if status >= 500 and route not in _PROBES else logging.DEBUG
         log.log(level, "request %s %s %s %d", request_id, method, route, status, extra={REQUEST_ID: request_id})
 
 
@@ -72,3 +76,4 @@ def name_request(scope: Scope, request_id: str | None) -> None:
     """Take the id that a body gives, well formed, unless a header gave one."""
     if request_id is not None and scope["state"][MAY_NAME]:
         scope["state"][REQUEST_ID] = request_id
+        LOGGED_ID.set(request_id)

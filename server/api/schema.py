@@ -538,5 +538,12 @@ class StatusResponse(_Response):
     status: str
 
 
+class NotReadyResponse(ErrorResponse):
+    """Why no requests are taken: how far the start is, or what a drain still waits for."""
+
+    status: str
+    progress: dict[str, str | float | None]
+
+
 class VersionResponse(_Response):
     version: str

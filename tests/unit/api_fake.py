@@ -214,6 +214,10 @@ class FakeEngine:
         self.aborted = 0
         self.kv = SimpleNamespace(layout=BlockLayout(1, 1, 1, 4, 4))
         self.told: list[tuple[object, ...]] = []
+        self.stuck_for_s = 0.0
+
+    def stuck_s(self) -> float:
+        return self.stuck_for_s
 
     def chain(self, tokens: Sequence[int], cache_salt: str) -> list[bytes]:
         self.told.append(("chain", list(tokens), cache_salt))
@@ -281,6 +285,8 @@ def make_service(
     metrics.bind(engine.snapshot)
     if vault is not None:
         metrics.bind_batches(vault)
+    tenants = tenants or Tenants(hash_keys(keys))
+    tenants.admins = hash_keys(admin_keys)
     return Service(
         engine=engine,  # type: ignore[arg-type]
         tokenizer=tokenizer or ByteTokenizer(),
@@ -291,8 +297,7 @@ def make_service(
         version="1.2.3",
         wall_clock=lambda: 1_700_000_000.5,
         limits=ServerConfig(**limits),
-        tenants=tenants or Tenants(hash_keys(keys)),
-        admin_key_hashes=hash_keys(admin_keys),
+        tenants=tenants,
         default_targets=default_targets,
         vault=vault,
         embedding_dimensions=4,
