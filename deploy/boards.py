@@ -82,7 +82,7 @@ SERVING = Board(
             Panel("Time to first token", "s", "Received to first token, and the target.",
                   quantiles("terrace_time_to_first_token_seconds") | target("ttft"), log=True),
             Panel("Time to first token, p99, by where KV came from", "s", "By the slowest tier that a request drew on; "
-                  "none: all was computed. A tier above `none` does not pay.",
+                  "none: all was computed. The queue counts for all. A tier that stays above `none` does not pay.",
                   {"{{kv_source}}": quantile(0.99, "terrace_time_to_first_token_seconds", "kv_source")}, log=True),
             Panel("Time per output token", "s", "Mean gap between the tokens of a request, and the target.",
                   quantiles("terrace_request_time_per_output_token_seconds") | target("tpot"), log=True),

@@ -76,11 +76,13 @@ def _panel(axes: Any, panel: Mapping[str, Any], named: Named) -> None:
 def _lines(axes: Any, look: Mapping[str, Any], named: Named) -> None:
     """Over seconds since the first point of all."""
     import numpy as np
+    from matplotlib.ticker import LogLocator
 
     times = sorted({when for _, line in named for when, _ in line.points})
     at = [when - times[0] for when in times]
     series = [[dict(line.points).get(when, float("nan")) for when in times] for _, line in named]
-    names, colours = [name for name, _ in named], [COLOURS.get(name) for name, _ in named]
+    names = [name for name, _ in named]
+    colours = [COLOURS.get(name, f"C{number}") for number, name in enumerate(names)]
     if look.get("stacking", {}).get("mode") == "normal":
         tops = np.cumsum(np.nan_to_num(series), axis=0)
         for name, colour, top, below in zip(names, colours, tops, [np.zeros(len(at)), *tops]):
@@ -90,6 +92,9 @@ def _lines(axes: Any, look: Mapping[str, Any], named: Named) -> None:
             axes.plot(at, values, lw=1, label=name, color=colour)
     if look.get("scaleDistribution", {}).get("type") == "log":
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     if named:
         axes.legend(fontsize=6, frameon=False, ncols=2)
 

@@ -3,7 +3,7 @@
 Starts the demo model on tiers so small that all are used, a Prometheus that scrapes it every second and evaluates the
 rules, and load. Then asks what the committed boards ask, as Grafana would. Exit code 0 when every query of every panel
 returned numbers, every rule was evaluated, every recorded series exists, `promtool check metrics` has nothing to say,
-and the alert on a dead daemon is raised once that is killed; 1 when not; 2 when Prometheus cannot be had.
+and the alert on a dead daemon is raised once that is killed; 1 when not; 2 when Prometheus or the daemon cannot be had.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from deploy.promserver import HERE, Line, ObserveError, Prometheus, programs
 from loadgen import bench
 from loadgen.bench import Settings
 from loadgen.daemon import Served
+from loadgen.errors import UsageError
 
 BOARDS = tuple(sorted((HERE / "grafana").glob("*.json")))
 RULES = tuple(sorted((HERE / "prometheus" / "rules").glob("*.yaml")))
@@ -38,7 +39,7 @@ DAEMON = ("demo", "--device-gib=0.02", "--block-size=64", "--dram-gib=0.02", "--
           "--ssd-write-gib-per-day=1000", "--ttft-target-ms=500", "--tpot-target-ms=50")  # fmt: skip
 """Device and DRAM hold about 7,000 tokens each; the conversations of LOAD three times that."""
 LOAD = {"turns": "5", "first": "2000", "question": "50", "output": "16", "think_s": "1-2"}
-SESSIONS_PER_S = 1.5
+SESSIONS_PER_S = 1.0
 SETTLE_S = 2.0
 TABLE_COLUMNS = 130
 """Of a table that goes to a file."""
@@ -219,11 +220,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m deploy.observe", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="of load (default: 60)")
+    parser.add_argument(
+        "--board", type=Path, action="append", default=[], metavar="JSON", help="ask for one more board"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="draw both boards there as PNG")
     args = parser.parse_args(arguments)
     try:
-        found = observe(args.seconds, [json.loads(path.read_text(encoding="utf-8")) for path in BOARDS])
-    except ObserveError as error:
+        boards = [json.loads(path.read_text(encoding="utf-8")) for path in (*BOARDS, *args.board)]
+        found = observe(args.seconds, boards)
+    except (OSError, ValueError, ObserveError, UsageError) as error:
         print(f"observe: error: {error}", file=sys.stderr)
         return 2
     console = Console()

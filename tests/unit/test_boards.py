@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from deploy.boards import BOARDS, FOLDER
-from deploy.observe import RATE_INTERVAL, asked_by, filled
+from deploy.observe import RATE_INTERVAL, Answered, Asked, Found, asked_by, filled
 from deploy.panels import COLUMNS, DATASOURCE_UID, as_json
+from deploy.promserver import Line
 from tests.unit.promql import Unknown, labels_of, shown_labels
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -127,6 +129,19 @@ def test_the_check_finds_what_cannot_be(wrong):
     """An unknown metric, label, value or recorded series, a lost bucket and two sides that never meet are all found."""
     with pytest.raises(Unknown):
         labels_of(wrong, RECORDED)
+
+
+def test_no_numbers_are_a_fault_that_names_the_query():
+    """NaN is no number, nothing is none, and a refused query says why; a rule that failed is a fault as well."""
+    asked = Asked("board", {"title": "Panel"}, {"expr": "x / y", "legendFormat": ""})
+    nan, number = (Line({}, [(0.0, value)]) for value in (math.nan, 0.0))
+    rule = {"name": "Rule", "health": "err", "lastError": "many-to-many"}
+    found = Found(
+        [Answered(asked, [nan, number]), Answered(asked, [nan]), Answered(asked), Answered(asked, error="why")]
+    )
+    found.rules = [rule, {"name": "Good", "health": "ok"}]
+    none = "board: Panel: no data: x / y"
+    assert found.faults == [none, none, "board: Panel: why: x / y", "rule Rule: many-to-many"]
 
 
 def test_compose_brings_boards_rules_and_data_together():
