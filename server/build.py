@@ -27,6 +27,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from server.api.dialects.dialect import NO_DIALECT, Dialect, dialect_of
 from server.api.service import Service, hash_keys
+from server.api.status.status import Status
+from server.api.status.warnings import WarningLog
 from server.api.tenancy import Tenants, tenant_of
 from server.batches.vault import Vault
 from server.config import Config, ServerConfig, key_weights
@@ -257,8 +259,17 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     return daemon
 
 
-def service_of(daemon: Daemon) -> Service:
-    """What the HTTP routes get to see of the daemon."""
+def service_of(daemon: Daemon, warnings: WarningLog | None = None) -> Service:
+    """What the HTTP routes get to see of the daemon. `warnings`: the log's last ones."""
+    limits = daemon.config.server
+    status = Status(
+        daemon.metrics,
+        daemon.model_name,
+        time.monotonic,
+        time.time,
+        max_watchers=limits.max_watchers,
+        warnings=warnings,
+    )
     return Service(
         engine=daemon.engine,
         tokenizer=daemon.tokenizer,
@@ -266,7 +277,8 @@ def service_of(daemon: Daemon) -> Service:
         model_name=daemon.model_name,
         version=version(),
         wall_clock=time.time,
-        limits=daemon.config.server,
+        limits=limits,
+        status=status,
         tenants=daemon.tenants,
         default_targets=_targets(daemon.config),
         vault=daemon.vault,

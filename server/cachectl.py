@@ -16,6 +16,7 @@ from rich.table import Table
 from server.errors import ConfigError
 from server.kvcache.tiers.check import CacheInfo, list_caches, verify_cache
 from server.ownership import DirectoryLock
+from server.quantities import show_bytes
 
 SHOWN_FAULTS = 20
 """Faulty blocks that `verify` names; the others are counted."""
@@ -29,8 +30,8 @@ def list_all(root: Path) -> int:
     for info in _caches(root):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used_s))
         state = "in use" if info.owned else "idle"
-        name, block = info.fingerprint.hex()[:16], _size(info.block_bytes)
-        table.add_row(name, f"{info.blocks:,}", _size(info.bytes), block, used, state)
+        name, block = info.fingerprint.hex()[:16], show_bytes(info.block_bytes)
+        table.add_row(name, f"{info.blocks:,}", show_bytes(info.bytes), block, used, state)
     Console(soft_wrap=True).print(table)
     return 0
 
@@ -64,7 +65,7 @@ def clear(root: Path, wanted: str | None) -> int:
             continue
         shutil.rmtree(info.path)
         lock.release()
-        print(f"{info.fingerprint.hex()[:16]}: deleted, {_size(info.bytes)} freed")
+        print(f"{info.fingerprint.hex()[:16]}: deleted, {show_bytes(info.bytes)} freed")
     return 1 if skipped else 0
 
 
@@ -83,11 +84,3 @@ def _matching(root: Path, wanted: str | None) -> list[CacheInfo]:
     if wanted is not None and not found:
         raise ConfigError(f"no cache below {root} begins with {wanted!r}; `terrace cache list` shows them")
     return found
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -1,4 +1,4 @@
-"""The command line: `terrace serve|config|cache|keys|bench|simulate`. Flags come from the configuration, all of them.
+"""The command line: `terrace serve|top|config|cache|keys|bench|simulate`. All flags come from the configuration.
 
 Knows argparse and exit codes; refuses to know what a daemon is made of (`build.py` does, imported only to serve, so
 that `--help` answers at once). Exit codes: 0 done, 1 the work failed, 2 the configuration or environment cannot work.
@@ -16,10 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from server.config import OPTIONS, Config, Option, example_toml, load_config, toml_value
+from server.config import OPTIONS, Config, Option, client_key, example_toml, load_config, toml_value
 from server.errors import TerraceError
 from server.tenants import Limits, add_key, read_tenants
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 SECTION_TITLES = {
     "model": "model",
     "kv": "KV cache",
@@ -81,6 +82,7 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
     _add_options(serve, show_all=help_all)
     serve.set_defaults(run=_serve)
 
+    _add_top(commands)
     config = commands.add_parser("config", help="show or check the configuration", allow_abbrev=False)
     actions = config.add_subparsers(dest="action", metavar="show|check|example", required=True)
     for name, run, text in (
@@ -118,6 +120,15 @@ def _parser(help_all: bool = False) -> argparse.ArgumentParser:
     commands.add_parser("bench", help="measure a server, compare results; terrace bench --help", add_help=False)
     commands.add_parser("simulate", help="replay a trace on other sizes and policies", add_help=False)
     return parser
+
+
+def _add_top(commands: Any) -> None:
+    text = "show what a running daemon does, live; the same as its page /ui"
+    top = commands.add_parser("top", help=text, description=text, allow_abbrev=False)
+    top.add_argument("url", nargs="?", metavar="URL", default=DEFAULT_URL, help=f"of the daemon [{DEFAULT_URL}]")
+    top.add_argument("--key", help="API or admin key; better in the environment, as TERRACE_KEY, where nobody sees it")
+    top.add_argument("--once", action="store_true", help="print it once, as plain text, and exit")
+    top.set_defaults(run=_top)
 
 
 def _add_keys(actions: Any) -> None:
@@ -199,6 +210,10 @@ def loop_factory() -> Any:
         return importlib.import_module("uvloop").new_event_loop
     except ImportError:
         return None
+
+
+def _top(args: argparse.Namespace) -> int:
+    return int(importlib.import_module("server.top").top(args.url, args.key or client_key(), once=args.once))
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -6,7 +6,8 @@ knows names, units, defaults and ranges; it does not know what a model, a tier o
 things (`attention`, `eviction`, `policy`) are checked where their registries are.
 
 Environment: `TERRACE_<SECTION>__<FIELD>`, e.g. `TERRACE_KV__DEVICE_GIB=4`; and `TERRACE_MODEL`, `TERRACE_API_KEYS`
-(comma-separated) and `TERRACE_CONFIG` (the TOML file). An empty variable counts as not set.
+(comma-separated) and `TERRACE_CONFIG` (the TOML file). `TERRACE_KEY` is for commands that ask a daemon. An empty
+variable counts as not set.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ ENV_PREFIX = "TERRACE_"
 _SECRETS = {"server.api_keys", "server.admin_keys"}
 _ENV_SHORT = {"TERRACE_MODEL": "model.model", "TERRACE_API_KEYS": "server.api_keys"}
 _ENV_FILE = "TERRACE_CONFIG"
+_ENV_KEY = "TERRACE_KEY"
+"""What `terrace top` shows to the daemon; no setting of the daemon's."""
 # Kubernetes injects these into every pod of a namespace that has a Service called `terrace` or `terrace-...`.
 _ENV_KUBERNETES = re.compile(r"TERRACE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
 
@@ -218,6 +221,11 @@ def load_config(
     return config
 
 
+def client_key(environ: Mapping[str, str] | None = None) -> str | None:
+    """The key that commands which ask a daemon show to it, unless told another."""
+    return (os.environ if environ is None else environ).get(_ENV_KEY) or None
+
+
 def _from_file(path: Path) -> dict[str, Any]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -251,7 +259,7 @@ def _env_names(environ: Mapping[str, str]) -> dict[str, str]:
             continue
         name = long_names.get(variable) or _ENV_SHORT.get(variable)
         if name is None:
-            if _ENV_KUBERNETES.fullmatch(variable):
+            if variable == _ENV_KEY or _ENV_KUBERNETES.fullmatch(variable):
                 continue
             near = difflib.get_close_matches(variable, [*long_names, *_ENV_SHORT, _ENV_FILE], n=1)
             near = near or [o.env for o in OPTIONS if variable == ENV_PREFIX + o.field.upper()]

@@ -107,6 +107,11 @@ class Stream:
         return self.request.generated
 
     @property
+    def phase(self) -> str:
+        """How far it is, one of PHASES; `done` when it is over."""
+        return self.request.phase
+
+    @property
     def cached_tokens(self) -> int | None:
         """Prompt tokens that came from the cache; known from the first event on."""
         return self.request.cached_tokens

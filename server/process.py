@@ -29,6 +29,7 @@ from server.api.connections import Doors, may_connect
 from server.api.inprocess import InProcess
 from server.api.service import Service
 from server.api.starting import Front, Starting
+from server.api.status.warnings import LOGGER, WarningLog
 from server.batches.runner import Runner
 from server.build import Daemon, build, model_name, service_of
 from server.config import Config, supervisor
@@ -58,6 +59,8 @@ async def serve(config: Config, disk: OsIo | None = None, again: Callable[[], Co
     """Run the daemon until SIGTERM or SIGINT; the exit code: 0 after a clean drain, 1 when the engine failed or the end
     took too long. `disk` as in `build`; `again` reads the configuration anew, from where `config` came from."""
     configure_logging(config.server.log_level, config.server.log_format)
+    warnings = WarningLog()
+    logging.getLogger(LOGGER).addHandler(warnings)
     faulthandler.enable(STDERR)  # also when systemd's watchdog sends SIGABRT
     sys.setswitchinterval(config.server.switch_interval_s)
     boss = supervisor()
@@ -76,9 +79,10 @@ async def serve(config: Config, disk: OsIo | None = None, again: Callable[[], Co
         await tasks[1]
         tasks[0].cancel()
         raise
-    service = service_of(daemon)
+    service = service_of(daemon, warnings)
     engine = asyncio.create_task(daemon.engine.run())
     watchdog.watch(daemon.engine)
+    status = asyncio.create_task(service.status.run())
     batches = asyncio.create_task(run_batches(service))
     tasks += [
         asyncio.create_task(_probe_lag(daemon.metrics)),
@@ -94,6 +98,7 @@ async def serve(config: Config, disk: OsIo | None = None, again: Callable[[], Co
     await asyncio.gather(batches, return_exceptions=True)
     ending = _Ending(daemon, notifier, signals)
     await daemon.engine.drain(config.server.shutdown_timeout_s)
+    status.cancel()  # who watches saw the drain, and would keep the server open
     http.should_exit = True
     await tasks[1]
     for task in (*tasks, stopping):
@@ -229,7 +234,8 @@ def _announce(daemon: Daemon, listener: socket.socket) -> None:
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("%s", daemon.summary)
     log.info("%s", daemon.dialect.summary)
-    log.info("ready at %s (API: %s/v1, metrics: %s/metrics)", url, url, url)
+    page = f", live page: {url}/ui" if daemon.config.server.ui else ""
+    log.info("ready at %s (API: %s/v1, metrics: %s/metrics%s)", url, url, url, page)
     body = json.dumps({"model": daemon.model_name, "prompt": "Once upon a time", "max_tokens": 16})
     if daemon.model_name == "demo":
         body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": _demo_question()}]})

@@ -1,6 +1,6 @@
-"""Numbers as people type them, with units: 8MiB, 100ms, 32k.
+"""Numbers as people type and read them, with units: 8MiB, 100ms, 32k.
 
-What is no string stays as it is; a ValueError says what is wrong with one that is no such quantity.
+What is typed and is no string stays as it is; a ValueError says what is wrong with one that is no such quantity.
 """
 
 from __future__ import annotations
@@ -52,3 +52,25 @@ def parse_seconds(value: object) -> object:
 def parse_count(value: object) -> object:
     """A whole number, from `32k` and the like."""
     return _whole(_quantity(value, COUNT_UNITS, "a count")) if isinstance(value, str) else value
+
+
+def show_bytes(count: float) -> str:
+    """`512 B`, `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def show_seconds(seconds: float) -> str:
+    """`8.1 ms`, `120 ms`, `1.40 s`, `12.5 s`, `5 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.{1 if seconds < 0.01 else 0}f} ms"
+    if seconds < 100:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -326,6 +326,10 @@ class ServerConfig(Section):
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="auto: coloured lines on a terminal, else one JSON object per line."
     )
+    ui: bool = Field(default=True, description="Show at /ui what the daemon does, live; /status is there in any case.")
+    max_watchers: Count = Field(
+        default=16, ge=1, description="Live pages and `terrace top` open at once; beyond it 429."
+    )
     record_path: Path | None = Field(
         default=None,
         description="File to record requests in, for replay: times, lengths, keyed block hashes; no text, no token.",

@@ -25,7 +25,7 @@ LAYERS = [
     {"runner", "engine", "text", "batches"},
     {"sim"},
     {"api"},
-    {"build", "cachectl", "watchdog"},
+    {"build", "cachectl", "top", "watchdog"},
     {"process"},
     {"demo"},
     {"cli"},

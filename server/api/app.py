@@ -20,6 +20,8 @@ from server.api.ops import OpsRoutes
 from server.api.requests import Encoder
 from server.api.responses import ResponseRoutes
 from server.api.service import Service
+from server.api.status.pages import PageRoutes
+from server.api.status.routes import StatusRoutes
 
 _BODIES = (
     schema.CompletionRequest,
@@ -46,17 +48,20 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    parts = (
-        OpenAIRoutes(service, encoder),
-        FileRoutes(service),
-        BatchRoutes(service),
-        ResponseRoutes(service, encoder),
-        EmbeddingRoutes(service, encoder),
-        AdminRoutes(service, encoder),
-        OpsRoutes(service),
-    )
-    for part in parts:
-        app.include_router(part.router)
+    routers = [
+        OpenAIRoutes(service, encoder).router,
+        FileRoutes(service).router,
+        BatchRoutes(service).router,
+        ResponseRoutes(service, encoder).router,
+        EmbeddingRoutes(service, encoder).router,
+        AdminRoutes(service, encoder).router,
+        OpsRoutes(service).router,
+        StatusRoutes(service).router,
+    ]
+    if service.limits.ui:
+        routers.append(PageRoutes().router)
+    for router in routers:
+        app.include_router(router)
     errors.install(app)
     # Added last is outermost: even a refusal has a request id and is counted.
     app.add_middleware(BearerAuth, tenants=service.tenants)
@@ -64,7 +69,7 @@ def create_app(service: Service) -> FastAPI:
     plain = app.openapi
     # Made when first asked for: it takes 100 ms, which a start need not wait for.
     app.openapi = lambda: app.openapi_schema or _document(app, plain(), guarded=service.tenants.guarded)  # type: ignore[method-assign]
-    routes = [route for part in parts for route in part.router.routes]
+    routes = [route for router in routers for route in router.routes]
     service.metrics.declare_http(
         (route.path, method)
         for route in routes

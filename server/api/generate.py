@@ -19,6 +19,7 @@ from server.api.requests import Plan, Prompt
 from server.api.service import Service
 from server.engine import GenerateSpec, Stream
 from server.errors import NotReady, StepFailed, TerraceError
+from server.scheduler.request import PHASES
 from server.text import TextStream
 from server.types import DEVICE, DRAM, SSD, FinishReason, TokenEvent, TokenLogprobs, Vector
 
@@ -200,13 +201,18 @@ class Choice:
 class Generation:
     """All choices of one HTTP request, submitted together or not at all. Loop thread."""
 
-    def __init__(self, service: Service, plan: Plan) -> None:
+    def __init__(self, service: Service, plan: Plan, id: str) -> None:
         """Submits. Raises what the engine raises (Overloaded, NotReady, InvalidRequest), and Overloaded where the
-        tenant has used up what it may, holding nothing."""
+        tenant has used up what it may, holding nothing. `id`: by which its client and the log know it."""
+        self.id = id
         self.plan = plan
         self.choices: list[Choice] = []
-        tenant = plan.specs[0][0].service.tenant
-        self._permit = service.tenants.enter(tenant, sum(len(prompt.ids) for prompt in plan.prompts))
+        self.tenant = plan.specs[0][0].service.tenant
+        self.background = plan.specs[0][0].service.background
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in plan.prompts)
+        self.started_s = service.wall_clock()
+        self._live = service.live
+        self._permit = service.tenants.enter(self.tenant, self.prompt_tokens)
         try:
             for prompt, specs in zip(plan.prompts, plan.specs, strict=True):
                 for spec in specs:
@@ -216,16 +222,29 @@ class Generation:
             self._permit.cancel()
             self.close()
             raise
+        self._live.add(self)
 
     def close(self) -> None:
         """Aborts what is unfinished; its frames are free when this returns. Idempotent."""
+        self._live.discard(self)
         for choice in self.choices:
             choice.stream.close()
         self._permit.leave(
-            cached_tokens=self._cached().total(),
-            generated_tokens=sum(choice.stream.generated for choice in self.choices),
+            cached_tokens=self.cached_by_tier.total(),
+            generated_tokens=self.generated_tokens,
             served=all(choice.finish is not None for choice in self.choices),
         )
+
+    @property
+    def phase(self) -> str:
+        """Of the choice that is least far; `sending` when all are generated."""
+        phases = {choice.stream.phase for choice in self.choices}
+        return next((phase for phase in PHASES if phase in phases), "sending")
+
+    @property
+    def generated_tokens(self) -> int:
+        """Of all choices, read or not."""
+        return sum(choice.stream.generated for choice in self.choices)
 
     async def pieces(self) -> AsyncGenerator[tuple[Choice, Piece], None]:
         """Pieces of all choices as they come, until each has finished. Raises the first error of any."""
@@ -252,13 +271,12 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         """The usage object. Prompts count once however many choices they have; every generated token counts."""
-        prompt_tokens = sum(len(prompt.ids) for prompt in self.plan.prompts)
         completion_tokens = sum(choice.generated for choice in self.choices)
-        cached = self._cached()
+        cached = self.cached_by_tier
         usage = {
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
             "prompt_tokens_details": {
                 "cached_tokens": cached.total(),
                 "cached_tokens_by_tier": {tier: cached[tier] for tier in (DEVICE, DRAM, SSD)},
@@ -269,7 +287,8 @@ class Generation:
             usage["completion_tokens_details"] = {"reasoning_tokens": thought_tokens}
         return usage
 
-    def _cached(self) -> Counter[str]:
+    @property
+    def cached_by_tier(self) -> Counter[str]:
         """Prompt tokens that came from the cache, by tier, once for each prompt."""
         cached: Counter[str] = Counter()
         for choice in self.choices[:: len(self.plan.specs[0])]:

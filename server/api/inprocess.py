@@ -89,10 +89,11 @@ class InProcess:
     async def _answer(self, endpoint: Endpoint, body: schema.GenerationRequest, tenant: str) -> Answer:
         service = self._service
         plan = await endpoint.plan(service, self._encoder, body.model_copy(update=_BACKGROUND), tenant)
-        generation = Generation(service, plan)
+        id = uuid4().hex
+        generation = Generation(service, plan, id)
         try:
             created = int(service.wall_clock())
-            shape = endpoint.shape(service.tokenizer, uuid4().hex, created, service.model_name, generation)
+            shape = endpoint.shape(service.tokenizer, id, created, service.model_name, generation)
             whole = shape.whole(await collect(generation))
             usage = generation.usage()
         finally:

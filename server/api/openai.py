@@ -197,7 +197,7 @@ async def deliver(
 ) -> Response:
     """Runs `plan` and answers in one of its `ways`. However it ends, and also when the client goes away, nothing of it
     goes on."""
-    generation = Generation(service, plan)
+    generation = Generation(service, plan, request.scope["state"].get(REQUEST_ID, ""))
     try:
         way = ways(generation)
         if stream:

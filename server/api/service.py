@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from server.api.body import BodyLimits
 from server.api.dialects.dialect import NO_DIALECT, Dialect
+from server.api.status.live import LiveRequest
+from server.api.status.status import Status
 from server.api.tenancy import Tenants
 from server.batches.vault import Vault
 from server.config import ServerConfig
@@ -35,6 +37,7 @@ class Service:
     version: str
     wall_clock: Callable[[], float]
     limits: ServerConfig
+    status: Status
     tenants: Tenants = field(default_factory=Tenants)
     default_targets: Targets = NO_TARGETS
     """Of requests that name none; not of those in the background."""
@@ -44,6 +47,8 @@ class Service:
     embedding_dimensions: int = 0
     """How hidden states become an embedding, and the length of those."""
     dialect: Dialect = NO_DIALECT
+    live: set[LiveRequest] = field(default_factory=set)
+    """What is being answered now."""
     grammars: Grammars | None = None
     """Compiles what texts must be; None where that cannot be enforced."""
 

@@ -52,18 +52,27 @@ class EventStream(Response):
     """Sends what `events` yields as it comes, one ASGI message each; `close` is called exactly once, however it ends.
 
     A slow client holds up only its own task: `send` waits for its socket. A client that goes away cancels the producer
-    at once. After `keepalive_s` of silence a comment line keeps proxies from giving up (0: never).
+    at once. After `keepalive_s` of silence a comment line keeps proxies from giving up (0: never). One that takes
+    nothing for `stalled_s` is left (0: never), and its connection closed.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None], keepalive_s: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[], None],
+        keepalive_s: float,
+        stalled_s: float = 0.0,
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS)
         self._events = events
         self._close = close
         self._keepalive_s = keepalive_s or None
+        self._stalled_s = stalled_s or None
+        self._stalled = False
         self._sent_s = 0.0
         self._sending = False
 
@@ -78,7 +87,7 @@ class EventStream(Response):
             finally:
                 self._close()
                 await self._events.aclose()
-        if producing.done() and not producing.cancelled():
+        if producing.done() and not producing.cancelled() and not self._stalled:
             # No more_body=False before this point: the comment line of the watcher must not follow the end.
             producing.result()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -89,7 +98,12 @@ class EventStream(Response):
         loop = asyncio.get_running_loop()
         async for chunk in self._events:
             self._sending = True
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            try:
+                async with asyncio.timeout(self._stalled_s):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except TimeoutError:
+                self._stalled = True
+                return
             self._sending = False
             self._sent_s = loop.time()
 

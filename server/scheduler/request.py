@@ -26,6 +26,9 @@ from server.types import (
     TokenLogprobs,
 )
 
+PHASES = ("queued", "loading", "prefill", "decode")
+"""How far a request is: waiting for room, waiting for blocks from below, computing its prompt, answering."""
+
 
 class RequestState(Enum):
     WAITING = auto()
@@ -92,6 +95,15 @@ class Request:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def phase(self) -> str:
+        """One of PHASES, or `done`."""
+        if self.state is not RequestState.RUNNING:
+            return "queued" if self.state is RequestState.WAITING else "done"
+        if self.held_since_s is not None:
+            return "loading"
+        return "prefill" if self.first_token_s is None else "decode"
 
     @property
     def scores_prompt(self) -> bool:

@@ -29,6 +29,7 @@ from server.scheduler.policy import POLICIES as SCHEDULING
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Scheduler
 from server.sim.clock import SimFailure, VirtualLoop, run_virtual
+from server.sim.numbers import contradictions
 from server.sim.oracle import Arena, Expected, OracleRunner, Reference, StepCost
 from server.sim.tiers import FaultPlan, Media, SimTier
 from server.types import (
@@ -160,12 +161,13 @@ class Scenario:
             self.report,
             before_step=self._before_step,
         )
+        self.metrics, self.targeted = Metrics("sim"), 0
         self.mover = Mover(self.tiers, run_blocks=self._stream("runs").choice((1, 2, 8)))
         self.engine = Engine(
             self.scheduler,
             self.runner,
             self.mover,
-            Metrics("sim"),
+            self.metrics,
             loop.time,
             prefix_caching=self.prefix_caching,
             prefetch=self._stream("prefetch").random() < 0.7,
@@ -271,6 +273,8 @@ class Scenario:
         for fact, holds in facts.items():
             if not holds:
                 self.report(f"not true in the end: {fact}")
+        for what in contradictions(self.metrics.page(), self.targeted):
+            self.report(f"metrics: {what}")
         self._check_contents()
         self._count()
         outcome.virtual_s = self._loop.time()
@@ -357,13 +361,16 @@ class Scenario:
     async def _submit(self, spec: GenerateSpec, rng: Random) -> Stream | None:
         for _ in range(3):
             try:
-                return self.engine.submit(spec)
+                stream = self.engine.submit(spec)
             except Overloaded as error:
                 self.outcome.counts["overloaded"] += 1
                 await asyncio.sleep(error.retry_after_s * rng.uniform(0.1, 1))
             except NotReady:
                 self.outcome.counts["not_ready"] += 1
                 return None
+            else:
+                self.targeted += spec.service.targets != NO_TARGETS and not spec.service.background
+                return stream
         return None
 
     def _remember(self, spec: GenerateSpec, expected: Expected, root: BlockHash) -> None:

@@ -173,6 +173,7 @@ class ServerThread:
         self._stop = asyncio.Event()
         engine = asyncio.create_task(daemon.engine.run())
         batches = asyncio.create_task(run_batches(service))
+        status = asyncio.create_task(service.status.run())
         # serve() would take over the process's signals, which belong to the test run.
         serving = asyncio.create_task(http._serve([listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -184,6 +185,7 @@ class ServerThread:
         batches.cancel()
         await asyncio.gather(batches, return_exceptions=True)
         await daemon.engine.drain(30)
+        status.cancel()
         http.should_exit = True
         await serving
         await engine

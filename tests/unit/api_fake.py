@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from fastapi import FastAPI
 from server.api.app import create_app
 from server.api.dialects.dialect import NO_DIALECT, Dialect
 from server.api.service import Service, hash_keys
+from server.api.status.status import Status
+from server.api.status.warnings import WarningLog
 from server.api.tenancy import Tenants
 from server.batches.vault import Vault
 from server.config import ServerConfig
@@ -95,6 +98,7 @@ class FakeStream:
     request_id: int
     cached_tokens: int | None = None
     closed: bool = False
+    phase: str = "decode"
     generated: int = 0
     _events: Iterator[TokenEvent] = field(init=False)
 
@@ -278,6 +282,7 @@ def make_service(
     tokenizer: Any = None,
     dialect: Dialect = NO_DIALECT,
     grammars: Grammars | None = None,
+    warnings: WarningLog | None = None,
     **limits: Any,
 ) -> Service:
     """What the routes need, over `engine`, with a byte-level tokenizer unless another is given."""
@@ -285,6 +290,8 @@ def make_service(
     metrics.bind(engine.snapshot)
     if vault is not None:
         metrics.bind_batches(vault)
+    shown = ServerConfig(**limits)
+    status = Status(metrics, "fake", time.monotonic, time.time, max_watchers=shown.max_watchers, warnings=warnings)
     tenants = tenants or Tenants(hash_keys(keys))
     tenants.admins = hash_keys(admin_keys)
     return Service(
@@ -296,7 +303,8 @@ def make_service(
         model_name="fake",
         version="1.2.3",
         wall_clock=lambda: 1_700_000_000.5,
-        limits=ServerConfig(**limits),
+        limits=shown,
+        status=status,
         tenants=tenants,
         default_targets=default_targets,
         vault=vault,
