@@ -48,9 +48,17 @@ from server.kvcache.tiers.ssd import SsdTier
 from server.metrics import Facts, Metrics
 from server.models.base import Model
 from server.models.fingerprint import changed_files, file_stats, fingerprint, random_digest, weights_digest
-from server.models.weights import checkpoint_files, load_config, load_model, resolve_folder
+from server.models.weights import (
+    DTypeName,
+    checkpoint_files,
+    load_config,
+    load_model,
+    resolve_folder,
+    weights_bytes,
+)
 from server.recorder import Recorder
 from server.registry import resolve
+from server.room import available_bytes, check_disk, check_memory, taking, unusable
 from server.runner import grammar
 from server.runner.runner import TorchRunner
 from server.scheduler.limits import Limits
@@ -197,17 +205,14 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
 
     startup = startup or Startup(time.monotonic)
 
-    if config.model.device != "cpu":
-        raise ConfigError(
-            f"device {config.model.device!r} has no attention backend in this version; use --device cpu",
-            param="model.device",
-        )
+    _check_device(config)
     vault = _vault(config)
     with startup.timed("download"):
         folder = _folder(config)
     checkpoint = file_stats(folder)
     tokenizer = Tokenizer.load(folder, _chat_template(config))
     dialect = dialect_of(tokenizer, config.model.tool_call_parser, config.model.reasoning_parser)
+    _check_room(config, folder)
     with startup.timed("weights"):
         model, weights = _load(config, folder, startup.moved), _weights(config, folder)
     if changed := changed_files(folder, checkpoint):
@@ -216,7 +221,7 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
     frames = int(config.kv.device_gib * 2**30) // layout.block_bytes
     max_model_len = _max_model_len(config, model, layout, frames)
-    with startup.timed("kv_alloc"):
+    with startup.timed("kv_alloc"), taking("device_gib", config.kv.device_gib):
         arena = allocate_arena(frames, layout, kv_dtype, config.model.device)
     backend = config.model.attention if config.model.attention != "auto" else "cpu"
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
@@ -337,6 +342,29 @@ def _facts(config: Config, model: Model, kv_dtype: Any, max_model_len: int) -> F
     )
 
 
+def _check_device(config: Config) -> None:
+    if config.model.device != "cpu":
+        raise ConfigError(
+            f"device {config.model.device!r} has no attention backend in this version; use --device cpu",
+            param="model.device",
+        )
+
+
+def _check_room(config: Config, folder: Path) -> None:
+    """Before anything slow: is there memory for what is asked for, and a disk? Raises ConfigError."""
+    dtype, weights = weights_bytes(folder, _dtype(config), config.model.load_format)
+    sizes = {"--device-gib": config.kv.device_gib, "--dram-gib": config.kv.dram_gib}
+    check_memory(model_name(config), weights, dtype, sizes, available_bytes())
+    if config.kv.ssd_path is not None:
+        check_disk(config.kv.ssd_path, config.kv.ssd_gib, config.kv.ssd_min_free_gib)
+
+
+def _dtype(config: Config) -> DTypeName:
+    """The precision of weights; on a CPU float32 unless another is asked for."""
+    asked = config.model.dtype
+    return "float32" if asked == "auto" and config.model.device == "cpu" else asked
+
+
 def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Model:
     """The model, with a progress bar on a terminal. `moved` is told what was read, of how many bytes."""
 
@@ -344,9 +372,6 @@ def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Mo
         bar.update(task, completed=done, total=total)
         moved(done, total)
 
-    dtype = config.model.dtype
-    if dtype == "auto" and config.model.device == "cpu":
-        dtype = "float32"
     with Progress(
         TextColumn("loading {task.fields[name]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
         disable=not sys.stderr.isatty(), transient=True,
@@ -354,7 +379,7 @@ def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Mo
         task = bar.add_task("load", name=folder.name)
         return load_model(
             folder,
-            dtype=dtype,
+            dtype=_dtype(config),
             device=config.model.device,
             load_format=config.model.load_format,
             seed=config.model.seed,
@@ -459,8 +484,9 @@ def _lower_tiers(
             f"dram_gib {knobs.dram_gib:g} holds {frames} blocks of {layout.block_bytes} bytes; raise --dram-gib",
             param="kv.dram_gib",
         )
-    host = HostArena(frames, layout.block_bytes)
-    host.prefault()
+    with taking("dram_gib", knobs.dram_gib):
+        host = HostArena(frames, layout.block_bytes)
+        host.prefault()
     metrics.bind_host(host)
     tiers: dict[TierName, Tier] = {DEVICE: DeviceTier(arena, host)}
     specs = [TierSpec(DRAM, frames, knobs.dram_eviction, in_flight)]
@@ -486,7 +512,7 @@ def _ssd(config: Config, host: HostArena, identity: bytes, path: Path, disk: OsI
             io=disk,
         )
     except OSError as error:
-        raise ConfigError(f"cannot use {path} for the SSD tier: {error.strerror}", param="kv.ssd_path") from error
+        raise unusable(path, error) from error
     if ssd.capacity_blocks < MIN_BLOCKS:
         raise ConfigError(
             f"ssd_gib {knobs.ssd_gib:g} holds {ssd.capacity_blocks} blocks; raise --ssd-gib", param="kv.ssd_gib"

@@ -50,6 +50,8 @@ END_MARGIN_S = 10.0
 """After a drain's time, for closing sockets and files; what then still runs is left behind."""
 ABORT_S = 5.0
 """The same after a second signal."""
+PORTS_OF_ALL, PORTS_TRIED = 1024, 100
+"""From where on anybody may listen, and how many to try in search of a free one to name."""
 GC_THRESHOLDS = (50_000, 20, 20)
 """A step of 256 rows makes about 1,000 objects that live for one step: with the default of 700 the collector would run
 in every one of them, and a full collection over a large cache takes longer than a step."""
@@ -224,9 +226,19 @@ def _bind(config: Config) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port", param="server.port"
+            f"cannot listen on {host}:{port}: {error.strerror}; {_free_port(host, port)}", param="server.port"
         ) from error
     return listener
+
+
+def _free_port(host: str, taken: int) -> str:
+    """The nearest one that could be had."""
+    first = max(PORTS_OF_ALL, taken + 1)
+    for port in range(first, min(first + PORTS_TRIED, 65536)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe, suppress(OSError):
+            probe.bind((host, port))
+            return f"--port {port} is free"
+    return "choose another --port, or another --host"
 
 
 def _announce(daemon: Daemon, listener: socket.socket) -> None:

@@ -20,7 +20,8 @@ def contradictions(page: Page, targeted: int) -> list[str]:
     phases_s = sum(histogram.total for _, histogram in page.rows("request_phase_seconds"))
     e2e = page.value("e2e_request_latency_seconds")
     facts = {
-        "prompt tokens by source are all": page.sum("prompt_tokens_by_source_total") == page.value("prompt_tokens_total"),
+        "prompt tokens by source are all": page.sum("prompt_tokens_by_source_total")
+        == page.value("prompt_tokens_total"),
         "hits and misses are what was looked up": page.sum("kv_hit_tokens_total") + page.sum("kv_miss_tokens_total")
         == looked_up,
         "no more is looked up than asked": looked_up <= page.value("prompt_tokens_total"),
