@@ -1,4 +1,4 @@
-"""`terrace serve` that cannot work: one line on stderr with what is needed, what there is and what would fit; exit 2."""
+"""`terrace serve` that cannot work: one line with what is needed, what there is and what would fit; exit 2."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_unwritable_ssd_path(tmp_path: Path, folder: Path) -> None:
 def test_a_missing_model(folder: Path) -> None:
     """What is not there, and what may have been meant; a hub id says how to fetch it."""
     near = folder.parent / "tinny"
-    assert (
-        refused(str(near), "--port=0") == f"there is no folder '{near}', and it is no hub id; did you mean '{folder}'?"
+    assert refused(str(near), "--port=0") == (
+        f"model '{near}' is neither a folder nor a hub id of the form owner/name; did you mean '{folder}'?"
     )
     assert "hf download nobody/nothing" in refused("nobody/nothing", "--port=0")
