@@ -34,6 +34,7 @@ from server.batches.vault import Vault
 from server.config import Config, ServerConfig, key_weights
 from server.engine import Engine
 from server.errors import ConfigError
+from server.explain import Explanations
 from server.kernels.attention import BACKENDS
 from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
@@ -67,6 +68,7 @@ from server.scheduler.scheduler import Scheduler
 from server.startup import Startup
 from server.tenants import Tenant, cache_limits, read_tenants
 from server.text import Tokenizer
+from server.tracing import Tracer, otlp_exporter
 from server.types import (
     DEVICE,
     DRAM,
@@ -117,6 +119,7 @@ class Daemon:
     folder: Path
     checkpoint: Mapping[str, list[int]]
     startup: Startup
+    tracer: Tracer | None = None
     recorder: Recorder | None = None
     vault: Vault | None = None
     dialect: Dialect = NO_DIALECT
@@ -186,6 +189,8 @@ class Daemon:
         """After the engine: no step and no transfer runs any more, or none that anybody waits for."""
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
         if self.vault is not None:
             await self.vault.aclose()
         if self.grammars is not None:
@@ -236,6 +241,7 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
         metrics.bind_recorder(recorder.outcomes)
     if vault is not None:
         metrics.bind_batches(vault)
+    tracer = _tracer(config)
     policy = make_policy(config.scheduler.policy, _weights_of(config.server, ()))
     scheduler = Scheduler(kv, policy, _limits(config, max_model_len))
     runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
@@ -250,6 +256,7 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
         flush_s=config.kv.drain_flush_s if SSD in tiers else 0.0,
         nonce=secrets.token_hex(8),
         recorder=recorder,
+        explanations=Explanations(config.server.explained_requests, _wall_offset_s(), tracer),
     )
     sizes = {DEVICE: frames} | {spec.name: spec.frames for spec in specs}
     summary = _in_words(name, model, layout, max_model_len, sizes) + f"; attention {backend}"
@@ -257,7 +264,7 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     plain = hash_keys(key_weights(config.server.api_keys))
     tenants = Tenants(plain, time.monotonic, metrics.rejected)
     parts = (config, engine, runner, tiers, tokenizer, metrics, name, summary, model.geometry.hidden, tenants)
-    daemon = Daemon(*parts, folder, checkpoint, startup, recorder, vault, dialect, grammars)
+    daemon = Daemon(*parts, folder, checkpoint, startup, tracer, recorder, vault, dialect, grammars)
     daemon.admit(_tenants_of(config), config.server)
     if config.server.tenants_file is not None:
         metrics.bind_tenants(tenants.numbers)
@@ -465,7 +472,7 @@ def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity
         write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
         write_share=config.kv.ssd_write_share,
         pin_ratio=config.kv.pin_ratio,
-        wall_offset_s=time.time() - time.monotonic(),
+        wall_offset_s=_wall_offset_s(),
         shared=config.server.tenants_file is not None,
     )
 
@@ -534,6 +541,18 @@ def _grammars(tokenizer: Tokenizer, vocab: int) -> grammar.Grammars | None:
         log.warning("no structured output: this model's tokens are not pieces of text by themselves")
         return None
     return grammar.Grammars(grammar.Vocabulary(tokenizer.vocabulary(vocab), tokenizer.special_tokens))
+
+
+def _wall_offset_s() -> float:
+    """From the engine's clock to Unix time."""
+    return time.time() - time.monotonic()
+
+
+def _tracer(config: Config) -> Tracer | None:
+    endpoint = config.server.otlp_endpoint
+    if endpoint is None:
+        return None
+    return Tracer(otlp_exporter(endpoint), model_name(config), version(), _wall_offset_s())
 
 
 def _recorder(config: Config) -> Recorder | None:

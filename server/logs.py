@@ -14,6 +14,8 @@ from typing import Any
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Of the request that this task serves; empty elsewhere."""
+TRACE_PARENT: ContextVar[str] = ContextVar("trace_parent", default="")
+"""The header `traceparent` that came with it."""
 NOISY = ("httpx", "uvicorn.error", "asyncio")
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[31m"}

@@ -330,6 +330,13 @@ class ServerConfig(Section):
     max_watchers: Count = Field(
         default=16, ge=1, description="Live pages and `terrace top` open at once; beyond it 429."
     )
+    explained_requests: Count = Field(
+        default=500, ge=0, description="Requests of which /v1/cache/explain can say why they took as long; 0: none."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="Where to send a trace of each request by OTLP, as http://collector:4318; needs the extra `otel`.",
+    )
     record_path: Path | None = Field(
         default=None,
         description="File to record requests in, for replay: times, lengths, keyed block hashes; no text, no token.",

@@ -14,6 +14,7 @@ from server.api import schema
 from server.api.errors import UNEXPECTED, error_response
 from server.api.sse import CLIENT_GONE
 from server.logs import REQUEST_ID as LOGGED_ID
+from server.logs import TRACE_PARENT
 from server.metrics import Metrics
 
 log = logging.getLogger("terrace.api")
@@ -38,11 +39,13 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
         state[REQUEST_ID] = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         state[MAY_NAME] = state[REQUEST_ID] != given
         LOGGED_ID.set(state[REQUEST_ID])
+        TRACE_PARENT.set(headers.get("traceparent", ""))
         status = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:

@@ -24,6 +24,7 @@ from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
+from server.explain import Explanations
 from server.metrics import Facts, Metrics
 from server.runner.grammar import Grammars, Vocabulary
 from server.types import (
@@ -219,6 +220,7 @@ class FakeEngine:
         self.kv = SimpleNamespace(layout=BlockLayout(1, 1, 1, 4, 4))
         self.told: list[tuple[object, ...]] = []
         self.stuck_for_s = 0.0
+        self.explanations = Explanations(100, 0.0)
 
     def stuck_s(self) -> float:
         return self.stuck_for_s
