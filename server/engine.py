@@ -195,6 +195,8 @@ class Engine:
         self._audited = True
         self._stepping = self._move_due = self._prefilling = False
         self._progress_s = clock()
+        self._stalled: tuple[str, float] | None = None
+        """Why nothing can run although there is work, and since when that was counted."""
         metrics.bind(self.snapshot)
 
     @property
@@ -295,6 +297,7 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         scheduler = self.scheduler
+        self._count_stall()
         return EngineSnapshot(
             state=self.state,
             running=len(scheduler.running),
@@ -389,11 +392,17 @@ class Engine:
 
     async def _stall(self) -> None:
         """There is work, and none of it can run now: it waits for blocks, or for frames to put them in."""
-        cause = "kv_restore" if any(request.held_since_s is not None for request in self.scheduler.running) else None
-        cause = self.kv.starved_for() or cause or "no_free_blocks"
-        since_s = self._clock()
+        self._stalled = self.kv.stalled_by(), self._clock()
         await self._rest()
-        self._metrics.stalled(cause, self._clock() - since_s)
+        self._count_stall()
+        self._stalled = None
+
+    def _count_stall(self) -> None:
+        """Up to now: a disk that hangs shows while it hangs."""
+        if self._stalled is not None:
+            (cause, since_s), now = self._stalled, self._clock()
+            self._metrics.stalled(cause, now - since_s)
+            self._stalled = cause, now
 
     def _move(self) -> None:
         """Start the transfers that may start now."""

@@ -12,6 +12,7 @@ from server.bench.report import Report
 BENCHES = {
     "abuse": "server.bench.abuse:run",
     "scheduler": "server.bench.scheduler:run",
+    "metrics": "server.bench.metrics:run",
     "model": "server.bench.model:run",
     "clients": "server.bench.clients:run",
     "grid": "server.bench.grid:run",

@@ -15,7 +15,8 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from statistics import median
@@ -24,7 +25,7 @@ import uvicorn
 
 from server.api.app import create_app
 from server.bench.report import Report
-from server.build import build, service_of
+from server.build import Daemon, build, service_of
 from server.cli import loop_factory
 from server.config import Config, KvConfig, ModelConfig, SchedulerConfig
 from server.engine import Engine
@@ -63,7 +64,7 @@ def run(*, quick: bool) -> Report:
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    client = context.Process(target=_client, args=(theirs, cores[-1]), daemon=True)
+    client = context.Process(target=read_streams, args=(theirs, cores[-1]), daemon=True)
     client.start()
     os.sched_setaffinity(0, {cores[0]})
     try:
@@ -82,6 +83,22 @@ async def _measure(report: Report, client: Connection, sizes: Sequence[int], rou
         kv=KvConfig(device_gib=0.125),
         scheduler=SchedulerConfig(max_num_seqs=max(sizes), max_num_batched_tokens=8192),
     )
+    async with free_daemon(config) as (_, port):
+        for streams in sizes:
+            samples = [await stream(client, port, streams, OUTPUT_TOKENS) for _ in range(rounds)]
+            rate, merged, cost_us = (median(column) for column in zip(*samples, strict=True))
+            report.row(streams, f"{rate:,.0f}", f"{merged:.2f}", f"{cost_us:.1f}", f"{1e6 / cost_us:,.0f}")
+            report.keep(
+                streams=streams, tokens_per_s=[s[0] for s in samples], loop_us_per_token=[s[2] for s in samples]
+            )
+            if streams == GOAL_STREAMS:
+                statement = f"{rate:,.0f} tokens/s over {streams} streams, goal {GOAL_TOKENS_PER_S:,}"
+                report.goal(statement, met=rate >= GOAL_TOKENS_PER_S)
+
+
+@asynccontextmanager
+async def free_daemon(config: Config) -> AsyncIterator[tuple[Daemon, int]]:
+    """A daemon of one tier whose steps cost nothing, and the port that it serves on."""
     built = build(config)
     words = [token for token in built.tokenizer.encode(PROMPT) if not built.tokenizer.is_special(token)]
     engine = Engine(built.engine.scheduler, FreeRunner(words), Mover({}), built.metrics, time.monotonic)
@@ -90,30 +107,28 @@ async def _measure(report: Report, client: Connection, sizes: Sequence[int], rou
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     running = asyncio.create_task(engine.run())
     serving = asyncio.create_task(server._serve([listener]))
-    loop = asyncio.get_running_loop()
-    for streams in sizes:
-        samples = []
-        for _ in range(rounds):
-            started_s, cpu_s = time.perf_counter(), time.thread_time()
-            client.send((listener.getsockname()[1], streams, OUTPUT_TOKENS))
-            events = await loop.run_in_executor(None, client.recv)
-            tokens = streams * OUTPUT_TOKENS
-            seconds, cost_s = time.perf_counter() - started_s, time.thread_time() - cpu_s
-            samples.append((tokens / seconds, events / tokens, cost_s / tokens * 1e6))
-        rate, merged, cost_us = (median(column) for column in zip(*samples, strict=True))
-        report.row(streams, f"{rate:,.0f}", f"{merged:.2f}", f"{cost_us:.1f}", f"{1e6 / cost_us:,.0f}")
-        report.keep(streams=streams, tokens_per_s=[s[0] for s in samples], loop_us_per_token=[s[2] for s in samples])
-        if streams == GOAL_STREAMS:
-            statement = f"{rate:,.0f} tokens/s over {streams} streams, goal {GOAL_TOKENS_PER_S:,}"
-            report.goal(statement, met=rate >= GOAL_TOKENS_PER_S)
-    await engine.drain(10)
-    server.should_exit = True
-    await serving
-    await running
-    await daemon.runner.aclose()
+    try:
+        yield daemon, listener.getsockname()[1]
+    finally:
+        await engine.drain(10)
+        server.should_exit = True
+        await serving
+        await running
+        await daemon.runner.aclose()
 
 
-def _client(pipe: Connection, core: int) -> None:
+async def stream(client: Connection, port: int, streams: int, tokens: int) -> tuple[float, float, float]:
+    """Let `read_streams` read so many streams of so many tokens: tokens/s, events per token, us of this thread's time
+    per token."""
+    started_s, cpu_s = time.perf_counter(), time.thread_time()
+    client.send((port, streams, tokens))
+    events = await asyncio.get_running_loop().run_in_executor(None, client.recv)
+    total = streams * tokens
+    seconds, cost_s = time.perf_counter() - started_s, time.thread_time() - cpu_s
+    return total / seconds, events / total, cost_s / total * 1e6
+
+
+def read_streams(pipe: Connection, core: int) -> None:
     """Reads as many streams as it is told until all have ended; sends back how many events there were."""
     os.sched_setaffinity(0, {core})
     while (job := pipe.recv()) is not None:

@@ -41,6 +41,8 @@ def frames_add_up(kv: KVManager) -> None:
         for value, frame in books.find.items():
             _require(books.hashes[frame] == value, f"{books.name}: a block is filed under another hash")
         _require(books.origin.keys() <= set(books.find.values()), f"{books.name}: an origin of a block that is gone")
+        _require(books.lives.early <= set(books.find.values()), f"{books.name}: fetched early, and not there")
+        _require(books.lives.came_s.keys() <= books.find.keys(), f"{books.name}: follows a block that is gone")
 
 
 def holds_add_up(kv: KVManager) -> None:

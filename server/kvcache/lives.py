@@ -30,15 +30,17 @@ class Lives:
         self.prefetched = {"useful": 0, "wasted": 0}
         """Blocks that were fetched to here early: used since, or gone unused."""
         self._ghosts_max = -(-frames // SAMPLE)
-        self._came_s: dict[BlockHash, float] = {}
+        self.came_s: dict[BlockHash, float] = {}
+        """When those that are here came, of those that are followed."""
         self._ghosts: OrderedDict[BlockHash, float] = OrderedDict()
         """When they were evicted, longest ago first."""
-        self._early: set[FrameId] = set()
+        self.early: set[FrameId] = set()
+        """What was fetched to here early and not used yet."""
 
     def came(self, value: BlockHash, now: float) -> None:
         """The block is here from now on, or on its way."""
         if not value[0] & _MASK:
-            self._came_s[value] = now
+            self.came_s[value] = now
             self._ghosts.pop(value, None)
 
     def evicted(self, value: BlockHash, used_s: float, now: float) -> None:
@@ -46,7 +48,7 @@ class Lives:
         if used_s:
             self.life.eviction_age_s.observe(now - used_s)
         if not value[0] & _MASK:
-            came_s = self._came_s.pop(value, None)
+            came_s = self.came_s.pop(value, None)
             if came_s is not None:
                 self.life.lifetime_s.observe(now - came_s)
             self._ghosts[value] = now
@@ -55,7 +57,7 @@ class Lives:
 
     def gone(self, value: BlockHash) -> None:
         """It went for another reason."""
-        self._came_s.pop(value, None)
+        self.came_s.pop(value, None)
 
     def asked_again(self, used_s: float, now: float) -> None:
         """A sampled block that is here is asked for; `used_s` as above."""
@@ -73,20 +75,20 @@ class Lives:
 
     def fetched(self, frame: FrameId) -> None:
         """The block in `frame` was brought here although nobody waited for it."""
-        self._early.add(frame)
+        self.early.add(frame)
 
     def used(self, frame: FrameId) -> None:
         """Somebody has use for it."""
-        if frame in self._early:
-            self._early.remove(frame)
+        if frame in self.early:
+            self.early.remove(frame)
             self.prefetched["useful"] += 1
 
     def moved(self, frame: FrameId) -> None:
         """It goes on, still for nobody: what becomes of it is counted where it ends."""
-        self._early.discard(frame)
+        self.early.discard(frame)
 
     def unused(self, frame: FrameId) -> None:
         """It is gone from `frame`."""
-        if frame in self._early:
-            self._early.remove(frame)
+        if frame in self.early:
+            self.early.remove(frame)
             self.prefetched["wasted"] += 1

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 from server.kvcache.accounts import Accounts
 from server.kvcache.admission import Admission
@@ -37,7 +37,7 @@ SPILL_PACE_S = 0.4
 """Spills wait this long for others: together they cost the loop a tenth of what each alone does, and nobody waits for
 them. Under a load of short device hits, 0.1 s cost 4 % of TTFT, 0.4 s nothing."""
 SPILL_GRACE_S = 0.2
-"""Those that are due wait at most this long while a prompt is being computed: somebody waits for its first token."""
+"""Those that are due wait at most this long while a prompt is computed: somebody waits for its first token."""
 ALL = 1 << 40
 """More blocks than any request has."""
 
@@ -123,10 +123,12 @@ class KVManager:
         """Blocks are in flight or about to be: what has no room now may have room when they landed."""
         return self.traffic.moving
 
-    def starved_for(self) -> str | None:
-        """What keeps a load from starting that somebody waits for, if that is a frame."""
+    def stalled_by(self) -> str:
+        """Why nobody can run although there are requests: loads, frames for them, or spills that still hold frames."""
         lacking = next((k for k, hop in enumerate(self.traffic.hops) if hop.starved), None)
-        return None if lacking is None else "host_pool_full" if lacking else "no_free_blocks"
+        if lacking is not None:
+            return "host_pool_full" if lacking else "no_free_blocks"
+        return "kv_restore" if self.traffic.loads else "spill_backpressure"
 
     def knows(self, value: BlockHash) -> bool:
         """Is this block anywhere?"""
@@ -429,9 +431,8 @@ class KVManager:
     def _used(self, chain: UsedChain) -> None:
         """This chain was just used: it is recent in every tier, and what lacks a copy below is spilled again."""
         values = chain.values
-        for level, books in enumerate(self.levels[1:]):
+        for level, (above, books) in enumerate(pairwise(self.levels)):
             books.refresh(values, chain.hits, chain.kinds)
-            above = self.levels[level]
             for value in values:
                 if not chain.transient and value in above.find:
                     above.transient[above.find[value]] = 0

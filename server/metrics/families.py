@@ -38,7 +38,7 @@ REJECTIONS = ("queue_full", "too_late", "too_long", "draining", "rate_limit", OT
 PREEMPTIONS = ("spill", "recompute")
 PHASES = ("queue", "kv_restore", "prefill", "decode")
 SLOS = ("ttft", "tpot", "all")
-STALLS = ("kv_restore", "no_free_blocks", "host_pool_full")
+STALLS = ("kv_restore", "spill_backpressure", "no_free_blocks", "host_pool_full")
 MISSES = ("not_cached", "slower_than_recompute", "disabled", "split", "late", "failed")
 DECLINED = ("slower_than_recompute", "disabled")
 FAULTS = ("io", "corrupt", "no_space", "timeout")
@@ -131,7 +131,8 @@ def _engine() -> Iterator[Family]:
     yield _counter("engine_busy_seconds_total", "seconds", "Time spent in forward passes.")
     yield _counter("engine_host_seconds_total", "seconds", "Loop time spent to plan and commit steps.")
     yield _counter("engine_stall_seconds_total", "seconds", "Time in which there was work and none could run: blocks "
-                   "were being loaded, or waited for a frame of the device or of DRAM.", cause=STALLS)  # fmt: skip
+                   "were being loaded, or waited for a frame of the device or of DRAM, or spills held the frames.",
+                   cause=STALLS)  # fmt: skip
     yield _gauge("device_memory_bytes", "bytes", "What the device holds.", kind=("weights", "kv"))
     yield _histogram("event_loop_lag_seconds", "seconds", "move", "How late the event loop's timers fire.")
 

@@ -260,10 +260,10 @@ class Metrics:
     def page(self) -> Page:
         """Everything as of now: 0.3 ms. Loop thread: it reads what the loop writes."""
         page = Page()
+        now = self._snapshot() if self._snapshot is not None else None
         self._put_requests(page)
         self._put_work(page)
         self._put_facts(page)
-        now = self._snapshot() if self._snapshot is not None else None
         if self._tenants is not None:
             put_tenants(page, self._tenants(), now.kv.owned if now is not None else {})
         if now is not None:

@@ -36,7 +36,8 @@ class World:
         self.runner = OracleRunner(
             Arena(frames, 2, Random(0)), 50, StepCost(0.1, token_s, failure_every=0), Random(0), self.broken.append
         )
-        self.engine = Engine(bench.scheduler, self.runner, Mover({DEVICE: self}), Metrics("sim"), loop.time)
+        self.metrics = Metrics("sim")
+        self.engine = Engine(bench.scheduler, self.runner, Mover({DEVICE: self}), self.metrics, loop.time)
 
     async def open(self) -> Recovered:
         return Recovered()
@@ -203,3 +204,34 @@ def test_a_drain_can_be_hurried():
 
     assert play(scene).engine.state == "stopped"
     assert reasons == [FinishReason.ABORT]
+
+
+def test_a_stall_shows_while_it_lasts():
+    """A request that can do nothing but wait for its block: the time counts as lost to that, before it is over."""
+
+    async def scene(world: World, engine: asyncio.Task[None]) -> None:
+        await asyncio.sleep(0)
+        await world.ask(SPEC)
+        await asyncio.sleep(2)
+        for start in range(10, 40, 10):
+            await world.ask(GenerateSpec(list(range(start, start + 8)), SamplingParams(max_tokens=1)))
+        await asyncio.sleep(2)  # spills would hold frames
+        assert world.engine.kv.device.find.keys().isdisjoint(world.engine.chain(SPEC.prompt, "")[:1])
+        asked = asyncio.create_task(world.ask(SPEC))
+        await asyncio.sleep(0.004)
+        page = world.metrics.page()
+        assert page.value("engine_stall_seconds_total", "kv_restore") == pytest.approx(0.004), (
+            "one block was on its way"
+        )
+        assert page.value("requests_waiting", "kv_restore") == 1
+        assert page.value("requests_running") == 0
+        await asked
+        page = world.metrics.page()
+        assert page.value("engine_stall_seconds_total", "kv_restore") == pytest.approx(0.01)
+        assert page.value("kv_restore_cost_seconds_total", DRAM) == pytest.approx(0.01)
+        held = page.value("request_phase_seconds", "kv_restore")
+        assert held.total == pytest.approx(0.01)
+        await world.engine.drain(10)
+        await engine
+
+    play(scene, frames=8, lower=32, token_s=1.0)

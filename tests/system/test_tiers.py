@@ -24,13 +24,11 @@ import server.demo
 from server.bench.placing import prefer_loading
 from server.build import Daemon, build
 from server.config import load_config
-from server.demo.corpus import example
 from server.engine import GenerateSpec
 from server.errors import ConfigError
 from server.kvcache.tiers.index import RECORD
 from server.kvcache.tiers.slots import HEADER_BYTES
 from server.kvcache.tiers.ssd import SsdTier
-from server.text import Tokenizer
 from server.types import DEVICE, DRAM, SSD, SamplingParams
 from tests.e2e.daemon import write_model
 from tests.numeric.families import make_reference, save
@@ -84,16 +82,6 @@ async def indexed(daemon: Daemon, rows: int) -> None:
 def moved_up(daemon: Daemon) -> int:
     """Blocks that came from DRAM to the device."""
     return sum(h.moved_blocks for h in daemon.engine.snapshot().kv.hops if (h.source, h.target) == (DRAM, DEVICE))
-
-
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    """6 documents of 100 to 350 tokens, each ending in a question. No two begin alike."""
-    tokenizer = Tokenizer.load(FOLDER)
-    texts = [example(seed=i, target_tokens=100 + 50 * i, kind="completion").prompt for i in range(6)]
-    encoded = [tokenizer.encode(text) for text in texts]
-    assert len({tuple(prompt[:BLOCK_TOKENS]) for prompt in encoded}) == len(encoded), "prompts share blocks"
-    return encoded
 
 
 @pytest.fixture(scope="module")
