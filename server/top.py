@@ -41,7 +41,7 @@ def top(url: str, key: str | None, *, once: bool) -> int:
             if once:
                 answer = http.get(PATH_STATUS)
                 _check(answer, base)
-                plain = Console(color_system=None, highlight=False)
+                plain = Console(color_system=None, highlight=False, markup=False)
                 if not plain.is_terminal:
                     plain.width = PLAIN_COLUMNS
                 plain.print(_view(answer.json(), []))
@@ -64,7 +64,7 @@ def _follow(http: httpx.Client, base: str) -> None:
         _check(answer, base)
         generated: list[float] = []
         status: dict[str, Any] = {}
-        with Live(console=Console(highlight=False), screen=True, auto_refresh=False) as live:
+        with Live(console=Console(highlight=False, markup=False), screen=True, auto_refresh=False) as live:
             for name, data in _events(answer):
                 if name == "history":
                     generated = [value or 0.0 for value in data["generated"]]
@@ -205,7 +205,8 @@ def _requests(live: dict[str, Any]) -> RenderableType:
 
 def _warning(entry: dict[str, Any]) -> Text:
     times = f" ({entry['count']} times)" if entry["count"] > 1 else ""
-    return Text.assemble((f"{entry['level']}: ", "yellow"), entry["message"] + times)
+    message = "".join(letter if letter.isprintable() else "?" for letter in entry["message"])
+    return Text.assemble((f"{entry['level']}: ", "yellow"), message + times)
 
 
 def _seconds(value: float | None) -> str:

@@ -37,7 +37,7 @@ _BODIES = (
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application over `service`. No CORS, no interactive documentation (it would load scripts from elsewhere)."""
+    """The application over `service`. No CORS; /docs is our own, as FastAPI's loads scripts from elsewhere."""
     encoder = Encoder(service.tokenizer)
 
     app = FastAPI(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -259,3 +260,27 @@ class ServeProcess:
         values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
         assert values, f"no metric is called {name}"
         return sum(values)
+
+
+def start(folder: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
+    """`terrace serve` on a free port, ready; the process and its URL."""
+    command = [sys.executable, "-m", "server", "serve", str(folder), "--load-format", "dummy", "--port", "0"]
+    command += ["--served-model-name", NAME, "--device-gib", "0.01", "--threads", "1", *flags]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TERRACE_")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if match := re.search(r"curl -s (http://[^/]+)/v1", line):
+            url = match[1]
+            break
+    else:
+        raise AssertionError(f"the daemon ended with {process.wait()} before it was ready")
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    Wait().until(ready, "the daemon is ready")
+    return process, url

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.daemon import NAME, Served, ServerThread, Wait, tiny_config, write_model
+from tests.e2e.daemon import NAME, Served, ServerThread, Wait, start, tiny_config, write_model
 
 LONG = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True}
 
@@ -71,41 +67,20 @@ def test_a_long_body_is_413_over_a_socket(small: Served) -> None:
         assert http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 1}).status_code == 200
 
 
-def start(folder: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
-    """`terrace serve` on a free port, ready; the process and its URL."""
-    command = [sys.executable, "-m", "server", "serve", str(folder), "--load-format", "dummy", "--port", "0"]
-    command += ["--served-model-name", NAME, "--device-gib", "0.01", "--threads", "1", *flags]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("TERRACE_")}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if match := re.search(r"curl -s (http://[^/]+)/v1", line):
-            url = match[1]
-            break
-    else:
-        raise AssertionError(f"the daemon ended with {process.wait()} before it was ready")
-
-    def ready() -> bool:
-        try:
-            return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    Wait().until(ready, "the daemon is ready")
-    return process, url
-
-
 def test_sigterm_finishes_what_runs_and_exits_0(tmp_path: Path) -> None:
-    """After SIGTERM the daemon is not ready and takes nothing new; the running stream gets every token; then exit 0."""
+    """After SIGTERM the daemon is not ready and takes nothing new; the running stream gets every token; then exit 0.
+    Who watches does not keep it from stopping."""
     process, url = start(write_model(tmp_path / "tiny", context=2048))
     try:
         body = LONG | {"max_tokens": 1500, "stream": True, "stream_options": {"include_usage": True}}
         with (
             httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
+            http.stream("GET", "/status/stream") as watched,
             http.stream("POST", "/v1/completions", json=body) as answer,
         ):
-            lines = answer.iter_lines()
+            lines, seen = answer.iter_lines(), watched.iter_lines()
             assert next(lines).startswith("data: ")
+            assert next(seen) == "event: history"
             process.send_signal(signal.SIGTERM)
             Wait().until(lambda: http.get("/readyz").status_code == 503, "the daemon says that it is not ready")
             assert http.get("/livez").status_code == 200
@@ -113,6 +88,7 @@ def test_sigterm_finishes_what_runs_and_exits_0(tmp_path: Path) -> None:
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) >= 1
             rest = [line for line in lines if line.startswith("data: ")]
+            assert "event: live" in list(seen), "the stream of who watches has come to its end"
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2][6:])["usage"]["completion_tokens"] == 1500
         assert process.wait(60) == 0

@@ -20,7 +20,8 @@ class Counters:
     """Since the start of the process; `at_s` on the monotonic clock. Also the difference of two, over `at_s` seconds.
 
     `sources`: prompt tokens by what provided them. `saved_s`, `cost_s` by tier: computing that its hits made
-    unnecessary, and waiting for its loads. `faults`: moves that failed and blocks that did not verify.
+    unnecessary, and waiting for its loads. `unwritten`: blocks that the write budget kept from the SSD. `faults`: moves
+    that failed and blocks that did not verify.
     """
 
     at_s: float
@@ -33,6 +34,7 @@ class Counters:
     moved_bytes: Mapping[Hop, float]
     stalled_s: Mapping[str, float]
     written_bytes: float
+    unwritten: float
     faults: Mapping[str, float]
     ttft_s: Histogram
     tpot_s: Histogram
@@ -50,6 +52,7 @@ class Counters:
             moved_bytes=_minus(self.moved_bytes, before.moved_bytes),
             stalled_s=_minus(self.stalled_s, before.stalled_s),
             written_bytes=self.written_bytes - before.written_bytes,
+            unwritten=self.unwritten - before.unwritten,
             faults=_minus(self.faults, before.faults),
             ttft_s=_without(self.ttft_s, before.ttft_s),
             tpot_s=_without(self.tpot_s, before.tpot_s),
@@ -77,6 +80,7 @@ def counters_of(page: Page, now_s: float) -> Counters:
         moved_bytes={(hop[0], hop[1]): count for hop, count in page.rows("kv_transfer_bytes_total")},
         stalled_s=_by_last(page, "engine_stall_seconds_total"),
         written_bytes=page.value("ssd_written_bytes_total"),
+        unwritten=page.value("kv_admission_total", "ssd", "reject_wear"),
         faults={
             "moves": page.sum("kv_transfer_failures_total"),
             "blocks": page.sum("kv_integrity_failures_total"),

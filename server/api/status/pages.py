@@ -1,4 +1,4 @@
-"""The live page's files, as the package holds them: nothing is loaded from elsewhere, nothing is written inline."""
+"""The files of the live page and of /docs, as the package holds them: nothing comes from elsewhere or stands inline."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ FILES = {
     "/ui/icon.svg": ("icon.svg", "image/svg+xml"),
     "/ui/uPlot.js": ("uPlot.iife.min.js", "text/javascript"),
     "/ui/uPlot.css": ("uPlot.min.css", "text/css"),
+    "/docs": ("docs.html", "text/html"),
+    "/ui/docs.js": ("docs.js", "text/javascript"),
+    "/ui/docs.css": ("docs.css", "text/css"),
 }
 """By path. They hold no secret, so they need no key; what they show does."""
 SECURITY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"

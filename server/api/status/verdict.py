@@ -43,13 +43,16 @@ def _serving(now: Moment, facts: Facts) -> Verdict:
     if now.state != "ready":
         level: Level = "bad" if now.state == "failed" else "watch"
         return Verdict(question, level, f"No: {now.state}", ["It takes no new requests."])
-    late = list(_late(now, facts))
+    late = list(_late(now, facts, 0.99, "p99"))
+    very_late = list(_late(now, facts, 0.5, "the median"))
     refused = sum(now.minute.rejected.values())
     if refused:
         named = ", ".join(f"{name} {count:.0f}" for name, count in now.minute.rejected.items() if count)
-        late.append(f"{refused:.0f} requests were turned away in the last minute ({named}).")
+        late.append(f"{refused:,.0f} requests were turned away in the last minute ({named}).")
     made = now.recent.per_s(now.recent.generated)
     work = f"{now.running} running, {now.waiting + now.loading} waiting, {made:,.0f} tokens a second."
+    if very_late:
+        return Verdict(question, "bad", "No", [*very_late, *late, work])
     if late:
         return Verdict(question, "watch", "Not quite", [*late, work])
     ttft_s = quantile(now.minute.ttft_s, 0.99)
@@ -65,14 +68,14 @@ def _serving(now: Moment, facts: Facts) -> Verdict:
     return Verdict(question, "good", "Yes", [f"{first}.", work])
 
 
-def _late(now: Moment, facts: Facts) -> Iterator[str]:
+def _late(now: Moment, facts: Facts, share: float, name: str) -> Iterator[str]:
     for what, found, target_s in (
         ("first token", now.minute.ttft_s, facts.targets.ttft_s),
         ("time per token", now.minute.tpot_s, facts.targets.tpot_s),
     ):
-        p99_s = quantile(found, 0.99)
-        if p99_s is not None and p99_s > target_s:
-            yield f"The {what} takes {show_seconds(p99_s)} (p99), the target is {show_seconds(target_s)}."
+        taken_s = quantile(found, share)
+        if taken_s is not None and taken_s > target_s:
+            yield f"The {what} takes {show_seconds(taken_s)} ({name}), the target is {show_seconds(target_s)}."
 
 
 def _tiering(now: Moment) -> Verdict:
@@ -98,7 +101,7 @@ def _tiering(now: Moment) -> Verdict:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+    return f"{100 * share:.0f} %"
 
 
 def _trouble(now: Moment, facts: Facts) -> Verdict:
@@ -119,16 +122,18 @@ def _grave(now: Moment) -> Iterator[str]:
             yield f"{tier.name} is switched off: it failed or stalled. It is tried again by itself."
     errors = now.minute.finished.get("error", 0)
     if errors:
-        yield f"{errors:.0f} requests ended with an error in the last minute."
+        yield f"{errors:,.0f} requests ended with an error in the last minute."
 
 
 def _slight(now: Moment, facts: Facts) -> Iterator[str]:
     if now.faults:
-        yield f"{now.faults:.0f} moves failed or blocks did not verify in the last 15 minutes; all were computed anew."
+        yield f"{now.faults:,.0f} moves failed or blocks did not verify in the last 15 minutes; all were computed anew."
     stalled_s = sum(now.minute.stalled_s.values())
     if now.minute.per_s(stalled_s) > STALLED_SHARE:
         cause = max(now.minute.stalled_s, key=lambda cause: now.minute.stalled_s[cause])
         yield f"Work stood still for {_percent(now.minute.per_s(stalled_s))} of the last minute ({cause})."
+    if now.minute.unwritten:
+        yield f"{now.minute.unwritten:,.0f} blocks of the last minute were not written to SSD: beyond the write budget."
     budget = facts.write_bytes_per_day
     if budget and now.today_bytes > NEARLY_FULL_BUDGET * budget:
         yield f"{show_bytes(now.today_bytes)} of the {show_bytes(budget)} a day were written to SSD already."

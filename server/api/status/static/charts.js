@@ -93,7 +93,7 @@ export class Chart {
       spanGaps: false,
     }));
     return {
-      width: this.place.clientWidth, height: this.place.clientHeight, legend: { show: false }, padding: [8, 10, 0, 0],
+      width: this.place.clientWidth, height: this.place.clientHeight, legend: { show: false }, padding: [8, 24, 0, 0],
       cursor: { sync: { key: sync.key }, drag: { x: false, y: false }, points: { show: !this.stacked }, y: false },
       scales: {
         x: { time: true, range: (u, min, max) => [max - Math.min(LONGEST_S, Math.max(SHORTEST_S, max - min)), max] },

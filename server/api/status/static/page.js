@@ -119,6 +119,9 @@ function showHead(status) {
   document.title = `${worst ? `${SIGNS[worst]} ` : ""}${status.model} · Terrace`;
 }
 
+// A number stays on one line with its unit.
+const unbroken = (text) => text.replace(/(\d) (%|[a-zA-Z]{1,3}\b)/g, "$1\u00a0$2");
+
 function showVerdicts(verdicts) {
   const place = at("verdicts");
   verdicts.forEach((verdict, i) => {
@@ -132,7 +135,7 @@ function showVerdicts(verdicts) {
     sign.setAttribute("aria-hidden", "true");
     answer.append(sign, verdict.answer);
     const why = element("ul");
-    for (const line of verdict.why) why.append(element("li", "", line));
+    for (const line of verdict.why) why.append(element("li", "", unbroken(line)));
     card.append(answer, why);
     if (place.children[i]) place.replaceChild(card, place.children[i]);
     else place.append(card);
@@ -304,36 +307,39 @@ async function follow() {
 
 // --- keys and what an admin may do ---
 
-const keyDialog = at("key-dialog");
-
-function askKey() {
+// The value of the button that was pressed; "yes" for Enter in a field, "no" for Escape. The dialog's `close` event comes
+// too late to go by: by then the dialog may be open for another question.
+function answerOf(dialog) {
+  if (!dialog.open) dialog.showModal();
   return new Promise((done) => {
-    at("key-input").value = "";
-    at("key-forget").hidden = !sessionStorage.getItem(KEY);
-    if (!keyDialog.open) keyDialog.showModal();
-    keyDialog.addEventListener("close", done, { once: true });
+    const over = new AbortController();
+    const end = (value) => { over.abort(); dialog.close(); done(value); };
+    const on = (name, answer) => dialog.addEventListener(name, (event) => {
+      const value = answer(event);
+      if (value) { event.preventDefault(); end(value); }
+    }, { signal: over.signal });
+    on("click", (event) => event.target.closest("button")?.value);
+    on("submit", () => "yes");
+    on("cancel", () => "no");
   });
 }
 
-at("key-form").addEventListener("submit", () => {
+async function askKey() {
+  at("key-input").value = "";
+  at("key-forget").hidden = !sessionStorage.getItem(KEY);
+  const answer = await answerOf(at("key-dialog"));
   const key = at("key-input").value.trim();
-  if (key) { sessionStorage.setItem(KEY, key); current?.abort(); }
-});
-at("key-forget").addEventListener("click", () => {
-  sessionStorage.removeItem(KEY);
-  keyDialog.close();
-  current?.abort();
-});
+  if (answer === "forget") sessionStorage.removeItem(KEY);
+  else if (answer === "yes" && key) sessionStorage.setItem(KEY, key);
+  if (answer !== "no") current?.abort();
+}
 at("key-button").addEventListener("click", askKey);
 
-function ask(title, text, yes) {
+async function ask(title, text, yes) {
   put(at("ask-title"), title);
   put(at("ask-text"), text);
   put(at("ask-yes"), yes);
-  const dialog = at("ask-dialog");
-  dialog.returnValue = "no";
-  dialog.showModal();
-  return new Promise((done) => dialog.addEventListener("close", () => done(dialog.returnValue === "yes"), { once: true }));
+  return await answerOf(at("ask-dialog")) === "yes";
 }
 
 async function act(path, body) {
