@@ -53,7 +53,7 @@ sim: $(DEV) ## nightly form: SEEDS of the simulation with faults, and long runs 
 	$(BIN)/python -m server.sim --seeds $(SEEDS)
 	$(BIN)/python -m pytest -m nightly --ignore=tests/e2e $(ARGS)
 
-fuzz: $(DEV) ## nightly form: ten thousand random HTTP bodies against a daemon
+fuzz: $(DEV) ## nightly form: fifty thousand random HTTP bodies against a daemon
 	$(BIN)/python -m pytest -m nightly tests/e2e $(ARGS)
 
 install: $(RUN) ## set up $(VENV) to serve

@@ -179,18 +179,19 @@ def foretold(trace: Path, machine: Path) -> dict[str, float]:
         if done.returncode:
             raise UsageError(f"terrace simulate ended with {done.returncode}: {done.stderr[-500:]}")
         row = json.loads((Path(folder) / "simulation.json").read_text(encoding="utf-8"))["rows"][0]
-    return {"ttft_ms": row["mean_ttft_ms"], "hit": row["hit"]}
+    return {"ttft_ms": row["mean_ttft_ms"], "hit": row["hit"], "busy": row["device_busy"]}
 
 
-HEADER = ("| load | TTFT mean, measured | foretold | | tokens from the cache, measured | foretold | |",
-          "|---|---|---|---|---|---|---|")  # fmt: skip
+HEADER = ("| load | TTFT mean, measured | foretold | | tokens from the cache, measured | foretold | | device busy |",
+          "|---|---|---|---|---|---|---|---|")  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:
     """One row of the documentation's table."""
     real, said = row["measured"], row["foretold"]
     cells = [row["load"], f"{real['ttft_ms']:.0f} ms", f"{said['ttft_ms']:.0f} ms", f"{row['ttft_apart']:+.1%}",
-             f"{real['hit']:.1%}", f"{said['hit']:.1%}", f"{row['hit_apart']:+.1%}"]  # fmt: skip
+             f"{real['hit']:.1%}", f"{said['hit']:.1%}", f"{row['hit_apart']:+.1%}",
+             f"{said['busy']:.0%}"]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 

@@ -39,14 +39,15 @@ class EmbeddingRoutes:
         """Vectors of texts: near each other where the model sees the texts as alike."""
         body = parse(wire.EmbeddingRequest, await read_if_welcome(self._service, request))
         plan = await plan_embeddings(self._service, self._encoder, body, request_tenant(request.scope))
+        return await deliver(
+            self._service, request, plan, lambda made: embedding_ways(self._service, body, made), stream=False
+        )
 
-        def ways(generation: Generation) -> Ways:
-            # A thousand vectors of 4,096 components are seconds of JSON.
-            return Ways(lambda wholes: self._answer(body, generation, wholes), heavy=True)
 
-        return await deliver(self._service, request, plan, ways, stream=False)
+def embedding_ways(service: Service, body: wire.EmbeddingRequest, generation: Generation) -> Ways:
+    """How to answer `body`."""
 
-    def _answer(self, body: wire.EmbeddingRequest, generation: Generation, wholes: Sequence[Whole]) -> bytes:
+    def answer(wholes: Sequence[Whole]) -> bytes:
         encoded = body.encoding_format == "base64"
         data = []
         for index, whole in enumerate(wholes):
@@ -57,8 +58,11 @@ class EmbeddingRoutes:
             data.append(json.dumps({"object": "embedding", "index": index, "embedding": shown}, separators=(",", ":")))
         usage = generation.usage()
         del usage["completion_tokens"]
-        rest = json.dumps({"object": "list", "model": self._service.model_name, "usage": usage}, separators=(",", ":"))
+        rest = json.dumps({"object": "list", "model": service.model_name, "usage": usage}, separators=(",", ":"))
         return f'{rest[:-1]},"data":[{",".join(data)}]}}'.encode()
+
+    # A thousand vectors of 4,096 components are seconds of JSON.
+    return Ways(answer, heavy=True)
 
 
 def normalised(vector: Vector) -> Vector:

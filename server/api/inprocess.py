@@ -14,10 +14,16 @@ from uuid import uuid4
 
 from server.api import schema
 from server.api.batch_schema import BatchLine
+from server.api.embedding_schema import EmbeddingRequest
+from server.api.embeddings import embedding_ways
 from server.api.errors import UNEXPECTED
 from server.api.generate import Generation, collect
-from server.api.render import ChatFormat, CompletionFormat, Format
-from server.api.requests import Encoder, Plan, check_model, plan_chat, plan_completion
+from server.api.openai import Ways, shaped
+from server.api.render import ChatFormat, CompletionFormat
+from server.api.requests import Encoder, Plan, check_model, plan_chat, plan_completion, plan_embeddings
+from server.api.response_answer import ResponseAnswer
+from server.api.response_plan import plan_response
+from server.api.response_schema import ResponseRequest
 from server.api.service import Service
 from server.batches.records import Answer, Tokens
 from server.errors import InvalidRequest, TerraceError
@@ -27,18 +33,35 @@ log = logging.getLogger("terrace.batches")
 _BACKGROUND = {"service_tier": "flex", "ttft_target_ms": None, "tpot_target_ms": None}
 
 
+Body = schema.GenerationRequest | EmbeddingRequest
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """A route that generates: its body, how that becomes a plan, and how the answer looks."""
+    """A route whose requests may stand in a batch: its body, how that becomes a plan, and how it is answered."""
 
-    body: type[schema.GenerationRequest]
+    body: type[Body]
     plan: Callable[[Service, Encoder, Any, str], Awaitable[Plan]]
-    shape: type[Format]
+    ways: Callable[[Service, Any, Generation], Ways]
 
 
 ENDPOINTS: Mapping[str, Endpoint] = {
-    "/v1/completions": Endpoint(schema.CompletionRequest, plan_completion, CompletionFormat),
-    "/v1/chat/completions": Endpoint(schema.ChatRequest, plan_chat, ChatFormat),
+    "/v1/completions": Endpoint(
+        schema.CompletionRequest,
+        plan_completion,
+        lambda service, body, made: Ways(shaped(service, CompletionFormat, made).whole),
+    ),
+    "/v1/chat/completions": Endpoint(
+        schema.ChatRequest,
+        plan_chat,
+        lambda service, body, made: Ways(shaped(service, ChatFormat, made).whole),
+    ),
+    "/v1/responses": Endpoint(
+        ResponseRequest,
+        plan_response,
+        lambda service, body, made: Ways(ResponseAnswer(service, body, made).whole),
+    ),
+    "/v1/embeddings": Endpoint(EmbeddingRequest, plan_embeddings, embedding_ways),
 }
 
 
@@ -74,27 +97,27 @@ class InProcess:
             log.error("a line of a batch failed: %s", type(error).__name__)
             raise UNEXPECTED from error
 
-    def _parse(self, endpoint: str, line: bytes) -> tuple[BatchLine, schema.GenerationRequest]:
+    def _parse(self, endpoint: str, line: bytes) -> tuple[BatchLine, Body]:
         parsed = schema.parse(BatchLine, line)
         if parsed.url != endpoint:
             raise InvalidRequest(f"'url' must be the batch's endpoint, {endpoint}", param="url")
         try:
-            body = schema.parse(endpoint_named(endpoint).body, json.dumps(parsed.body).encode())
+            body: Body = schema.parse(endpoint_named(endpoint).body, json.dumps(parsed.body).encode())
         except InvalidRequest as error:
             raise InvalidRequest(error.message, param=f"body.{error.param}", code=error.code) from None
-        if body.stream:
+        if isinstance(body, schema.GenerationRequest) and body.stream:
             raise InvalidRequest("'stream' must be false or absent in a batch", param="body.stream")
         return parsed, body
 
-    async def _answer(self, endpoint: Endpoint, body: schema.GenerationRequest, tenant: str) -> Answer:
+    async def _answer(self, endpoint: Endpoint, body: Body, tenant: str) -> Answer:
         service = self._service
-        plan = await endpoint.plan(service, self._encoder, body.model_copy(update=_BACKGROUND), tenant)
-        id = uuid4().hex
-        generation = Generation(service, plan, id)
+        idle = {name: value for name, value in _BACKGROUND.items() if name in type(body).model_fields}
+        body = body.model_copy(update=idle)
+        plan = await endpoint.plan(service, self._encoder, body, tenant)
+        generation = Generation(service, plan, uuid4().hex)
         try:
-            created = int(service.wall_clock())
-            shape = endpoint.shape(service.tokenizer, id, created, service.model_name, generation)
-            whole = shape.whole(await collect(generation))
+            way = endpoint.ways(service, body, generation)
+            whole = await way.answer(await collect(generation))
             usage = generation.usage()
         finally:
             generation.close()

@@ -154,7 +154,8 @@ class AllowedTools(Strict):
     allowed_tools: AllowedToolList
 
 
-def _tool_choice_tag(value: Any) -> str:
+def tool_choice_tag(value: Any) -> str:
+    """Which of the three forms of a choice `value` has."""
     if isinstance(value, dict):
         return "~allowed" if value.get("type") == "allowed_tools" else "~named"
     return "~mode"
@@ -164,7 +165,7 @@ ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("~mode")]
     | Annotated[ToolReference, Tag("~named")]
     | Annotated[AllowedTools, Tag("~allowed")],
-    Discriminator(_tool_choice_tag),
+    Discriminator(tool_choice_tag),
 ]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 

@@ -170,8 +170,7 @@ class OpenAIRoutes:
         service = self._service
 
         def ways(generation: Generation) -> Ways:
-            created = int(service.wall_clock())
-            shape = make(service.tokenizer, uuid4().hex, created, service.model_name, generation)
+            shape = shaped(service, make, generation)
             return Ways(shape.whole, lambda request_id: _events(generation, shape, usage_in, request_id))
 
         return await deliver(service, request, plan, ways, stream=stream)
@@ -183,6 +182,11 @@ async def read_if_welcome(service: Service, request: Request) -> bytes:
     return await read_json_body(request.scope, request.receive, service.body_limits)
 
 
+def shaped(service: Service, make: type[Format], generation: Generation) -> Format:
+    """The format `make` of one new answer."""
+    return make(service.tokenizer, uuid4().hex, int(service.wall_clock()), service.model_name, generation)
+
+
 class Ways(NamedTuple):
     """How to answer one generation: at once, or by server-sent events, which get the request's id for the log. `heavy`:
     making the whole takes long, so it is done off the loop thread."""
@@ -190,6 +194,10 @@ class Ways(NamedTuple):
     whole: Callable[[Sequence[Whole]], bytes]
     events: Callable[[str], AsyncGenerator[bytes, None]] | None = None
     heavy: bool = False
+
+    async def answer(self, wholes: Sequence[Whole]) -> bytes:
+        """The body of the answer at once."""
+        return await asyncio.to_thread(self.whole, wholes) if self.heavy else self.whole(wholes)
 
 
 async def deliver(
@@ -211,8 +219,7 @@ async def deliver(
     generation.close()
     if wholes is None:
         return Response(status_code=CLIENT_GONE)
-    body = await asyncio.to_thread(way.whole, wholes) if way.heavy else way.whole(wholes)
-    return Response(body, media_type="application/json")
+    return Response(await way.answer(wholes), media_type="application/json")
 
 
 def told(error: Exception, request_id: str) -> TerraceError:

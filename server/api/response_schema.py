@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
+    BeforeValidator,
     Discriminator,
     Field,
     JsonValue,
@@ -20,7 +22,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.api.messages import NoneOrEmpty
+from server.api.messages import (
+    MAX_TOOLS,
+    FunctionDefinition,
+    FunctionReference,
+    ReasoningEffort,
+    tool_choice_tag,
+)
 from server.api.schema import (
     INT31,
     MAX_LOGPROBS,
@@ -39,6 +47,7 @@ from server.api.structured import JsonSchemaFormat, Strict
 LOGPROBS = "message.output_text.logprobs"
 """What `include` names to get log-probabilities."""
 MAX_PARTS = 1024
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
 _WHOLE = "nothing is stored here; send the whole conversation as input"
 
 
@@ -59,6 +68,14 @@ Stateless = Annotated[
     WithJsonSchema({"type": "null"}),
     Field(description="Not supported: nothing is stored; send the whole conversation."),
 ]
+
+
+def _known_item(value: Any) -> Any:
+    if value == "item_reference":
+        raise PydanticCustomError("stateless", f"must not be 'item_reference': {_WHOLE}")
+    if value not in (None, *_ITEM_TAGS):
+        raise PydanticCustomError("item", f"must be one of {', '.join(map(repr, _ITEM_TAGS))}")
+    return value
 
 
 class InputPart(Strict):
@@ -90,7 +107,7 @@ def _content_tag(value: Any) -> str:
 class InputMessage(Strict):
     """One turn, as a client writes it or as the output of an earlier answer holds it."""
 
-    type: Literal["message"] | None = None
+    type: Annotated[Literal["message"] | None, BeforeValidator(_known_item)] = None
     role: Literal["user", "assistant", "system", "developer"]
     content: Annotated[
         Annotated[str, Tag("~text")]
@@ -98,8 +115,135 @@ class InputMessage(Strict):
         Discriminator(_content_tag),
     ]
     id: ShortText | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    status: ItemStatus | None = None
     phase: Literal["commentary", "final_answer"] | None = None
+
+    @property
+    def said(self) -> str:
+        return self.content if isinstance(self.content, str) else "\n".join(part.said for part in self.content)
+
+
+class InputCall(Strict):
+    """A call that an earlier answer made."""
+
+    type: Literal["function_call"]
+    call_id: ShortText
+    name: ShortText
+    arguments: str = Field(description="JSON, as the model wrote it.")
+    id: ShortText | None = None
+    status: ItemStatus | None = None
+    namespace: NoneOnly = None
+    caller: NoneOnly = None
+    async_: NoneOnly = Field(default=None, validation_alias=AliasChoices("async", "async_"))
+
+
+class ResultPart(Strict):
+    type: Literal["input_text"] = Field(description="Only text.")
+    text: str
+    prompt_cache_breakpoint: NoneOnly = None
+
+
+class InputResult(Strict):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: ShortText = Field(description="Of a function_call in front of it.")
+    output: Annotated[
+        Annotated[str, Tag("~text")] | Annotated[list[ResultPart], Field(max_length=MAX_PARTS), Tag("~parts")],
+        Discriminator(_content_tag),
+    ]
+    id: ShortText | None = None
+    name: ShortText | None = None
+    status: ItemStatus | None = None
+    namespace: NoneOnly = None
+    caller: NoneOnly = None
+
+    @property
+    def said(self) -> str:
+        return self.output if isinstance(self.output, str) else "\n".join(part.text for part in self.output)
+
+
+class SummaryPart(Strict):
+    type: Literal["summary_text"]
+    text: str
+
+
+class ReasoningPart(Strict):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class InputReasoning(Strict):
+    """Thoughts of an earlier answer, for chat templates that want them back: the content, else the summary."""
+
+    type: Literal["reasoning"]
+    id: ShortText | None = None
+    summary: list[SummaryPart] | None = Field(default=None, max_length=MAX_PARTS)
+    content: list[ReasoningPart] | None = Field(default=None, max_length=MAX_PARTS)
+    encrypted_content: NoneOnly = None
+    status: ItemStatus | None = None
+
+    @property
+    def said(self) -> str:
+        return "\n".join(part.text for part in self.content or self.summary or ())
+
+
+_ITEM_TAGS = {
+    "message": "~message",
+    "function_call": "~call",
+    "function_call_output": "~result",
+    "reasoning": "~reasoning",
+}
+
+
+def _item_tag(value: Any) -> str:
+    """What is no item that there is counts as a message, which says so by its type."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return _ITEM_TAGS.get(kind, "~message") if isinstance(kind, str) else "~message"
+
+
+Item = InputMessage | InputCall | InputResult | InputReasoning
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("~message")]
+    | Annotated[InputCall, Tag("~call")]
+    | Annotated[InputResult, Tag("~result")]
+    | Annotated[InputReasoning, Tag("~reasoning")],
+    Discriminator(_item_tag),
+]
+
+
+class FunctionKind(Strict):
+    type: Literal["function"] = Field(description="Only functions; this server runs no tools of its own.")
+
+
+# The kind comes first in both of these, so that tools of another kind are refused by their type.
+class FunctionTool(FunctionDefinition, FunctionKind):
+    """A chat's tool, one level up."""
+
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=1)] | None = None
+    async_: Literal[False] | None = Field(default=None, validation_alias=AliasChoices("async", "async_"))
+    defer_loading: Literal[False] | None = None
+    output_schema: NoneOnly = None
+
+
+class FunctionChoice(FunctionReference, FunctionKind):
+    """Names one of the tools."""
+
+
+class AllowedFunctions(Strict):
+    """Only these of the tools may be called; the prompt, and so the cache, still knows all."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("~mode")]
+    | Annotated[FunctionChoice, Tag("~named")]
+    | Annotated[AllowedFunctions, Tag("~allowed")],
+    Discriminator(tool_choice_tag),
+]
 
 
 class PlainFormat(Strict):
@@ -121,9 +265,9 @@ class TextConfig(Strict):
 
 
 class Reasoning(Strict):
-    """For models that think in a channel of their own, which none here does: only what asks for nothing."""
+    """Thoughts are shown as they are; of how to show or keep them otherwise, only what asks for nothing is taken."""
 
-    effort: Literal["none"] | None = None
+    effort: ReasoningEffort | None = Field(default=None, description="A chat's reasoning_effort.")
     summary: Literal["auto"] | None = None
     generate_summary: Literal["auto"] | None = None
     context: Literal["auto"] | None = None
@@ -152,9 +296,9 @@ class ResponseRequest(GenerationRequest):
 
     input: Annotated[
         Annotated[str, Tag("~text")]
-        | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES), Tag("~parts")],
+        | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES), Tag("~parts")],
         Discriminator(_content_tag),
-    ] = Field(description="Text, or the whole conversation as messages.")
+    ] = Field(description="Text, or the whole conversation as items: messages, calls and their outputs, reasoning.")
     instructions: str | None = Field(default=None, description="A system message in front of the input.")
     max_output_tokens: int | None = Field(default=None, ge=1, le=INT31, description="Most tokens to generate.")
     include: list[Includable] | None = Field(
@@ -167,7 +311,12 @@ class ResponseRequest(GenerationRequest):
     truncation: Literal["auto", "disabled"] | None = Field(
         default=None, description="auto: where the input is too long, its oldest turns are left out."
     )
-    reasoning: Reasoning | None = Field(default=None, description="Only what asks for none.")
+    reasoning: Reasoning | None = Field(
+        default=None, description="effort: as a chat's reasoning_effort; of the others only what changes nothing."
+    )
+    include_reasoning: bool | None = Field(
+        default=None, description="false: the model's thoughts are counted but not sent."
+    )
     chat_template_kwargs: TemplateVariables | None = Field(
         default=None, description="Variables for the model's chat template, e.g. enable_thinking."
     )
@@ -176,10 +325,16 @@ class ResponseRequest(GenerationRequest):
         default=None, description="Accepted; the answer repeats it."
     )
     safety_identifier: ShortText | None = Field(default=None, description="Accepted; the answer repeats it.")
-    parallel_tool_calls: bool | None = Field(default=None, description="Accepted; there are no tools.")
-    max_tool_calls: int | None = Field(default=None, ge=1, le=INT31, description="Accepted; there are no tools.")
-    tool_choice: Literal["none", "auto"] | None = Field(default=None, description="Only these: there are no tools.")
-    tools: NoneOrEmpty | None = None
+    tools: list[FunctionTool] | None = Field(
+        default=None, max_length=MAX_TOOLS, description="Functions that the model may call; strict: only if true."
+    )
+    tool_choice: ToolChoice | None = Field(
+        default=None, description="none, auto (the default), required, one function by name, or allowed_tools."
+    )
+    parallel_tool_calls: bool | None = Field(default=None, description="false: at most one call per answer.")
+    max_tool_calls: int | None = Field(
+        default=None, ge=1, le=INT31, description="Accepted; it limits built-in tools, of which there are none."
+    )
     background: Annotated[bool, AfterValidator(_foreground)] | None = Field(
         default=None, description="Only false: nothing is stored, so there would be nothing to fetch."
     )
@@ -216,9 +371,31 @@ class OutputText(_Response):
 class OutputMessage(_Response):
     id: str
     type: Literal["message"]
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: ItemStatus
     role: Literal["assistant"]
     content: list[OutputText]
+
+
+class OutputThought(_Response):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(_Response):
+    id: str
+    type: Literal["reasoning"]
+    status: ItemStatus
+    summary: Annotated[list[JsonValue], Field(max_length=0)]
+    content: list[OutputThought]
+
+
+class OutputCall(_Response):
+    id: str
+    type: Literal["function_call"]
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
 
 
 class InputTokensDetails(_Response):
@@ -248,6 +425,11 @@ class IncompleteDetails(_Response):
     reason: Literal["max_output_tokens"]
 
 
+class ReasoningUsed(_Response):
+    effort: ReasoningEffort | None
+    summary: None
+
+
 class ResponseObject(_Response):
     """The answer of POST /v1/responses, and what its stream's first and last events carry."""
 
@@ -264,19 +446,19 @@ class ResponseObject(_Response):
     max_tool_calls: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputReasoning | OutputCall]
     parallel_tool_calls: bool
     previous_response_id: None
     prompt_cache_key: str | None
     prompt_cache_retention: str | None
-    reasoning: dict[str, None]
+    reasoning: ReasoningUsed
     safety_identifier: str | None
     service_tier: Literal["default", "flex"]
     store: Literal[False]
     temperature: float
     text: dict[str, JsonValue]
-    tool_choice: Literal["none", "auto"]
-    tools: list[JsonValue]
+    tool_choice: ToolChoice
+    tools: list[FunctionTool]
     top_logprobs: int
     top_p: float
     truncation: Literal["auto", "disabled"]

@@ -34,6 +34,7 @@ CLIENTS = {
          "--output", "kind=json,path={folder}/out.json",
          "--disable-console-interactive"],
     ),
+    "aiperf": ("aiperf", ["{python}", "aiperf_client.py", "{url}", "{folder}", NAME]),
 }  # fmt: skip
 """By name: what is installed, and the command."""
 

@@ -1,8 +1,9 @@
 """Random bodies against a daemon: each is answered 200 or 4xx; afterwards the daemon still serves and holds nothing.
 
-`python -m tests.e2e.fuzz --count 10000` starts a daemon of its own on a tiny random model; `--url` takes a running one.
-Three kinds of body, half of them valid but for a few fields: mutated requests, arbitrary JSON, arbitrary bytes. Some
-clients leave in the middle. Everything is drawn from one seed, so that a finding can be repeated.
+`python -m tests.e2e.fuzz --count 50000` starts a daemon of its own on a tiny random model, whose memory must become
+flat; `--url` takes a running one. Three kinds of body, half of them valid but for a few fields: mutated requests,
+arbitrary JSON, arbitrary bytes. Some clients leave in the middle. Everything is drawn from one seed, so that a finding
+can be repeated.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import argparse
 import asyncio
 import json
 import random
+import resource
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import httpx
 from pydantic import BaseModel
@@ -35,6 +37,9 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 PATHS = tuple(BODIES)
 IN_FLIGHT = 32
+PARTS = 10
+GROWTH_MAX = 1.1
+"""Caches are full after half of a long run; from then on memory is flat."""
 WORDS = ("", "a", "hello", "ß→𝄞", "\u0000", "\ufeff", "<|eos|>", "{{ 1/0 }}", "x" * 2000, "data: [DONE]\n\n", "\\u00")
 NUMBERS = (0, 1, 2, 3, -1, 7, 0.5, 1.5, -0.0, 1e-300, 1e300, 2**31, 2**63, -(2**63), 2**64, 10**25, True, False)
 FIELDS = tuple(sorted({"unheard_of", *(name for body in BODIES.values() for name in body.model_fields)}))
@@ -42,7 +47,18 @@ FIELDS = tuple(sorted({"unheard_of", *(name for body in BODIES.values() for name
 SENSIBLE: dict[str, tuple[Any, ...]] = {
     "prompt": ("hello", ["a", "b"], [1, 2, 3], [[4, 5], [6]], "日本語 " * 20, [257, 0, 255]),
     "messages": ([{"role": "user", "content": "hi"}], [{"role": "system", "content": [{"type": "text", "text": "é"}]}]),
-    "input": ("hello", [{"role": "user", "content": "hi"}], [1, 2], ["a", "b"], [{"role": "assistant", "content": []}]),
+    "input": (
+        "hello",
+        [{"role": "user", "content": "hi"}],
+        [1, 2],
+        ["a", "b"],
+        [{"role": "assistant", "content": []}],
+        [
+            {"type": "reasoning", "summary": []},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"},
+            {"type": "function_call_output", "call_id": "c", "output": []},
+        ],
+    ),
     "instructions": ("", "Be brief."),
     "max_output_tokens": (1, 9),
     "include": (["message.output_text.logprobs"], ["reasoning.encrypted_content"], []),
@@ -84,8 +100,21 @@ SENSIBLE: dict[str, tuple[Any, ...]] = {
     "seed": (0, -1, 2**63 - 1),
     "priority": (-1000, 5),
     "cache_salt": ("", "tenant"),
-    "tools": ([], [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]),
-    "tool_choice": ("none", "auto", "required", {"type": "function", "function": {"name": "f"}}),
+    "tools": (
+        [],
+        [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+    ),
+    "tool_choice": (
+        "none",
+        "auto",
+        "required",
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "function", "name": "f"},
+        {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+    ),
+    "reasoning": ({"effort": "none"}, {"effort": "high"}, {}),
+    "max_tool_calls": (1,),
     "parallel_tool_calls": (True, False),
     "continue_final_message": (True, False),
     "include_reasoning": (True, False),
@@ -225,22 +254,45 @@ async def storm(url: str, count: int, seed: int) -> Outcome:
     return outcome
 
 
+def resident_mib() -> float:
+    """Memory of this process, which has the daemon in it."""
+    with open("/proc/self/statm", encoding="ascii") as pages:
+        return int(pages.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+async def storms(url: str, count: int, seed: int, console: TextIO) -> Outcome:
+    """PARTS storms of `count` bodies in all, with a line on each; a fault if memory still grows in the second half."""
+    total, sizes = Outcome(), []
+    for part in range(PARTS):
+        outcome = await storm(url, count // PARTS, seed * PARTS + part)
+        sizes.append(resident_mib())
+        total.statuses.update(outcome.statuses)
+        total.left += outcome.left
+        total.faults += outcome.faults
+        print(f"{(part + 1) * (count // PARTS)} bodies: {dict(sorted(total.statuses.items()))}, {total.left} left, "
+              f"{len(total.faults)} faults, {sizes[-1]:.0f} MiB", file=console, flush=True)  # fmt: skip
+    growth = sizes[-1] / sizes[PARTS // 2 - 1]
+    if growth > GROWTH_MAX:
+        total.faults.append(f"memory grew {growth:.2f} x in the second half: {[round(size) for size in sizes]} MiB")
+    return total
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=10_000, help="bodies to send")
+    parser.add_argument("--count", type=int, default=50_000, help="bodies to send")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bodies")
     parser.add_argument("--url", help="a running daemon; default: an own one on a tiny random model")
     options = parser.parse_args()
     if options.url:
         outcome = asyncio.run(storm(options.url, options.count, options.seed))
+        print(f"{options.count} bodies: {dict(sorted(outcome.statuses.items()))}, {outcome.left} left")
     else:
         from tests.e2e.daemon import ServerThread, fuzz_config, write_model
 
         with tempfile.TemporaryDirectory() as folder:
             model = write_model(Path(folder) / "tiny")
             with ServerThread(fuzz_config(model)) as served:
-                outcome = asyncio.run(storm(served.url, options.count, options.seed))
-    print(f"{options.count} bodies, seed {options.seed}: {dict(sorted(outcome.statuses.items()))}, {outcome.left} left")
+                outcome = asyncio.run(storms(served.url, options.count, options.seed, sys.stdout))
     for fault in outcome.faults[:20]:
         print(fault, file=sys.stderr)
     return 1 if outcome.faults else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.e2e.daemon import Served, ServerThread, fuzz_config
-from tests.e2e.fuzz import storm
+from tests.e2e.fuzz import storm, storms
 
 CHECKS = [
     not_a_server_error,
@@ -61,9 +62,9 @@ def test_random_bodies_are_answered_200_or_4xx(target: Served) -> None:
 
 
 @pytest.mark.nightly
-def test_ten_thousand_random_bodies_are_answered(target: Served) -> None:
-    """The same at length."""
-    outcome = asyncio.run(storm(target.url, 10_000, seed=2))
+def test_fifty_thousand_random_bodies_are_answered(target: Served) -> None:
+    """The same at length, and memory does not grow for ever."""
+    outcome = asyncio.run(storms(target.url, 50_000, seed=2, console=sys.stdout))
     assert outcome.faults == []
 
 

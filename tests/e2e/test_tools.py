@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -90,6 +91,33 @@ def test_a_named_function_is_called(client: openai.OpenAI) -> None:
     [streamed] = final.message.tool_calls or []
     assert streamed.function.arguments == call.function.arguments
     assert final.finish_reason == "tool_calls"
+
+
+def test_responses_call_and_go_on(client: openai.OpenAI) -> None:
+    """The same through responses: what the model is held to are items, streamed as unstreamed, and its output and the
+    results are the next input."""
+    asked: dict[str, Any] = {
+        "model": NAME,
+        "input": [{"role": "user", "content": "Will it rain?"}],
+        "tools": [{"type": "function", **tool["function"]} for tool in TOOLS],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "extra_body": {"logit_bias": CLOSING, "seed": 4},
+    }
+    for _ in range(2):
+        answer = client.responses.create(**asked)
+        with client.responses.stream(**asked) as stream:
+            final = stream.get_final_response()
+        [call], [streamed] = answer.output, final.output
+        assert call.type == streamed.type == "function_call"
+        assert (call.name, call.arguments) == (streamed.name, streamed.arguments)
+        check(SimpleNamespace(function=call))
+        result = {"type": "function_call_output", "call_id": streamed.call_id, "output": "yes"}
+        asked["input"] = [*asked["input"], *final.output, result]
+    with client.responses.create(**asked | {"tool_choice": "auto", "max_output_tokens": 5}, stream=True) as events:
+        kinds = [event.type for event in events]
+    assert kinds[-1] == "response.incomplete"
+    assert "response.output_text.delta" in kinds
 
 
 def test_auto_may_answer_with_text(client: openai.OpenAI) -> None:

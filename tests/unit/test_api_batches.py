@@ -12,17 +12,23 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.responses import Response
 
 from server.api.app import create_app
+from server.api.dialects.dialect import dialect_of
 from server.api.inprocess import InProcess
+from server.api.tenancy import Tenants
 from server.batches.vault import Vault
 from server.errors import Overloaded
+from server.tenants import add_key, read_tenants
 from server.types import FinishReason
 from tests.unit.api_fake import FakeEngine, client, make_app, make_service
 from tests.unit.batch_fake import becomes, open_vault, running, until
+from tests.unit.tool_fake import HERMES_NOW, NOW, World
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 CHAT = "/v1/chat/completions"
+RESPONSES, EMBEDDINGS = "/v1/responses", "/v1/embeddings"
 
 
 @dataclass
@@ -39,11 +45,20 @@ class Site:
 
 
 @asynccontextmanager
-async def site(path: Path, *, keys: tuple[str, ...] = (), work: bool = True, **limits: Any) -> AsyncIterator[Site]:
-    """`work`: a runner is at work."""
-    engine = FakeEngine()
+async def site(
+    path: Path,
+    *,
+    keys: tuple[str, ...] = (),
+    tenants: Tenants | None = None,
+    work: bool = True,
+    world: World | None = None,
+    **limits: Any,
+) -> AsyncIterator[Site]:
+    """`work`: a runner is at work. `world`: a model that calls tools, instead of one that says the prompt backwards."""
+    engine = world.engine if world else FakeEngine()
     vault = open_vault(path, **limits)
-    service = make_service(engine, keys=keys, vault=vault)
+    model: dict[str, Any] = {"tokenizer": world.tokenizer, "dialect": dialect_of(world.tokenizer)} if world else {}
+    service = make_service(engine, keys=keys, tenants=tenants, vault=vault, **model)
     try:
         if work:
             async with running(vault, InProcess(service)):
@@ -133,6 +148,78 @@ async def test_completions_and_their_errors(tmp_path: Path) -> None:
         error = second["response"]["body"]["error"]
         assert error["code"] == "context_length_exceeded"
         assert set(error) == {"message", "type", "param", "code"}
+
+
+async def test_responses_with_tools_and_their_errors(tmp_path: Path) -> None:
+    """Items as the route itself gives them, calls among them, in the background whatever the line says."""
+    ask = {"input": "hi", "tools": [{"type": "function", **NOW["function"]}]}
+    content = jsonl(
+        request(1, RESPONSES, **ask),
+        request(2, RESPONSES, **ask, service_tier="default", ttft_target_ms=1),
+        request(3, RESPONSES, input="x" * 9000),
+        request(4, RESPONSES, input="hi", tools=ask["tools"], tool_choice={"type": "function", "name": "other"}),
+    )
+    world = World("hermes", f"<think>hm</think>So.\n{HERMES_NOW}")
+    async with site(tmp_path, world=world) as here, client(here.app) as http:
+        batch = await run(here.sdk(), content, RESPONSES)
+        assert batch.request_counts.model_dump() == {"total": 4, "completed": 2, "failed": 2}
+        lines = here.engine.submitted[:]
+        assert all(spec.service.background and spec.service.targets.ttft_s > 1e9 for spec in lines)
+        output = [line["response"]["body"] for line in await read(here.sdk(), batch.output_file_id)]
+        direct = (await http.post(RESPONSES, json=ask | {"service_tier": "flex"})).json()
+        for body in output:
+            Response.model_validate(body)
+            assert [item["type"] for item in body["output"]] == ["reasoning", "message", "function_call"]
+            same = body.keys() - {"id", "output"}
+            assert {key: body[key] for key in same} == {key: direct[key] for key in same}
+        assert batch.usage.output_tokens == sum(body["usage"]["output_tokens"] for body in output)
+        errors = [line["response"] for line in await read(here.sdk(), batch.error_file_id)]
+        assert [error["status_code"] for error in errors] == [400, 400]
+        assert [error["body"]["error"]["param"] for error in errors] == ["input", "tool_choice.name"]
+
+
+async def test_embeddings_and_their_errors(tmp_path: Path) -> None:
+    """Vectors as the route itself gives them, in the background; usage counts prompts and nothing generated."""
+    content = jsonl(
+        request(1, EMBEDDINGS, input=["ab", "c"], encoding_format="base64", dimensions=2),
+        request(2, EMBEDDINGS, input="ab", service_tier="default"),
+        request(3, EMBEDDINGS, input="x" * 600),
+    )
+    async with site(tmp_path) as here, client(here.app) as http:
+        batch = await run(here.sdk(), content, EMBEDDINGS)
+        assert batch.request_counts.model_dump() == {"total": 3, "completed": 2, "failed": 1}
+        assert all(spec.service.background for spec in here.engine.submitted)
+        first, second = [line["response"]["body"] for line in await read(here.sdk(), batch.output_file_id)]
+        for body, line in ((first, 0), (second, 1)):
+            sent = json.loads(content.splitlines()[line])["body"]
+            assert body == (await http.post(EMBEDDINGS, json=sent)).json()
+        assert (batch.usage.input_tokens, batch.usage.output_tokens, batch.usage.total_tokens) == (8, 0, 8)
+        [error] = await read(here.sdk(), batch.error_file_id)
+        assert error["response"]["status_code"] == 400
+        assert error["response"]["body"]["error"]["code"] == "context_length_exceeded"
+        assert here.engine.open == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "param"),
+    [
+        (RESPONSES, {"input": "hi", "stream": True}, "body.stream"),
+        (RESPONSES, {"input": "hi", "background": True}, "body.background"),
+        (RESPONSES, {"input": [{"type": "function_call"}]}, "body.input[0].call_id"),
+        (EMBEDDINGS, {"input": "hi", "stream": True}, "body.stream"),
+        (EMBEDDINGS, {"input": []}, "body.input"),
+        (EMBEDDINGS, {"input": "hi", "model": "other"}, "model"),
+    ],
+)
+async def test_a_line_of_the_other_routes_is_checked_too(
+    tmp_path: Path, url: str, body: dict[str, Any], param: str
+) -> None:
+    """Before anything runs, with line and field."""
+    async with site(tmp_path) as here:
+        batch = await run(here.sdk(), jsonl(request(1, url, **body)), url)
+        assert batch.status == "failed"
+        assert [(error.line, error.param) for error in batch.errors.data] == [(1, param)]
+        assert here.engine.submitted == []
 
 
 @pytest.mark.parametrize(
@@ -285,13 +372,56 @@ async def test_tenants_do_not_see_each_other(tmp_path: Path) -> None:
             await here.sdk("three").batches.list()
 
 
+async def test_tenants_of_a_file_do_not_see_each_other(tmp_path: Path) -> None:
+    """Whatever one tenant asks of another's files and batches is answered as if they were not there, word for word;
+    both keys of one tenant see the same."""
+    file = tmp_path / "tenants.toml"
+    keys = {who: add_key(file, who.rstrip("2"), {}) for who in ("acme", "acme2", "spy")}
+    tenants = Tenants()
+    tenants.replace(read_tenants(file))
+    async with site(tmp_path / "data", tenants=tenants) as here, client(here.app) as http:
+        batch = await run(here.sdk(keys["acme"]), jsonl(request(1)))
+        here.engine.gate.clear()
+        mine = here.sdk(keys["acme"])
+        input_file = await mine.files.create(file=("in.jsonl", jsonl(request(1), request(2))), purpose="batch")
+        going_on = await mine.batches.create(input_file_id=input_file.id, endpoint=CHAT, completion_window="24h")
+        await until(lambda: len(here.engine.open) == 2)
+
+        async def ask(who: str, method: str, path: str, body: Any = None) -> tuple[int, str]:
+            answer = await http.request(method, path, json=body, headers={"authorization": f"Bearer {keys[who]}"})
+            return answer.status_code, answer.text
+
+        batches, files = (batch.id, going_on.id), (batch.input_file_id, batch.output_file_id, input_file.id)
+        for path, ids, absent, calls in (
+            ("/v1/batches", batches, "batch_nothing", (("GET", ""), ("POST", "/cancel"))),
+            ("/v1/files", files, "file-nothing", (("GET", ""), ("GET", "/content"), ("DELETE", ""))),
+        ):
+            for method, end in calls:
+                status, nothing = await ask("spy", method, f"{path}/{absent}{end}")
+                assert status == 404
+                for name in ids:
+                    answer = await ask("spy", method, f"{path}/{name}{end}")
+                    assert answer == (404, nothing.replace(absent, name))
+            _, page = await ask("spy", "GET", path)
+            assert json.loads(page)["data"] == []
+            assert (await ask("spy", "GET", f"{path}?after={ids[0]}"))[0] == 400
+            _, page = await ask("acme2", "GET", path)
+            assert {*ids} == {entry["id"] for entry in json.loads(page)["data"]}
+        body = {"input_file_id": input_file.id, "endpoint": CHAT, "completion_window": "24h"}
+        assert (await ask("spy", "POST", "/v1/batches", body))[0] == 404
+        here.engine.gate.set()
+        await becomes(here.vault, going_on.id, lambda record: record.status == "completed")
+        assert len({spec.service.tenant for spec in here.engine.submitted}) == 1
+        assert (await ask("acme2", "DELETE", f"/v1/files/{input_file.id}"))[0] == 200
+
+
 async def test_a_wrong_create_names_the_field(tmp_path: Path) -> None:
     """Each field of POST /v1/batches has its 400, an unknown file its 404."""
     async with site(tmp_path, work=False) as here, client(here.app) as http:
         file = (await here.sdk().files.create(file=("a", b"{}"), purpose="batch")).id
         good = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
         cases: list[tuple[dict[str, Any], int, str]] = [
-            ({"endpoint": "/v1/embeddings"}, 400, "endpoint"),
+            ({"endpoint": "/v1/images/generations"}, 400, "endpoint"),
             ({"completion_window": "48h"}, 400, "completion_window"),
             ({"metadata": {"k" * 65: "v"}}, 400, "metadata"),
             ({"metadata": {"k": "v" * 513}}, 400, "metadata.k"),

@@ -278,7 +278,7 @@ async def test_a_tenant_sees_sums_and_its_own_requests_an_admin_all() -> None:
     for key, name in (("one", "first"), ("two", "second")):
         headers = {"authorization": f"Bearer {key}", "x-request-id": f"{name}-request"}
         calls.append(Call(app, BODY, headers=headers))
-    await settle(lambda: len(engine.open) == 2)
+        await settle(lambda: len(engine.open) == len(calls))
     seen = {key: (await looked(app, key)).text for key in ("one", "two", "root")}
     for key, text in seen.items():
         live = DaemonStatus.model_validate_json(text).live
