@@ -1,7 +1,7 @@
 """The composition root: the only place that names concrete classes together, and the life of the daemon.
 
-Order at start: bind the port, load the model, allocate the arena, say ready. Order at SIGTERM: not ready, finish what
-runs (at most `shutdown_timeout_s`), close the sockets, exit 0.
+Order at start: load the model, allocate the arena, recover the SSD tier. What the process does around that (port,
+signals, supervisors) is `process.py`'s.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import secrets
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -32,9 +31,10 @@ from server.api.status.status import Status
 from server.api.status.warnings import WarningLog
 from server.api.tenancy import Tenants, tenant_of
 from server.batches.vault import Vault
-from server.config import Config, key_weights
+from server.config import Config, ServerConfig, key_weights
 from server.engine import Engine
 from server.errors import ConfigError
+from server.explain import Explanations
 from server.kernels.attention import BACKENDS
 from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
@@ -48,17 +48,27 @@ from server.kvcache.tiers.files import OsIo
 from server.kvcache.tiers.ssd import SsdTier
 from server.metrics import Facts, Metrics
 from server.models.base import Model
-from server.models.fingerprint import fingerprint, random_digest, weights_digest
-from server.models.weights import checkpoint_files, load_config, load_model, resolve_folder
+from server.models.fingerprint import changed_files, file_stats, fingerprint, random_digest, weights_digest
+from server.models.weights import (
+    DTypeName,
+    checkpoint_files,
+    load_config,
+    load_model,
+    resolve_folder,
+    weights_bytes,
+)
 from server.recorder import Recorder
 from server.registry import resolve
+from server.room import available_bytes, check_disk, check_memory, taking, unusable
 from server.runner import grammar
 from server.runner.runner import TorchRunner
 from server.scheduler.limits import Limits
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Scheduler
+from server.startup import Startup
 from server.tenants import Tenant, cache_limits, read_tenants
 from server.text import Tokenizer
+from server.tracing import Tracer, otlp_exporter
 from server.types import (
     DEVICE,
     DRAM,
@@ -85,11 +95,16 @@ IN_FLIGHT_BYTES = 64 * 2**20
 MIN_IN_FLIGHT, MAX_IN_FLIGHT = 8, 256
 """Blocks moving at once between two tiers, per direction: this many bytes, within these bounds."""
 CALIBRATION_TOKENS = 64
+RELOADED = frozenset(
+    f"server.{field}" for field in ("api_keys", "api_key_file", "admin_keys", "admin_key_file", "log_level")
+)
+"""Settings that SIGHUP reads again."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Daemon:
-    """Everything that runs, put together. `open` it before the engine runs, `aclose` it after."""
+    """Everything that runs, put together. `open` it before the engine runs, `aclose` it after. `checkpoint`: what the
+    files of `folder` were when they were read."""
 
     config: Config
     engine: Engine
@@ -101,6 +116,10 @@ class Daemon:
     summary: str
     embedding_dimensions: int
     tenants: Tenants
+    folder: Path
+    checkpoint: Mapping[str, list[int]]
+    startup: Startup
+    tracer: Tracer | None = None
     recorder: Recorder | None = None
     vault: Vault | None = None
     dialect: Dialect = NO_DIALECT
@@ -110,13 +129,14 @@ class Daemon:
         """Take over what the SSD tier still holds, and measure what a step costs."""
         gc.disable()  # a million fresh objects, none of them garbage
         try:
-            with _timed(self.metrics.startup_s, "index_recovery"):
+            with self.startup.timed("index_recovery"):
                 await self._recover()
         finally:
             gc.enable()
         if len(self.tiers) > 0:
-            with _timed(self.metrics.startup_s, "warmup"):
+            with self.startup.timed("warmup"):
                 await _calibrate(self)
+        self.metrics.startup_s.update(self.startup.seconds)
 
     async def _recover(self) -> None:
         for tier in self.tiers.values():
@@ -125,36 +145,52 @@ class Daemon:
                 self.engine.kv.recover(found)
                 log.info("%d blocks of the %s tier are warm", len(found.frames), tier.name)
 
-    def admit(self, named: Sequence[Tenant]) -> None:
-        """These are the tenants from now on. Raises ConfigError, and nothing is changed, where that cannot be."""
+    def changed_files(self) -> list[str]:
+        """Files of the model that are not what was loaded. Blocking."""
+        return changed_files(self.folder, self.checkpoint)
+
+    def admit(self, named: Sequence[Tenant], server: ServerConfig) -> None:
+        """These are the tenants from now on, and these the keys of nobody's name and of whoever runs the server. Raises
+        ConfigError, and nothing is changed, where that cannot be."""
+        if self.tenants.guarded and not server.api_keys and not any(tenant.keys for tenant in named):
+            raise ConfigError("no key is left: that would open the server to all; restart it to mean that")
         kv = self.engine.kv
         frames = {books.name: books.pool.capacity for books in kv.levels}
         room = kv.layout.blocks_for(self.engine.max_model_len) + 1
         if len(kv.levels) == 1:
             room += kv.pin_blocks_max
         limits = cache_limits(named, frames, kv.layout.block_bytes, room)
-        self.tenants.replace(named)
-        kv.share(limits)
-        self.engine.scheduler.policy.weights = _weights_of(self.config, named)
+        self.tenants.replace(named, hash_keys(key_weights(server.api_keys)))
+        self.tenants.admins = hash_keys(server.admin_keys)
+        if self.config.server.tenants_file is not None:
+            kv.share(limits)
+        self.engine.scheduler.policy.weights = _weights_of(server, named)
 
-    async def reload(self) -> None:
-        """Read the tenants file again. What is wrong with it is one line in the log, and all stays as it was."""
-        path = self.config.server.tenants_file
-        if path is None:
-            log.info("nothing to reload: there is no tenants_file")
-            return
+    async def reload(self, again: Callable[[], Config]) -> None:
+        """Read the configuration with `again`, its files of keys, and the tenants file: keys, tenants and log level
+        hold from now on. What is wrong is one line in the log, and all stays as it was."""
         try:
-            named = await asyncio.to_thread(read_tenants, path)
-            self.admit(named)
+            fresh = await asyncio.to_thread(again)
+            named = await asyncio.to_thread(_tenants_of, self.config)
+            self.admit(named, fresh.server)
         except ConfigError as error:
-            log.error("the tenants stay as they were: %s", error.message)
-        else:
-            log.info("tenants read again: %d with %d keys", len(named), sum(len(tenant.keys) for tenant in named))
+            log.error("nothing was reloaded: %s", error.message)
+            return
+        self.config, others = self.config.taking(fresh, RELOADED)
+        log.info(
+            "reloaded: %d tenants with %d keys, %d keys of nobody's name, %d admin keys, log level %s",
+            len(named), sum(len(tenant.keys) for tenant in named), len(fresh.server.api_keys),
+            len(fresh.server.admin_keys), fresh.server.log_level,
+        )  # fmt: skip
+        if others:
+            log.warning("changed, and holds after a restart only: %s", ", ".join(others))
 
     async def aclose(self) -> None:
         """After the engine: no step and no transfer runs any more, or none that anybody waits for."""
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
         if self.vault is not None:
             await self.vault.aclose()
         if self.grammars is not None:
@@ -164,46 +200,49 @@ class Daemon:
             await tier.aclose()
 
 
-def build(config: Config, disk: OsIo | None = None) -> Daemon:
+def build(config: Config, disk: OsIo | None = None, startup: Startup | None = None) -> Daemon:
     """Load the model and wire the daemon up; nothing runs yet. Raises ConfigError with one line to act on.
 
-    `disk` stands in for the operating system below the SSD tier, for tests and measurements.
+    `disk` stands in for the operating system below the SSD tier, for tests and measurements. `startup` is told how far
+    it is. Blocking, for minutes perhaps; any thread.
     """
     import torch
 
-    if config.model.device != "cpu":
-        raise ConfigError(
-            f"device {config.model.device!r} has no attention backend in this version; use --device cpu",
-            param="model.device",
-        )
+    startup = startup or Startup(time.monotonic)
+
+    _check_device(config)
     vault = _vault(config)
-    folder = DEMO_MODEL if config.model.model == "demo" else resolve_folder(config.model.model, config.model.revision)
+    with startup.timed("download"):
+        folder = _folder(config)
+    checkpoint = file_stats(folder)
     tokenizer = Tokenizer.load(folder, _chat_template(config))
     dialect = dialect_of(tokenizer, config.model.tool_call_parser, config.model.reasoning_parser)
-    startup_s: dict[str, float] = {}
-    with _timed(startup_s, "weights"):
-        model, weights = _load(config, folder), _weights(config, folder)
+    _check_room(config, folder)
+    with startup.timed("weights"):
+        model, weights = _load(config, folder, startup.moved), _weights(config, folder)
+    if changed := changed_files(folder, checkpoint):
+        raise ConfigError(f"{folder / changed[0]} changed while it was read; start again when it is whole")
     layout = _layout(config, model)
     kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
     frames = int(config.kv.device_gib * 2**30) // layout.block_bytes
     max_model_len = _max_model_len(config, model, layout, frames)
-    with _timed(startup_s, "kv_alloc"):
+    with startup.timed("kv_alloc"), taking("device_gib", config.kv.device_gib):
         arena = allocate_arena(frames, layout, kv_dtype, config.model.device)
     backend = config.model.attention if config.model.attention != "auto" else "cpu"
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
-    name = config.model.served_model_name or _default_name(config, folder)
+    name = model_name(config)
     metrics = Metrics(name, _facts(config, model, kv_dtype, max_model_len))
     identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=(str(model.dtype), str(kv_dtype)))
-    with _timed(startup_s, "host_alloc"):
+    with startup.timed("host_alloc"):
         tiers, specs = _lower_tiers(config, layout, arena, identity, metrics, disk)
-    metrics.startup_s.update(startup_s)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
     recorder = _recorder(config)
     if recorder is not None:
         metrics.bind_recorder(recorder.outcomes)
     if vault is not None:
         metrics.bind_batches(vault)
-    policy = make_policy(config.scheduler.policy, _weights_of(config, ()))
+    tracer = _tracer(config)
+    policy = make_policy(config.scheduler.policy, _weights_of(config.server, ()))
     scheduler = Scheduler(kv, policy, _limits(config, max_model_len))
     runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
     engine = Engine(
@@ -217,21 +256,17 @@ def build(config: Config, disk: OsIo | None = None) -> Daemon:
         flush_s=config.kv.drain_flush_s if SSD in tiers else 0.0,
         nonce=secrets.token_hex(8),
         recorder=recorder,
+        explanations=Explanations(config.server.explained_requests, _wall_offset_s(), tracer),
     )
-    summary = (
-        f"model {name}: {model.geometry.layers} layers, {_name_of(model.dtype)}, context "
-        f"{max_model_len} tokens; device tier {frames} blocks of {layout.block_tokens} tokens "
-        f"({frames * layout.block_tokens} tokens, {layout.token_bytes} B each, {config.kv.device_gib:g} GiB); "
-        f"attention {backend}"
-        + "".join(f"; {s.name} tier {s.frames} blocks ({s.frames * layout.block_tokens} tokens)" for s in specs)
-    )
+    sizes = {DEVICE: frames} | {spec.name: spec.frames for spec in specs}
+    summary = _in_words(name, model, layout, max_model_len, sizes) + f"; attention {backend}"
     grammars = _grammars(tokenizer, model.geometry.vocab)
     plain = hash_keys(key_weights(config.server.api_keys))
     tenants = Tenants(plain, time.monotonic, metrics.rejected)
     parts = (config, engine, runner, tiers, tokenizer, metrics, name, summary, model.geometry.hidden, tenants)
-    daemon = Daemon(*parts, recorder, vault, dialect, grammars)
+    daemon = Daemon(*parts, folder, checkpoint, startup, tracer, recorder, vault, dialect, grammars)
+    daemon.admit(_tenants_of(config), config.server)
     if config.server.tenants_file is not None:
-        daemon.admit(read_tenants(config.server.tenants_file))
         metrics.bind_tenants(tenants.numbers)
     return daemon
 
@@ -257,7 +292,6 @@ def service_of(daemon: Daemon, warnings: WarningLog | None = None) -> Service:
         limits=limits,
         status=status,
         tenants=daemon.tenants,
-        admin_key_hashes=hash_keys(daemon.config.server.admin_keys),
         default_targets=_targets(daemon.config),
         vault=daemon.vault,
         pooling=daemon.config.model.embedding_pooling,
@@ -278,12 +312,21 @@ def version() -> str:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    """Note how long a part of the start takes."""
-    started_s = time.monotonic()
-    yield
-    phases[name] = time.monotonic() - started_s
+def _in_words(name: str, model: Model, layout: BlockLayout, max_model_len: int, sizes: Mapping[str, int]) -> str:
+    """What is served, from what: for the log. `sizes`: blocks by tier."""
+    what = f"model {name}: {model.geometry.layers} layers, {_name_of(model.dtype)}, context {max_model_len} tokens"
+    size = f"blocks of {layout.block_tokens} tokens, {layout.block_bytes / 2**20:.3g} MiB"
+    tiers = (f"{tier} {count} blocks ({count * layout.block_tokens} tokens)" for tier, count in sizes.items())
+    return f"{what}; {size}; {', '.join(tiers)}"
+
+
+def _folder(config: Config) -> Path:
+    return DEMO_MODEL if config.model.model == "demo" else resolve_folder(config.model.model, config.model.revision)
+
+
+def _tenants_of(config: Config) -> Sequence[Tenant]:
+    path = config.server.tenants_file
+    return () if path is None else read_tenants(path)
 
 
 def _name_of(dtype: Any) -> str:
@@ -306,11 +349,36 @@ def _facts(config: Config, model: Model, kv_dtype: Any, max_model_len: int) -> F
     )
 
 
-def _load(config: Config, folder: Path) -> Model:
-    """The model, with a progress bar on a terminal."""
-    dtype = config.model.dtype
-    if dtype == "auto" and config.model.device == "cpu":
-        dtype = "float32"
+def _check_device(config: Config) -> None:
+    if config.model.device != "cpu":
+        raise ConfigError(
+            f"device {config.model.device!r} has no attention backend in this version; use --device cpu",
+            param="model.device",
+        )
+
+
+def _check_room(config: Config, folder: Path) -> None:
+    """Before anything slow: is there memory for what is asked for, and a disk? Raises ConfigError."""
+    dtype, weights = weights_bytes(folder, _dtype(config), config.model.load_format)
+    sizes = {"--device-gib": config.kv.device_gib, "--dram-gib": config.kv.dram_gib}
+    check_memory(model_name(config), weights, dtype, sizes, available_bytes())
+    if config.kv.ssd_path is not None:
+        check_disk(config.kv.ssd_path, config.kv.ssd_gib, config.kv.ssd_min_free_gib)
+
+
+def _dtype(config: Config) -> DTypeName:
+    """The precision of weights; on a CPU float32 unless another is asked for."""
+    asked = config.model.dtype
+    return "float32" if asked == "auto" and config.model.device == "cpu" else asked
+
+
+def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Model:
+    """The model, with a progress bar on a terminal. `moved` is told what was read, of how many bytes."""
+
+    def progress(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        moved(done, total)
+
     with Progress(
         TextColumn("loading {task.fields[name]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
         disable=not sys.stderr.isatty(), transient=True,
@@ -318,11 +386,11 @@ def _load(config: Config, folder: Path) -> Model:
         task = bar.add_task("load", name=folder.name)
         return load_model(
             folder,
-            dtype=dtype,
+            dtype=_dtype(config),
             device=config.model.device,
             load_format=config.model.load_format,
             seed=config.model.seed,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
 
 
@@ -381,9 +449,9 @@ def _targets(config: Config) -> Targets:
     return Targets(ttft_ms / 1e3 if ttft_ms else inf, tpot_ms / 1e3 if tpot_ms else inf)
 
 
-def _weights_of(config: Config, named: Sequence[Tenant]) -> dict[str, float]:
+def _weights_of(server: ServerConfig, named: Sequence[Tenant]) -> dict[str, float]:
     """What tenants weigh, by the ids that the API gives them."""
-    weights = key_weights(config.server.api_keys)
+    weights = key_weights(server.api_keys)
     plain = zip(map(tenant_of, hash_keys(weights)), weights.values(), strict=True)
     return dict(plain) | {tenant.id: tenant.limits.weight for tenant in named}
 
@@ -404,7 +472,7 @@ def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity
         write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
         write_share=config.kv.ssd_write_share,
         pin_ratio=config.kv.pin_ratio,
-        wall_offset_s=time.time() - time.monotonic(),
+        wall_offset_s=_wall_offset_s(),
         shared=config.server.tenants_file is not None,
     )
 
@@ -423,8 +491,9 @@ def _lower_tiers(
             f"dram_gib {knobs.dram_gib:g} holds {frames} blocks of {layout.block_bytes} bytes; raise --dram-gib",
             param="kv.dram_gib",
         )
-    host = HostArena(frames, layout.block_bytes)
-    host.prefault()
+    with taking("dram_gib", knobs.dram_gib):
+        host = HostArena(frames, layout.block_bytes)
+        host.prefault()
     metrics.bind_host(host)
     tiers: dict[TierName, Tier] = {DEVICE: DeviceTier(arena, host)}
     specs = [TierSpec(DRAM, frames, knobs.dram_eviction, in_flight)]
@@ -450,7 +519,7 @@ def _ssd(config: Config, host: HostArena, identity: bytes, path: Path, disk: OsI
             io=disk,
         )
     except OSError as error:
-        raise ConfigError(f"cannot use {path} for the SSD tier: {error.strerror}", param="kv.ssd_path") from error
+        raise unusable(path, error) from error
     if ssd.capacity_blocks < MIN_BLOCKS:
         raise ConfigError(
             f"ssd_gib {knobs.ssd_gib:g} holds {ssd.capacity_blocks} blocks; raise --ssd-gib", param="kv.ssd_gib"
@@ -472,6 +541,18 @@ def _grammars(tokenizer: Tokenizer, vocab: int) -> grammar.Grammars | None:
         log.warning("no structured output: this model's tokens are not pieces of text by themselves")
         return None
     return grammar.Grammars(grammar.Vocabulary(tokenizer.vocabulary(vocab), tokenizer.special_tokens))
+
+
+def _wall_offset_s() -> float:
+    """From the engine's clock to Unix time."""
+    return time.time() - time.monotonic()
+
+
+def _tracer(config: Config) -> Tracer | None:
+    endpoint = config.server.otlp_endpoint
+    if endpoint is None:
+        return None
+    return Tracer(otlp_exporter(endpoint), model_name(config), version(), _wall_offset_s())
 
 
 def _recorder(config: Config) -> Recorder | None:
@@ -507,7 +588,7 @@ def _chat_template(config: Config) -> str | None:
         raise ConfigError(f"cannot read the chat template {path}: {error}", param="model.chat_template") from error
 
 
-def _default_name(config: Config, folder: Path) -> str:
-    if config.model.model == "demo":
-        return "demo"
-    return folder.name if Path(config.model.model).is_dir() else config.model.model
+def model_name(config: Config) -> str:
+    """What clients call the model."""
+    path = Path(config.model.model).expanduser()
+    return config.model.served_model_name or (path.absolute().name if path.is_dir() else config.model.model)

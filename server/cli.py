@@ -201,7 +201,7 @@ def _serve(args: argparse.Namespace) -> int:
     config = _load(args)
     process = importlib.import_module("server.process")
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return int(runner.run(process.serve(config, args.disk)))
+        return int(runner.run(process.serve(config, args.disk, lambda: _load(args))))
 
 
 def loop_factory() -> Any:

@@ -18,7 +18,7 @@ import os
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,16 @@ class Config(Section):
         """Where `section.field` got its value: `default`, `file PATH`, `env NAME`, `flag --name` or `argument NAME`."""
         return self._sources.get(name, "default")
 
+    def taking(self, other: Config, names: Collection[str]) -> tuple[Config, list[str]]:
+        """This configuration with those values of `other`, and the names of all others that differ."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in names:
+            section, _, field = name.partition(".")
+            found.setdefault(section, {})[field] = getattr(getattr(other, section), field)
+        mixed = self.model_copy(update={key: getattr(self, key).model_copy(update=new) for key, new in found.items()})
+        differing = [row[0] for row, old in zip(other.rows(), self.rows(), strict=True) if row[1] != old[1]]
+        return mixed, [name for name in differing if name not in names]
+
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(name, value as TOML, source) of every field, API keys as their number only; for `terrace config show`."""
         for option in OPTIONS:
@@ -84,6 +94,22 @@ def toml_value(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     return repr(value) if isinstance(value, int | float) else json.dumps(str(value), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """Who started the daemon and wants to hear of it: systemd's socket, and how often it wants to; 0.0: never."""
+
+    address: str = ""
+    watchdog_s: float = 0.0
+
+
+def supervisor(environ: Mapping[str, str] | None = None) -> Supervisor:
+    """From what systemd sets for a service of Type=notify."""
+    environ = os.environ if environ is None else environ
+    ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    period_us = environ.get("WATCHDOG_USEC", "")
+    return Supervisor(environ.get("NOTIFY_SOCKET", ""), int(period_us) / 1e6 if ours and period_us.isdecimal() else 0.0)
 
 
 @dataclass(frozen=True)

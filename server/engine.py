@@ -18,15 +18,17 @@ from math import inf
 from typing import Literal, Self
 
 from server.errors import InvalidRequest, NotReady, Overloaded, StepFailed
+from server.explain import Explanations
 from server.kvcache import audit
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager
 from server.kvcache.mover import Mover
 from server.kvcache.report import explain, kv_report
 from server.kvcache.step_cost import StepWork
+from server.logs import REQUEST_ID, TRACE_PARENT
 from server.metrics import Ending, Metrics
 from server.recorder import Ended, Recorder
-from server.scheduler.request import Request, request_from
+from server.scheduler.request import Request, explained, request_from
 from server.scheduler.scheduler import Scheduler
 from server.types import (
     DEVICE,
@@ -96,6 +98,8 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
         self._finished = False
         self.last_token_s: float | None = None
+        self.asked_as = (REQUEST_ID.get(), TRACE_PARENT.get())
+        """What the API calls it, and the trace that it is part of."""
 
     @property
     def request_id(self) -> int:
@@ -164,6 +168,7 @@ class Engine:
         flush_s: float = 0.0,
         nonce: str = "",
         recorder: Recorder | None = None,
+        explanations: Explanations | None = None,
     ) -> None:
         """`flush_s`: after a drain's last request, how long the cache may take to be written to the lowest tier.
         `nonce`: different in every process, so that without prefix caching a restart finds nothing either."""
@@ -179,6 +184,7 @@ class Engine:
         self._flush_s = flush_s
         self._nonce = nonce
         self._recorder = recorder
+        self.explanations = explanations or Explanations(0, 0.0)
         self._flush_until_s: float | None = None
         self._faults: Counter[str] = Counter()
         self._streams: dict[int, Stream] = {}
@@ -188,6 +194,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._audited = True
         self._stepping = self._move_due = self._prefilling = False
+        self._progress_s = clock()
         self._stalled: tuple[str, float] | None = None
         """Why nothing can run although there is work, and since when that was counted."""
         metrics.bind(self.snapshot)
@@ -217,6 +224,8 @@ class Engine:
             service=spec.service,
             retention=retention,
         )
+        if self.scheduler.idle:
+            self._progress_s = request.arrival_s
         try:
             self.scheduler.submit(request)
         except InvalidRequest:
@@ -239,7 +248,7 @@ class Engine:
         """A stream was closed: end its request if it still lives."""
         if self._streams.pop(stream.request_id, None) is not None:
             now = self._clock()
-            self._count_finished(stream.request, reason, now)
+            self._count_finished(stream, reason, now)
             self.scheduler.abort(stream.request_id, now)
             self._wake.set()
 
@@ -299,6 +308,11 @@ class Engine:
             preemptions={"spill": scheduler.spilled, "recompute": scheduler.preemptions - scheduler.spilled},
         )
 
+    def stuck_s(self) -> float:
+        """For how long there has been work and no step has ended; 0.0 where there is none, or none is due any more."""
+        idle = self.scheduler.idle or self._over.is_set()
+        return 0.0 if idle else self._clock() - self._progress_s
+
     # --- life --------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -340,6 +354,14 @@ class Engine:
             self._end_all(FinishReason.ABORT, "the server is shutting down")
             self._wake.set()
             await self._over.wait()
+
+    def hurry(self) -> None:
+        """A drain has no time left: end what runs, and write nothing more down."""
+        self._flush_s = 0.0
+        if self._flush_until_s is not None:
+            self._flush_until_s = self._clock()
+        self._end_all(FinishReason.ABORT, "the server is shutting down")
+        self._wake.set()
 
     def _drained(self) -> bool:
         """No more work, and what is hot was written down, as far as the time for that goes."""
@@ -420,6 +442,7 @@ class Engine:
             return
         finally:
             self._stepping = False
+            self._progress_s = self._clock()
         now = self._clock()
         self._deliver(self.scheduler.commit(plan, result, now), now)
         busy_s = result.finished_s - result.started_s
@@ -458,7 +481,7 @@ class Engine:
             tokens += event.token is not None
             if event.finish is not None:
                 del self._streams[event.request_id]
-                self._count_finished(stream.request, event.finish, now)
+                self._count_finished(stream, event.finish, now)
             stream.deliver(event)
         for last_s, count in gaps.items():
             self._metrics.inter_token(now - last_s, count)
@@ -469,7 +492,7 @@ class Engine:
         for stream in list(self._streams.values()):
             stream.deliver(TokenEvent(stream.request_id, None, finish=reason, error=message))
             del self._streams[stream.request_id]
-            self._count_finished(stream.request, reason, now, failed=True)
+            self._count_finished(stream, reason, now, failed=True)
             if self.state != "failed":
                 self.scheduler.abort(stream.request_id, now)
 
@@ -489,8 +512,9 @@ class Engine:
             {reason: blocks * size for reason, blocks in request.missed.items()},
         )
 
-    def _count_finished(self, request: Request, reason: FinishReason, now: float, *, failed: bool = False) -> None:
+    def _count_finished(self, stream: Stream, reason: FinishReason, now: float, *, failed: bool = False) -> None:
         """`failed`: it is our doing that it ended."""
+        request = stream.request
         admitted_s = now if request.admitted_s is None else request.admitted_s
         first_s = now if request.first_token_s is None else request.first_token_s
         held_s = min(request.held_s, first_s - admitted_s)
@@ -515,6 +539,9 @@ class Engine:
                 _met(request.service, failed, first_s - request.arrival_s, tpot_s),
             )
         )
+        if self.explanations.wanted:
+            size = self.kv.layout.block_tokens
+            self.explanations.add(explained(request, stream.asked_as, reason.value, failed, phases_s, size, now))
         if self._recorder is not None:
             prompt = request.tokens[: request.prompt_tokens]
             self._recorder.record(Ended(request.arrival_s, request.root, prompt, request.generated, request.service))

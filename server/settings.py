@@ -114,12 +114,12 @@ class ModelConfig(Section):
         default="last",
         description="Embeddings: the last token's hidden state, or the mean over all; only the former uses the cache.",
     )
-    tool_call_parser: Annotated[str, COMMON] = Field(
+    tool_call_parser: str = Field(
         default="auto",
         description="How the model writes calls of tools: hermes, llama3, mistral or pythonic; auto: by its chat "
         "template; none: requests with tools are refused.",
     )
-    reasoning_parser: Annotated[str, COMMON] = Field(
+    reasoning_parser: str = Field(
         default="auto",
         description="How the model marks its thoughts: qwen3, deepseek_r1 or mistral; auto: by its chat template; "
         "none: they stay in the text.",
@@ -129,7 +129,7 @@ class ModelConfig(Section):
     )
     device: Annotated[Literal["cpu", "cuda"], COMMON] = Field(default="cpu", description="Where the model runs.")
     attention: str = Field(default="auto", description="Attention backend; auto: the best one for the device.")
-    threads: Annotated[int | None, COMMON] = Field(
+    threads: int | None = Field(
         default=None,
         ge=1,
         le=1024,
@@ -149,7 +149,7 @@ class KvConfig(Section):
     kv_dtype: Annotated[Dtype, Flag(names=("--kv-dtype", "--kv-cache-dtype"))] = Field(
         default="auto", description="Precision of cached keys and values; auto: the same as the model's."
     )
-    prefix_caching: Annotated[bool, Flag(names=("--prefix-caching", "--enable-prefix-caching"), common=True)] = Field(
+    prefix_caching: Annotated[bool, Flag(names=("--prefix-caching", "--enable-prefix-caching"))] = Field(
         default=True, description="Reuse the cached blocks of a prompt's longest known prefix."
     )
     dram_gib: Annotated[Gib, COMMON] = Field(
@@ -208,7 +208,7 @@ class SchedulerConfig(Section):
         "deadline (by ttft_target_ms); fair (between API keys, by weight); prefix (those that share one together).",
     )
     max_num_seqs: Annotated[Count, COMMON] = Field(default=256, ge=1, description="Requests running at once.")
-    max_num_batched_tokens: Annotated[Count, COMMON] = Field(
+    max_num_batched_tokens: Count = Field(
         default=2048, ge=1, description="Tokens computed per step over all requests: decode first, the rest is prefill."
     )
     prefill_chunk_tokens: Count | None = Field(
@@ -216,7 +216,7 @@ class SchedulerConfig(Section):
         ge=1,
         description="Most prompt tokens of one request per step; default: the whole budget of the step.",
     )
-    max_queued_requests: Annotated[Count, COMMON] = Field(
+    max_queued_requests: Count = Field(
         default=2048, ge=1, description="Requests waiting; beyond that 429 with Retry-After."
     )
     max_queued_tokens: Count = Field(
@@ -255,7 +255,7 @@ class ServerConfig(Section):
         description="Bearer keys that clients must present (repeat the flag for several), each KEY or 'KEY WEIGHT' for "
         "the policy `fair`; none: open to all.",
     )
-    tenants_file: Annotated[Path | None, COMMON] = Field(
+    tenants_file: Path | None = Field(
         default=None,
         description="File of tenants in TOML: digests of their keys, rate limits, shares of the cache. "
         "`terrace keys add` writes one; on SIGHUP it is read again.",
@@ -303,10 +303,16 @@ class ServerConfig(Section):
         ge=0,
         description="Silence on a stream before a comment line keeps proxies from closing it; 0: never.",
     )
-    shutdown_timeout_s: Annotated[Seconds, COMMON] = Field(
+    shutdown_timeout_s: Seconds = Field(
         default=30.0,
         ge=0,
         description="After SIGTERM, how long running requests may take to finish before they are aborted.",
+    )
+    stuck_after_s: Seconds = Field(
+        default=120.0,
+        ge=1,
+        description="Work, and no step that ends for so long: the daemon is stuck. /livez fails, systemd's watchdog is "
+        "not fed, the state is logged. Longer than the longest step.",
     )
     switch_interval_s: Seconds = Field(
         default=0.001,
@@ -324,6 +330,13 @@ class ServerConfig(Section):
     max_watchers: Count = Field(
         default=16, ge=1, description="Live pages and `terrace top` open at once; beyond it 429."
     )
+    explained_requests: Count = Field(
+        default=500, ge=0, description="Requests of which /v1/cache/explain can say why they took as long; 0: none."
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="Where to send a trace of each request by OTLP, as http://collector:4318; needs the extra `otel`.",
+    )
     record_path: Path | None = Field(
         default=None,
         description="File to record requests in, for replay: times, lengths, keyed block hashes; no text, no token.",
@@ -336,7 +349,7 @@ class ServerConfig(Section):
 class BatchConfig(Section):
     """What /v1/files and /v1/batches may keep and do."""
 
-    data_path: Annotated[Path | None, COMMON] = Field(
+    data_path: Path | None = Field(
         default=None,
         description="Directory of uploaded files and batches, which survive restarts; none: /v1/files and /v1/batches "
         "are off.",

@@ -18,14 +18,14 @@ SOURCES = sorted(path.relative_to(ROOT) for top in ("server", "loadgen") for pat
 
 # Unit -> layer, lowest first. A unit may import from lower layers and from itself, never from its own layer's others.
 LAYERS = [
-    {"base"},  # types errors registry quantities ownership settings histogram
-    {"metrics", "config", "recorder", "tenants"},
+    {"base"},  # types errors registry quantities ownership settings histogram startup notify logs room explain
+    {"metrics", "config", "recorder", "tenants", "tracing"},
     {"kvcache", "kernels"},
     {"scheduler", "models"},
     {"runner", "engine", "text", "batches"},
     {"sim"},
     {"api"},
-    {"build", "cachectl", "top"},
+    {"build", "cachectl", "top", "watchdog"},
     {"process"},
     {"demo"},
     {"cli"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
-BASE = {"types", "errors", "registry", "quantities", "ownership", "settings", "histogram"}
+BASE = set("types errors registry quantities ownership settings histogram startup notify logs room explain".split())
 
 LOADGEN_FILES = {"server/sim/study.py", "server/sim/simulate.py", "server/sim/summary.py", "server/sim/page.py"}
 """They read the traces that load tests replay, and show figures as those do."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
@@ -17,9 +17,12 @@ from server.api.chat import render_chat
 from server.api.openai import answers, body_of, errors
 from server.api.requests import Encoder, cache_salt, check_ids, check_model
 from server.api.service import Service
-from server.errors import InvalidRequest, NotReady
+from server.errors import InvalidRequest, NotFound, NotReady
+from server.explain import Explanation
 from server.tenants import digest_of
 from server.types import BlockHash
+
+MAX_SHOWN_ID = 128
 
 
 class AdminRoutes:
@@ -43,6 +46,9 @@ class AdminRoutes:
             add(path, handler, methods=["POST"], openapi_extra=body_of(body), responses=answers(answer) | refusals)
         counted = answers(schema.CacheCount) | errors(401, 404, 503)
         add(f"{ADMIN_PREFIX}/clear", self.clear, methods=["POST"], responses=counted)
+        explained = answers(schema.Explanations) | errors(400, 401, 404)
+        add(f"{ADMIN_PREFIX}/explain", self.explain_many, methods=["GET"], responses=explained)
+        add(f"{ADMIN_PREFIX}/explain/{{request_id}}", self.explain, methods=["GET"], responses=explained)
         shown = answers(schema.CacheStats) | errors(401, 404)
         add(f"{ADMIN_PREFIX}/stats", self.stats, methods=["GET"], responses=shown)
 
@@ -119,6 +125,22 @@ class AdminRoutes:
         ]
         answer = {"block_bytes": kv.block_bytes, "block_tokens": kv.block_tokens, "tiers": tiers, "hops": hops}
         return JSONResponse(answer | {"recovered_blocks": kv.recovered_blocks, "pinned_blocks": kv.pinned_blocks})
+
+    async def explain(self, request_id: str) -> Response:
+        """Why the sequences of one request went as they did; its id is the X-Request-Id that its answer carried."""
+        found = self._service.engine.explanations.find(request_id)
+        if not found:
+            raise NotFound(f"there is no request {request_id[:MAX_SHOWN_ID]!r} among the last that ended")
+        return self._explained(found)
+
+    async def explain_many(self, limit: int = Query(20, ge=1, le=1000), slowest: bool = False) -> Response:
+        """The same of those that ended last, or of the slowest of the last few hundred, by their first token."""
+        explanations = self._service.engine.explanations
+        return self._explained(explanations.slowest(limit) if slowest else explanations.latest(limit))
+
+    def _explained(self, found: Sequence[Explanation]) -> Response:
+        offset_s = self._service.engine.explanations.wall_offset_s
+        return JSONResponse({"requests": [one.report(offset_s) for one in found]})
 
     async def _body(self, request: Request, model: type[Any]) -> Any:
         raw = await read_json_body(request.scope, request.receive, self._service.body_limits)

@@ -64,7 +64,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router)
     errors.install(app)
     # Added last is outermost: even a refusal has a request id and is counted.
-    app.add_middleware(BearerAuth, tenants=service.tenants, admin_hashes=service.admin_key_hashes)
+    app.add_middleware(BearerAuth, tenants=service.tenants)
     app.add_middleware(RequestContext, metrics=service.metrics)
     plain = app.openapi
     # Made when first asked for: it takes 100 ms, which a start need not wait for.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -56,10 +55,9 @@ class BearerAuth:
     status takes both kinds, and shows what the key may see.
     """
 
-    def __init__(self, app: ASGIApp, tenants: Tenants, admin_hashes: Sequence[bytes]) -> None:
+    def __init__(self, app: ASGIApp, tenants: Tenants) -> None:
         self._app = app
         self._tenants = tenants
-        self._admins = admin_hashes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
@@ -76,18 +74,19 @@ class BearerAuth:
         await self._app(scope, receive, send)
 
     def _check_admin(self, scope: Scope) -> None:
-        if self._admins:
+        if self._tenants.admins:
             if not self._is_admin(_digest(scope)):
                 raise Unauthorized(UNKNOWN_KEY)
         elif self._tenants.guarded:
             raise AdminOff("the cache admin API is off; start the server with --admin-key to use it")
 
     def _is_admin(self, digest: bytes) -> bool:
-        return sum(hmac.compare_digest(other, digest) for other in self._admins) > 0  # all of them, as with tenants
+        # All of them are compared, as with tenants.
+        return sum(hmac.compare_digest(other, digest) for other in self._tenants.admins) > 0
 
     def _viewer(self, scope: Scope) -> Viewer:
         """An admin, a tenant, or, where neither needs a key, anybody: who is everybody's admin if there are no keys."""
-        if not self._tenants.guarded and not self._admins:
+        if not self._tenants.guarded and not self._tenants.admins:
             return Viewer("all")
         if not self._tenants.guarded and "authorization" not in Headers(scope=scope):
             return Viewer("none")

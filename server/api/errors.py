@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -32,8 +33,10 @@ class _Unexpected(TerraceError):
 UNEXPECTED = _Unexpected("the server failed on this request; its log names the error under the X-Request-Id")
 
 
-def error_response(error: TerraceError, headers: Mapping[str, str] | None = None) -> Response:
-    """The HTTP answer to `error`, with Retry-After where waiting helps."""
+def error_response(
+    error: TerraceError, headers: Mapping[str, str] | None = None, more: Mapping[str, Any] | None = None
+) -> Response:
+    """The HTTP answer to `error`, with Retry-After where waiting helps. `more` stands in the body beside the error."""
     extra = dict(headers or {})
     if isinstance(error, Overloaded | NotReady):
         extra["Retry-After"] = str(min(max(1, round(error.retry_after_s)), LARGEST_RETRY_AFTER_S))
@@ -42,7 +45,7 @@ def error_response(error: TerraceError, headers: Mapping[str, str] | None = None
     if error.status in (408, 413):
         # The rest of the body is still on its way: this connection cannot carry another request.
         extra["Connection"] = "close"
-    body = json.dumps(error_body(error)).encode()
+    body = json.dumps({**error_body(error), **(more or {})}).encode()
     return Response(body, error.status, extra, media_type="application/json")
 
 

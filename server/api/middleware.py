@@ -13,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api import schema
 from server.api.errors import UNEXPECTED, error_response
 from server.api.sse import CLIENT_GONE
+from server.logs import REQUEST_ID as LOGGED_ID
+from server.logs import TRACE_PARENT
 from server.metrics import Metrics
 
 log = logging.getLogger("terrace.api")
@@ -21,6 +23,8 @@ REQUEST_ID = "request_id"
 MAY_NAME = "may_name"
 """Keys in the request's state: its id, and whether that was made here, so that the body may give a better one."""
 _GOOD_ID = re.compile(schema.REQUEST_ID_PATTERN)
+_PROBES = frozenset({"/livez", "/readyz", "/health"})
+"""They fail for as long as the state that they tell of lasts, several times a minute: the state itself is logged."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
@@ -35,10 +39,13 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
         state[REQUEST_ID] = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
         state[MAY_NAME] = state[REQUEST_ID] != given
+        LOGGED_ID.set(state[REQUEST_ID])
+        TRACE_PARENT.set(headers.get("traceparent", ""))
         status = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
@@ -64,7 +71,7 @@ class RequestContext:
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         self._metrics.http(route, method, status)
-        level = logging.WARNING if status >= 500 else logging.DEBUG
+        level = logging.WARNING if status >= 500 and route not in _PROBES else logging.DEBUG
         log.log(level, "request %s %s %s %d", request_id, method, route, status, extra={REQUEST_ID: request_id})
 
 
@@ -72,3 +79,4 @@ def name_request(scope: Scope, request_id: str | None) -> None:
     """Take the id that a body gives, well formed, unless a header gave one."""
     if request_id is not None and scope["state"][MAY_NAME]:
         scope["state"][REQUEST_ID] = request_id
+        LOGGED_ID.set(request_id)

@@ -22,6 +22,13 @@ class EngineFailed(TerraceError):
     code = "engine_failed"
 
 
+class EngineStuck(TerraceError):
+    """There is work, and no step ended for longer than any may take: what holds it up will hardly let go."""
+
+    status = 503
+    code = "engine_stuck"
+
+
 class OpsRoutes:
     """Probes, metrics and version of one service; never guarded by API keys."""
 
@@ -29,26 +36,39 @@ class OpsRoutes:
         self._service = service
         self.router = APIRouter()
         add = self.router.add_api_route
-        status = answers(schema.StatusResponse) | errors(503)
-        add("/livez", self.livez, methods=["GET"], responses=status)
-        add("/readyz", self.readyz, methods=["GET"], responses=status)
-        add("/health", self.readyz, methods=["GET"], responses=status, operation_id="health")
+        good = answers(schema.StatusResponse)
+        add("/livez", self.livez, methods=["GET"], responses=good | errors(503))
+        ready = good | {503: errors(503)[503] | {"model": schema.NotReadyResponse}}
+        add("/readyz", self.readyz, methods=["GET"], responses=ready)
+        add("/health", self.readyz, methods=["GET"], responses=ready, operation_id="health")
         add("/version", self.version, methods=["GET"], responses=answers(schema.VersionResponse))
         add("/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse)
         add("/metrics/vllm", self.vllm_metrics, methods=["GET"], response_class=PlainTextResponse)
 
     async def livez(self) -> Response:
-        """200 while the process is worth keeping, also while it starts or drains."""
+        """200 while the process is worth keeping, also while it starts or drains: steps end, or there is no work."""
         if self._service.engine.state == "failed":
             return error_response(EngineFailed("the engine has failed; restart the server"))
+        if (stuck := self._stuck()) is not None:
+            return error_response(stuck)
         return JSONResponse({"status": "alive"})
 
     async def readyz(self) -> Response:
-        """200 while requests are taken."""
-        state = self._service.engine.state
-        if state != "ready":
-            return error_response(NotReady(f"the server is {state}"))
-        return JSONResponse({"status": "ready"})
+        """200 while requests are taken; else what is waited for."""
+        engine, stuck = self._service.engine, self._stuck()
+        if engine.state == "ready" and stuck is None:
+            return JSONResponse({"status": "ready"})
+        now = engine.snapshot()
+        left = {"running": now.running, "waiting": now.waiting}
+        status = engine.state if stuck is None else "stuck"
+        why = stuck or NotReady(f"the server is {status}")
+        return error_response(why, more={"status": status, "progress": left})
+
+    def _stuck(self) -> EngineStuck | None:
+        seconds = self._service.engine.stuck_s()
+        if seconds < self._service.limits.stuck_after_s:
+            return None
+        return EngineStuck(f"there is work, and no step ended for {seconds:.0f} s; restart the server")
 
     async def version(self) -> Response:
         """The version that runs."""

@@ -379,6 +379,44 @@ class CacheStats(_Response):
     pinned_blocks: int
 
 
+class KvDecision(_Response):
+    """What was to become of blocks that lay below the device when a request was admitted, and by what estimates."""
+
+    tier: str
+    tokens: int
+    decision: Literal["use", "load", "compute"]
+    reason: str
+    load_s: float
+    compute_s: float
+
+
+class Explained(_Response):
+    """Why one sequence went as it did."""
+
+    request_id: str
+    sequence: int
+    tenant: str
+    arrived_at: float
+    finish_reason: str
+    background: bool
+    preemptions: int
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_by_source: dict[str, int]
+    cached_but_computed_tokens: dict[str, int]
+    decisions: list[KvDecision]
+    phases_s: dict[str, float]
+    ttft_s: float | None
+    predicted_ttft_s: float
+    total_s: float
+    first_block: str
+    last_block: str
+
+
+class Explanations(_Response):
+    requests: list[Explained]
+
+
 class ErrorDetail(_Response):
     message: str
     type: str
@@ -536,6 +574,13 @@ class DetokenizeResponse(_Response):
 
 class StatusResponse(_Response):
     status: str
+
+
+class NotReadyResponse(ErrorResponse):
+    """Why no requests are taken: how far the start is, or what a drain still waits for."""
+
+    status: str
+    progress: dict[str, str | float | None]
 
 
 class VersionResponse(_Response):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from server.api.body import BodyLimits
@@ -27,7 +27,7 @@ class Service:
     """One served model. Loop thread.
 
     `wall_clock` gives Unix seconds (for `created`). `limits` is the configuration of the HTTP front.
-    Without tenants the service is open to all. `admin_key_hashes` are SHA-256 digests.
+    Without tenants the service is open to all.
     """
 
     engine: Engine
@@ -39,7 +39,6 @@ class Service:
     limits: ServerConfig
     status: Status
     tenants: Tenants = field(default_factory=Tenants)
-    admin_key_hashes: Sequence[bytes] = ()
     default_targets: Targets = NO_TARGETS
     """Of requests that name none; not of those in the background."""
     vault: Vault | None = None

@@ -173,6 +173,8 @@ class Tenants:
         """`plain`: digests of keys that are each a tenant of its own, without a name or limits. `clock`: seconds.
         `rejected` is told when somebody's limit is reached."""
         self.clock = clock
+        self.admins: Sequence[bytes] = ()
+        """Digests of the keys of whoever runs the server; they are no tenants."""
         self._rejected = rejected
         self.keys: Sequence[tuple[bytes, str]] = ()
         """Digests and the ids of their tenants."""
@@ -182,15 +184,17 @@ class Tenants:
         self._other = Gate(OTHER)
         self.replace(())
 
-    def replace(self, named: Iterable[Tenant]) -> None:
-        """These are the tenants with a name from now on; requests that run go on. Raises ConfigError, and nothing is
-        changed, when a key is a plain one, too."""
-        named, plain, now = list(named), dict(self._plain), self.clock()
+    def replace(self, named: Iterable[Tenant], plain: Sequence[bytes] | None = None) -> None:
+        """These are the tenants from now on, with a name and, unless None, without; requests that run go on. Raises
+        ConfigError, and nothing is changed, when a key is of both kinds."""
+        named, now = list(named), self.clock()
+        nameless = self._plain if plain is None else [(key, tenant_of(key)) for key in plain]
         for tenant in named:
-            if any(key in plain for key in tenant.keys):
+            if any(key == other for key in tenant.keys for other, _ in nameless):
                 raise ConfigError(f"a key of tenant {tenant.name!r} is one of --api-key, too; keep one")
         for tenant in named:
             self._gates.setdefault(tenant.id, Gate(tenant.name)).limit(tenant.limits, now)
+        self._plain = nameless
         self._ids = {tenant.name: tenant.id for tenant in named}
         self.keys = [*self._plain, *((key, tenant.id) for tenant in named for key in tenant.keys)]
 

@@ -34,7 +34,7 @@ from server.build import Daemon, build
 from server.cli import loop_factory
 from server.config import Config, KvConfig, ModelConfig, SchedulerConfig
 
-STREAMS, OUTPUT_TOKENS, PAIRS = 256, 200, 15
+STREAMS, OUTPUT_TOKENS, PAIRS = 256, 100, 15
 LAG_ROUNDS = 5
 GOAL_COST = 0.01
 GOAL_PAUSE_S = 0.005
@@ -123,7 +123,11 @@ async def _counting(report: Report, client: Connection, *, quick: bool) -> None:
         [a[column] / b[column] for a, b in zip(found[counts], found[silent], strict=True)] for column in (1, 0)
     )
     report.keep(streams=streams, tokens=tokens, counting=found[counts], silent=found[silent])
-    shown = f"median of {pairs} pairs {median(cost) - 1:+.2%} of the loop's time, {median(rates) - 1:+.2%} of tokens/s"
+    low, high = (quantile(cost, q) - 1 for q in (0.25, 0.75))
+    shown = (
+        f"median of {pairs} pairs {median(cost) - 1:+.2%} of the loop's time, half of them between {low:+.2%} and "
+        f"{high:+.2%}; {median(rates) - 1:+.2%} of tokens/s"
+    )
     statement = f"counting costs at most {GOAL_COST:.0%} at {streams} streams ({shown})"
     report.goal(statement, met=median(cost) <= 1 + GOAL_COST)
 
@@ -145,7 +149,7 @@ async def _lag(report: Report, client: Connection, scraper: Connection, *, quick
     report.header("scrapes", "lag p50 ms", "p99 ms", "max ms")
     for scraped, lags in found.items():
         shown = (f"{quantile(lags, q) * 1e3:.2f}" for q in (0.5, 0.99, 1.0))
-        report.row("10/s" if scraped else "none", *shown)
+        report.row(len(pauses) if scraped else "none", *shown)
     report.keep(lag_s=found[False], lag_scraped_s=found[True], page_s=pauses)
     more_s = quantile(found[True], 0.99) - quantile(found[False], 0.99)
     statement = f"scrapes delay timers by at most {GOAL_PAUSE_S * 1e3:.0f} ms under load (p99 {more_s * 1e3:+.2f} ms)"
@@ -155,13 +159,13 @@ async def _lag(report: Report, client: Connection, scraper: Connection, *, quick
 
 
 def _time_pages(daemon: Daemon, pauses: list[float]) -> None:
-    """Note how long the loop is held by each scrape."""
+    """Note how long the loop is held by each scrape: CPU time, as on a busy machine others have their turn in between."""
     page: Callable[[], Any] = daemon.metrics.page
 
     def timed() -> Any:
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         made = page()
-        pauses.append(time.perf_counter() - started_s)
+        pauses.append(time.thread_time() - started_s)
         return made
 
     daemon.metrics.page = timed  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from server.types import ORDINARY, BlockHash, FrameId, Retention, TierName
+from server.types import ORDINARY, BlockHash, FrameId, Retention, SpanReport, TierName
 
 LATE_ALREADY = -1.0
 """As a lease's `late_s`: a promise was not kept, and was counted."""
@@ -93,7 +93,8 @@ class Lease:
 
     For the accounts: `since_s` is when it was made, `landed_s` when the last block came that it waited for; `missed`
     counts blocks that are somewhere and are computed all the same, by reason; `gained` are the runs of the table that
-    came from the cache and were not accounted for yet, each a tier, a position and a length.
+    came from the cache and were not accounted for yet, each a tier, a position and a length; `decided` is what was to
+    become of what lay below the device, `landed_by_tier_s` when the last block from each tier came.
     """
 
     hashes: Sequence[BlockHash] = ()
@@ -113,6 +114,8 @@ class Lease:
     landed_s: float = 0.0
     missed: dict[str, int] = field(default_factory=dict)
     gained: list[tuple[TierName, int, int]] = field(default_factory=list)
+    decided: Sequence[SpanReport] = ()
+    landed_by_tier_s: dict[TierName, float] = field(default_factory=dict)
 
     @property
     def loading(self) -> bool:

@@ -193,6 +193,7 @@ class KVManager:
         for position in probed:
             self.traffic.load_early(hashes, start + position, found[position] - 1)
         queued = self.traffic.queued()
+        lease.decided = self.planner.decided(found, len(levels), start, queued, declined or "")
         wanted = Counter(levels)
         longest_s = max((self.planner.load_s(k, n, queued) for k, n in wanted.items() if k), default=0.0)
         deadline_s = now + self.planner.deadline_s(longest_s)

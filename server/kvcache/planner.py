@@ -15,11 +15,13 @@ promised is no longer waited for; and a tier that fails or stalls is switched of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from server.histogram import MOVE_S, Histogram
 from server.kvcache.step_cost import StepCost
-from server.types import TierName
+from server.types import SpanReport, TierName
 
 BLOCK_DECAY = 0.97
 """Per landing: the pace is that of the last thirty or so, as blocks that are read in one go land together."""
@@ -189,7 +191,25 @@ class Planner:
         self.down = [Hop(block_s, latency_s) for block_s, latency_s in guesses]
         self.breakers = {name: Breaker() for name in tiers[1:]}
         self.step = StepCost()
+        self._names = tiers
         self._block_tokens = block_tokens
+
+    def decided(
+        self, levels: Sequence[int], taken: int, start: int, queued: list[int], declined: str
+    ) -> list[SpanReport]:
+        """For the record: of blocks on `levels`, behind `start` others, the first `taken` are used or sent for, the
+        others are computed because of `declined`."""
+        spans = []
+        for used, part in ((True, levels[:taken]), (False, levels[taken:])):
+            for level, run in groupby(part):
+                blocks = len(list(run))
+                load_s = self.load_s(level, blocks, queued) if level else 0.0
+                decision = "compute" if not used else "load" if level else "use"
+                reason = "" if used else declined
+                compute_s = self.compute_s(start, blocks)
+                spans.append(SpanReport(self._names[level], blocks, decision, reason, load_s, compute_s))
+                start += blocks
+        return spans
 
     def load_s(self, level: int, blocks: int, queued: list[int]) -> float:
         """Seconds until `blocks` blocks of tier `level` are on the device, behind `queued[k]` blocks on each hop. The

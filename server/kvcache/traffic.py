@@ -415,6 +415,7 @@ class Traffic:
             device.hold(frame)
             lease.tail[load.depth] = (frame, load.origin)
             lease.late_s, lease.landed_s = None, self._now_s  # progress: patience begins anew
+            lease.landed_by_tier_s[load.origin] = self._now_s
         self._end(load)
         device.unhold(frame)
 

@@ -48,7 +48,7 @@ ADMISSION = ("admit", "reject_cold", "reject_wear", "no_room")
 INTEGRITY = ("label", "payload", "header", "foreign", "stale")
 BLOCK_STATES = ("free", "cached", "referenced", "in_flight")
 STATES = ("starting", "ready", "draining", "stopped", "failed")
-STARTUP = ("weights", "kv_alloc", "host_alloc", "index_recovery", "warmup")
+STARTUP = ("download", "weights", "kv_alloc", "host_alloc", "index_recovery", "warmup")
 
 
 @dataclass(frozen=True, slots=True)

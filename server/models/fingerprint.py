@@ -2,8 +2,8 @@
 
 A name is no identity: the same name with other weights, another RoPE scaling or another dtype gives other KV. So the
 fingerprint covers the bytes of every weight file. Reading 16 GB takes seconds; the result is kept beside the checkpoint
-(or in the user's cache, where that cannot be written) and trusted while size, modification time and inode of every file
-are what they were.
+(or in the user's cache, where that cannot be written) and trusted while size, times and inode of every file are what
+they were. The same tells a running daemon that its checkpoint is not what it loaded any more.
 """
 
 from __future__ import annotations
@@ -58,6 +58,29 @@ def weights_digest(files: Sequence[Path], cache_dir: Path | None = None, *, read
     return total.digest()
 
 
+def file_stats(folder: Path) -> dict[str, list[int]]:
+    """Of every file of a checkpoint: what changes when it is written to or replaced. Raises OSError."""
+    found = {}
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # a link to nowhere, or gone this moment
+            if _counts(path):
+                found[path.name] = _stat(path)
+    return found
+
+
+def changed_files(folder: Path, before: Mapping[str, list[int]]) -> list[str]:
+    """What was written, replaced, added or removed since `before` was taken, by name. Blocking."""
+    try:
+        now = file_stats(folder)
+    except OSError:  # of a file that was there a moment ago, or of the folder: it is being replaced
+        return sorted(before)
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _counts(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and not path.name.startswith(".")
+
+
 def random_digest(seed: int) -> bytes:
     """The same for random weights, which depend on the seed alone."""
     return blake2b(f"random weights {seed}".encode(), digest_size=32).digest()
@@ -75,7 +98,8 @@ def fingerprint(
 
 def _stat(path: Path) -> list[int]:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    # The time of the last change of any kind: what unpacks or copies files can set the others, but not this.
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _content(path: Path, read: ReadChunk) -> bytes:

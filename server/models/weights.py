@@ -7,8 +7,10 @@ says what to do; a tensor that the model has no place for is one too: a model th
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,9 +62,22 @@ def resolve_folder(model: str, revision: str | None = None, *, offline: bool = F
         return path
     if model and path.exists():
         raise ConfigError(f"model {model!r} is a file; pass the folder that holds config.json", param="model")
-    if not HUB_ID.fullmatch(model):
-        raise ConfigError(f"model {model!r} is neither a folder nor a hub id of the form owner/name", param="model")
+    if model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(model):
+        message = f"model {model!r} is neither a folder nor a hub id of the form owner/name{_nearest(path)}"
+        raise ConfigError(message, param="model")
     return _download(model, revision, offline, weights)
+
+
+def _nearest(path: Path) -> str:
+    """What of the path exists, and what the rest might have been."""
+    if path.exists():
+        return ""
+    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
+    wanted, *rest = path.absolute().relative_to(parent).parts
+    found = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if os.access(parent, os.R_OK) else []
+    near = difflib.get_close_matches(wanted, found, n=1)
+    meant = [str(whole) for name in near if (whole := parent.joinpath(name, *rest)).is_dir()]
+    return f"; did you mean {meant[0]!r}?" if meant else f"; {str(parent)!r} has no {wanted!r}"
 
 
 def _download(model: str, revision: str | None, offline: bool, weights: bool) -> Path:
@@ -150,6 +165,16 @@ def load_model(
     model = cls.build(config, _dtype(dtype, config, files), device)
     _fill(model, files, report)
     return model
+
+
+def weights_bytes(folder: Path, dtype: DTypeName, load_format: LoadFormat) -> tuple[str, dict[str, int]]:
+    """The precision that `load_model` would take, and what the weights would need in each. Reads no weights."""
+    config = load_config(folder)
+    chosen = _dtype(dtype, config, () if load_format == "dummy" else checkpoint_files(folder))
+    model = model_class(config.to_dict()).build(config, chosen, "meta")
+    elements = sum(weight.numel() for weight in model.parameters().values())
+    (name,) = (name for name, known in DTYPES.items() if known == chosen)
+    return name, {name: elements * known.itemsize for name, known in DTYPES.items()}
 
 
 def checkpoint_files(folder: Path) -> Sequence[Path]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from server.explain import Explanation
 from server.kvcache.block import Lease
 from server.types import (
     ONLINE,
@@ -22,12 +23,17 @@ from server.types import (
     Retention,
     SamplingParams,
     ServiceClass,
+    SpanReport,
     TierName,
     TokenLogprobs,
 )
 
 PHASES = ("queued", "loading", "prefill", "decode")
 """How far a request is: waiting for room, waiting for blocks from below, computing its prompt, answering."""
+
+
+SHOWN_HASH_DIGITS = 16
+"""Of block hashes in explanations: prompts that begin alike are known by them, and nothing else is."""
 
 
 class RequestState(Enum):
@@ -41,7 +47,8 @@ class Request:
     """`root` starts the hash chain (fingerprint and cache salt); `hashes` are extended and never recomputed.
 
     `cached_tokens` counts the prompt tokens that came from the cache before any preemption, and `served` their blocks
-    by the tier that they were found in; `missed` counts those that are cached and were computed, by reason. `rank` is
+    by the tier that they were found in; `missed` counts those that are cached and were computed, by reason; `decided`
+    and `landed_by_tier_s` are its first lease's. `rank` is
     its place in every queue: behind all online ones if background, then as the policy says. `work_s` is the device time
     that the prompt was thought to need when it came, and `predicted_ttft_s` all that it was thought to wait.
     `needed_blocks` is the room that the last failed admission wanted. `claimed` are the positions of `hashes` that this
@@ -67,6 +74,8 @@ class Request:
     cached_tokens: int | None = None
     served: Counter[TierName] = field(default_factory=Counter)
     missed: Mapping[str, int] = field(default_factory=dict)
+    decided: Sequence[SpanReport] = ()
+    landed_by_tier_s: Mapping[TierName, float] = field(default_factory=dict)
     rank: tuple[bool, tuple[Any, ...]] = (False, ())
     work_s: float = 0.0
     predicted_ttft_s: float = 0.0
@@ -143,3 +152,42 @@ def request_from(
 ) -> Request:
     """A waiting request over a copy of `prompt`."""
     return Request(id, array("i", prompt), params, root, service, retention, now)
+
+
+def explained(
+    request: Request,
+    asked_as: tuple[str, str],
+    finish: str,
+    failed: bool,
+    phases_s: Mapping[str, float],
+    block_tokens: int,
+    now: float,
+) -> Explanation:
+    """Why a request that ended `now` went as it did. `asked_as`: the API's id, and the trace that it is part of."""
+    full = request.prompt_tokens // block_tokens
+    blocks = request.hashes[:full]
+    return Explanation(
+        request_id=asked_as[0],
+        trace_parent=asked_as[1],
+        sequence=request.id,
+        tenant=request.service.tenant,
+        arrival_s=request.arrival_s,
+        admitted_s=request.admitted_s,
+        first_s=request.first_token_s,
+        ended_s=now,
+        finish=finish,
+        error=failed,
+        background=request.service.background,
+        preemptions=request.preemptions,
+        prompt_tokens=request.prompt_tokens,
+        generated_tokens=request.generated,
+        block_tokens=block_tokens,
+        served={tier: count * block_tokens for tier, count in request.served.items() if count},
+        missed={reason: count * block_tokens for reason, count in request.missed.items()},
+        decisions=request.decided,
+        landed_s=dict(request.landed_by_tier_s),
+        phases_s=phases_s,
+        predicted_ttft_s=request.predicted_ttft_s,
+        first_block=blocks[0].hex()[:SHOWN_HASH_DIGITS] if blocks else "",
+        last_block=blocks[-1].hex()[:SHOWN_HASH_DIGITS] if blocks else "",
+    )

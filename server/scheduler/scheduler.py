@@ -274,7 +274,8 @@ class Scheduler:
         request.computed_tokens = len(lease.table) * self._block_tokens
         self.kv.accounts.credit(lease)
         if request.preemptions == 0:
-            request.served, request.missed = lease.served, lease.missed
+            request.served, request.missed, request.decided = lease.served, lease.missed, lease.decided
+            request.landed_by_tier_s = lease.landed_by_tier_s
             request.cached_tokens = lease.served.total() * self._block_tokens
 
     def _row(self, request: Request, end: int) -> StepRow:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -211,13 +211,13 @@ class Wait:
 class ServeProcess:
     """`terrace serve` as a process of its own. It starts when entered; what still runs at the end is killed."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
-        """`log` gets what it says on stderr."""
+    def __init__(self, log: Path, *arguments: str, module: Sequence[str] = ("server",)) -> None:
+        """`log` gets what it says on stderr. `module`: what is run in place of the command, and what it wants first."""
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
-        self._command = [sys.executable, "-m", "server", "serve", *arguments, "--port", str(port)]
+        self._command = [sys.executable, "-m", *module, "serve", *arguments, "--port", str(port)]
 
     def __enter__(self) -> Self:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TERRACE_")}

@@ -206,19 +206,19 @@ def test_sighup_reads_the_file_again(tmp_path: Path) -> None:
             assert next(lines).startswith("data: ")
             newer, bob = add_key(keys.file, "alice", {}), add_key(keys.file, "bob", {"weight": 2})
             assert status(newer) == status(bob) == 401
-            reload("tenants read again: 2 with 3 keys")
+            reload("reloaded: 2 tenants with 3 keys")
             assert status(keys["alice"]) == status(newer) == status(bob) == 200
             good = keys.file.read_text()
             for bad in (good.replace("weight", "wait"), good + "[tenants", good.replace("keys = ", "key = ")):
                 keys.file.write_text(bad)
-                reload("the tenants stay as they were: ")
+                reload("nothing was reloaded: ")
                 assert status(keys["alice"]) == status(bob) == 200
             keys.file.write_text(
                 good + '\n[tenants.greedy]\nkeys = ["sha256:' + "0" * 64 + '"]\ncache.device.floor = 1\n'
             )
-            reload("the tenants stay as they were: the floors of all tenants keep ")
+            reload("nothing was reloaded: the floors of all tenants keep ")
             keys.file.write_text(good.replace(f'"sha256:{digest_of(keys["alice"]).hex()}"', ""))
-            reload("tenants read again: 2 with 2 keys")
+            reload("reloaded: 2 tenants with 2 keys")
             assert status(keys["alice"]) == 401
             assert status(newer) == 200
             rest = [line for line in lines if line.startswith("data: ")]

@@ -155,6 +155,57 @@ def test_a_request_that_waits_for_a_block_alone_gets_it():
     play(scene, frames=8, lower=16, token_s=0.1)
 
 
+def test_progress_is_counted_in_steps_that_end():
+    """Without work nothing is stuck, however long; with work the time since the last step that ended counts, and from
+    the arrival on where there was no work before."""
+
+    async def scene(world: World, engine: asyncio.Task[None]) -> None:
+        await asyncio.sleep(500)
+        assert world.engine.stuck_s() == 0.0
+        hanging = asyncio.Event()
+        run = world.runner.run
+
+        async def hang(plan):
+            await hanging.wait()
+            return await run(plan)
+
+        world.runner.run = hang  # type: ignore[method-assign]
+        asked = asyncio.create_task(world.ask(SPEC))
+        await asyncio.sleep(7)
+        assert world.engine.stuck_s() == pytest.approx(7)
+        hanging.set()
+        await asyncio.sleep(0.15)
+        while not asked.done():
+            assert world.engine.stuck_s() < 0.2
+            await asyncio.sleep(0.05)
+        assert world.engine.stuck_s() == 0.0
+        await world.engine.drain(1)
+        await engine
+
+    play(scene)
+
+
+def test_a_drain_can_be_hurried():
+    """Asked again, a drain ends what runs at once, tells its reader so, and does not wait for the time it had."""
+    reasons: list[object] = []
+
+    async def scene(world: World, engine: asyncio.Task[None]) -> None:
+        asked = asyncio.create_task(world.ask(GenerateSpec([1] * 8, SamplingParams(max_tokens=50))))
+        await asyncio.sleep(0.5)
+        draining = asyncio.create_task(world.engine.drain(1000))
+        await asyncio.sleep(0.5)
+        assert not draining.done()
+        before = asyncio.get_running_loop().time()
+        world.engine.hurry()
+        await draining
+        assert asyncio.get_running_loop().time() - before < 1
+        reasons.append((await asked)[-1].finish)
+        await engine
+
+    assert play(scene).engine.state == "stopped"
+    assert reasons == [FinishReason.ABORT]
+
+
 def test_a_stall_shows_while_it_lasts():
     """A request that can do nothing but wait for its block: the time counts as lost to that, before it is over."""
 

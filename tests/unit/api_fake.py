@@ -24,6 +24,7 @@ from server.batches.vault import Vault
 from server.config import ServerConfig
 from server.engine import GenerateSpec
 from server.errors import InvalidRequest, TerraceError
+from server.explain import Explanations
 from server.metrics import Facts, Metrics
 from server.runner.grammar import Grammars, Vocabulary
 from server.types import (
@@ -218,6 +219,11 @@ class FakeEngine:
         self.aborted = 0
         self.kv = SimpleNamespace(layout=BlockLayout(1, 1, 1, 4, 4))
         self.told: list[tuple[object, ...]] = []
+        self.stuck_for_s = 0.0
+        self.explanations = Explanations(100, 0.0)
+
+    def stuck_s(self) -> float:
+        return self.stuck_for_s
 
     def chain(self, tokens: Sequence[int], cache_salt: str) -> list[bytes]:
         self.told.append(("chain", list(tokens), cache_salt))
@@ -288,6 +294,8 @@ def make_service(
         metrics.bind_batches(vault)
     shown = ServerConfig(**limits)
     status = Status(metrics, "fake", time.monotonic, time.time, max_watchers=shown.max_watchers, warnings=warnings)
+    tenants = tenants or Tenants(hash_keys(keys))
+    tenants.admins = hash_keys(admin_keys)
     return Service(
         engine=engine,  # type: ignore[arg-type]
         tokenizer=tokenizer or ByteTokenizer(),
@@ -299,8 +307,7 @@ def make_service(
         wall_clock=lambda: 1_700_000_000.5,
         limits=shown,
         status=status,
-        tenants=tenants or Tenants(hash_keys(keys)),
-        admin_key_hashes=hash_keys(admin_keys),
+        tenants=tenants,
         default_targets=default_targets,
         vault=vault,
         embedding_dimensions=4,

@@ -204,9 +204,35 @@ async def test_probes_follow_the_state_of_the_engine() -> None:
                 answer = await http.get(path)
                 assert answer.status_code == status, (state, path)
                 if status == 503:
-                    refused(answer, 503)
+                    assert answer.json()["error"]["type"] == "server_error"
             if ready == 503:
                 assert int((await http.get("/readyz")).headers["retry-after"]) >= 1
+
+
+async def test_not_ready_says_what_is_left() -> None:
+    """A probe that is refused carries the state and what a drain still waits for, as JSON beside the error."""
+    engine = FakeEngine()
+    engine.state = "draining"
+    async with client(make_app(engine)) as http:
+        body = (await http.get("/readyz")).json()
+    assert body["error"]["code"] == "not_ready"
+    assert (body["status"], body["progress"]) == ("draining", {"running": 0, "waiting": 0})
+
+
+async def test_an_engine_that_makes_no_progress_is_neither_alive_nor_ready() -> None:
+    """Liveness is judged by steps that end, not by a flag: at the limit it fails, and with the next step it is back."""
+    engine = FakeEngine()
+    async with client(make_app(engine, stuck_after_s=30)) as http:
+        for state in ("ready", "draining"):
+            engine.state = state
+            engine.stuck_for_s = 29.9
+            assert (await http.get("/livez")).status_code == 200
+            engine.stuck_for_s = 30.0
+            assert refused(await http.get("/livez"), 503)["code"] == "engine_stuck"
+            answer = await http.get("/readyz")
+            assert (answer.status_code, answer.json()["status"]) == (503, "stuck")
+            engine.stuck_for_s = 0.0
+            assert (await http.get("/livez")).status_code == 200
 
 
 async def test_overload_and_drain_say_when_to_come_back() -> None:
