@@ -159,7 +159,7 @@ async def _lag(report: Report, client: Connection, scraper: Connection, *, quick
 
 
 def _time_pages(daemon: Daemon, pauses: list[float]) -> None:
-    """Note how long the loop is held by each scrape: CPU time, as on a busy machine others have their turn in between."""
+    """Note how long the loop is held by each scrape: CPU time, others have their turn in between on a busy machine."""
     page: Callable[[], Any] = daemon.metrics.page
 
     def timed() -> Any:
