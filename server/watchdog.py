@@ -86,7 +86,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "waiting": [_request(request) for request in islice(scheduler.waiting, SHOWN_REQUESTS)],
         "running_count": now.running,
         "waiting_by_reason": dict(now.waiting_by_reason),
-        "starved_for": engine.kv.starved_for(),
+        "stalled_by": engine.kv.stalled_by(),
         "tiers": {
             tier.name: {
                 "up": tier.up,

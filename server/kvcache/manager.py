@@ -194,8 +194,7 @@ class KVManager:
             self.traffic.load_early(hashes, start + position, found[position] - 1)
         queued = self.traffic.queued()
         lease.decided = self.planner.decided(found, len(levels), start, queued, declined or "")
-        wanted = Counter(levels)
-        longest_s = max((self.planner.load_s(k, n, queued) for k, n in wanted.items() if k), default=0.0)
+        longest_s = max((self.planner.load_s(k, n, queued) for k, n in Counter(levels).items() if k), default=0.0)
         deadline_s = now + self.planner.deadline_s(longest_s)
         for position in range(start + len(levels) - 1, start - 1, -1):
             value = hashes[position]

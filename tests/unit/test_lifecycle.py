@@ -99,7 +99,7 @@ def systemd(tmp_path: Path) -> Listener:
 def stuck_engine() -> Any:
     """An engine that has one request and makes no progress."""
     engine = FakeEngine()
-    engine.kv.starved_for = lambda: None
+    engine.kv.stalled_by = lambda: "kv_restore"
     request = SimpleNamespace(
         id=7, arrival_s=1.0, prompt_tokens=11, computed_tokens=4, generated=0, lease=None, tokens=[1, 2, 3],
         service=SimpleNamespace(background=False),
