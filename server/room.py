@@ -4,6 +4,7 @@ the nearest setting that fits. Linux; reads a few files.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from server.errors import ConfigError
+
+log = logging.getLogger("terrace.room")
 
 SPARE_BYTES = 256 * 2**20
 """For activations, requests and the interpreter, beyond what is taken at start."""
@@ -105,8 +108,9 @@ def _floor(gib: float) -> str:
 
 
 def check_disk(path: Path, wanted_gib: float, floor_gib: float) -> None:
-    """Raises ConfigError unless the SSD tier may write to `path`, and the file system there is at least as large as it
-    and what it leaves free. Makes the directory."""
+    """Raises ConfigError unless the SSD tier may write to `path`. Makes the directory. A file system that is smaller
+    than the tier and what it leaves free is warned of: the tier then makes do with what there is, and serving does not
+    depend on it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
@@ -115,12 +119,11 @@ def check_disk(path: Path, wanted_gib: float, floor_gib: float) -> None:
         raise unusable(path, error) from error
     size_gib = disk.f_blocks * disk.f_frsize / GIB
     if wanted_gib + floor_gib > size_gib:
-        raise ConfigError(
-            f"the SSD tier does not fit: ssd_gib {wanted_gib:g} + ssd_min_free_gib {floor_gib:g} that stay free = "
-            f"{wanted_gib + floor_gib:g} GiB needed, the file system of {path} has {size_gib:.3g} GiB in all; "
-            f"--ssd-gib {_floor(max(0.0, size_gib - floor_gib))} fits",
-            param="kv.ssd_gib",
-        )
+        log.warning(
+            "the SSD tier does not fit and takes what there is: ssd_gib %g + ssd_min_free_gib %g that stay free = "
+            "%g GiB needed, the file system of %s has %.3g GiB in all; --ssd-gib %s fits",
+            wanted_gib, floor_gib, wanted_gib + floor_gib, path, size_gib, _floor(max(0.0, size_gib - floor_gib)),
+        )  # fmt: skip
 
 
 def unusable(path: Path, error: OSError) -> ConfigError:
