@@ -82,4 +82,4 @@ def test_the_openapi_document_is_true(document: Any, mode: GenerationMode) -> No
             case.call_and_validate(checks=CHECKS, timeout=60)
 
         check()
-    assert tried == 34
+    assert tried == 35
