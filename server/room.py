@@ -104,23 +104,28 @@ def _floor(gib: float) -> str:
     return f"{int(gib / LEAST_GIB) * LEAST_GIB:.10g}"
 
 
-def check_disk(path: Path, wanted_gib: float, floor_gib: float) -> None:
-    """Raises ConfigError unless the SSD tier may write to `path`, and the file system there is at least as large as it
-    and what it leaves free. Makes the directory."""
+def check_disk(path: Path, wanted_gib: float, floor_gib: float) -> str:
+    """Raises ConfigError unless the SSD tier may write to `path`. Makes the directory. What is to be said of a file
+    system that is smaller than the tier and what it leaves free; empty where it is large enough."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
-            disk = os.statvfs(path)
+            size = disk_gib(path)
     except OSError as error:
         raise unusable(path, error) from error
-    size_gib = disk.f_blocks * disk.f_frsize / GIB
-    if wanted_gib + floor_gib > size_gib:
-        raise ConfigError(
-            f"the SSD tier does not fit: ssd_gib {wanted_gib:g} + ssd_min_free_gib {floor_gib:g} that stay free = "
-            f"{wanted_gib + floor_gib:g} GiB needed, the file system of {path} has {size_gib:.3g} GiB in all; "
-            f"--ssd-gib {_floor(max(0.0, size_gib - floor_gib))} fits",
-            param="kv.ssd_gib",
-        )
+    if wanted_gib + floor_gib <= size:
+        return ""
+    return (
+        f"the SSD tier will not get its size: ssd_gib {wanted_gib:g} + ssd_min_free_gib {floor_gib:g} that stay free = "
+        f"{wanted_gib + floor_gib:g} GiB needed, the file system of {path} has {size:.3g} GiB in all; "
+        f"--ssd-gib {_floor(max(0.0, size - floor_gib))} fits"
+    )
+
+
+def disk_gib(path: Path) -> float:
+    """Size of the file system there, used or not. Raises OSError."""
+    disk = os.statvfs(path)
+    return disk.f_blocks * disk.f_frsize / GIB
 
 
 def unusable(path: Path, error: OSError) -> ConfigError:
