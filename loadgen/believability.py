@@ -63,7 +63,7 @@ class Load:
 
 LOADS = (
     Load("prompts of their own", "random", 30, 0.4, {"input": "200-1200", "output": "4-16"}),
-    Load("one system prompt", "shared-prefix", 50, 1.0, {"prefix": 1500, "question": "40-200", "output": 8}),
+    Load("one system prompt", "shared-prefix", 50, 0.7, {"prefix": 1500, "question": "40-200", "output": 8}),
     Load("conversations", "multi-turn", 10, 0.15,
          {"turns": 5, "first": 1000, "question": "50-100", "output": 8, "think_s": 4}),
     Load("documents", "long-documents", 24, 0.3, {"documents": 8, "document": 2000, "question": 40, "output": 8}),

@@ -363,9 +363,7 @@ def _check_room(config: Config, folder: Path) -> None:
     sizes = {"--device-gib": config.kv.device_gib, "--dram-gib": config.kv.dram_gib}
     check_memory(model_name(config), weights, dtype, sizes, available_bytes())
     if config.kv.ssd_path is not None:
-        warning = check_disk(config.kv.ssd_path, config.kv.ssd_gib, config.kv.ssd_min_free_gib)
-        if warning:
-            log.warning("%s", warning)
+        check_disk(config.kv.ssd_path, config.kv.ssd_gib, config.kv.ssd_min_free_gib)
 
 
 def _dtype(config: Config) -> DTypeName:

@@ -101,10 +101,23 @@ class NotReady(TerraceError):
         self.retry_after_s = retry_after_s
 
 
+GRAMMAR_STUCK = (
+    "the grammar that the text must follow became too complex, or nothing can follow in it that the other parameters "
+    "allow; simplify it"
+)
+"""What a token event says of that, see `GrammarStuck`."""
+
+
 class StepFailed(TerraceError):
     """A forward pass raised: the requests in it end with an error, the daemon goes on."""
 
     code = "step_failed"
+
+
+class GrammarStuck(InvalidRequest):
+    """The rest of the request bars all that its grammar allows, or to follow the grammar costs too much."""
+
+    code = "grammar_stuck"
 
 
 class ConfigError(TerraceError):

@@ -4,6 +4,7 @@ the nearest setting that fits. Linux; reads a few files.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from server.errors import ConfigError
+
+log = logging.getLogger("terrace.room")
 
 SPARE_BYTES = 256 * 2**20
 """For activations, requests and the interpreter, beyond what is taken at start."""
@@ -104,22 +107,22 @@ def _floor(gib: float) -> str:
     return f"{int(gib / LEAST_GIB) * LEAST_GIB:.10g}"
 
 
-def check_disk(path: Path, wanted_gib: float, floor_gib: float) -> str:
-    """Raises ConfigError unless the SSD tier may write to `path`. Makes the directory. What is to be said of a file
-    system that is smaller than the tier and what it leaves free; empty where it is large enough."""
+def check_disk(path: Path, wanted_gib: float, floor_gib: float) -> None:
+    """Raises ConfigError unless the SSD tier may write to `path`. Makes the directory. A file system that is smaller
+    than the tier and what it leaves free is warned of: the tier then makes do with what there is, and serving does not
+    depend on it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
-            size = disk_gib(path)
+            size_gib = disk_gib(path)
     except OSError as error:
         raise unusable(path, error) from error
-    if wanted_gib + floor_gib <= size:
-        return ""
-    return (
-        f"the SSD tier will not get its size: ssd_gib {wanted_gib:g} + ssd_min_free_gib {floor_gib:g} that stay free = "
-        f"{wanted_gib + floor_gib:g} GiB needed, the file system of {path} has {size:.3g} GiB in all; "
-        f"--ssd-gib {_floor(max(0.0, size - floor_gib))} fits"
-    )
+    if wanted_gib + floor_gib > size_gib:
+        log.warning(
+            "the SSD tier does not fit and takes what there is: ssd_gib %g + ssd_min_free_gib %g that stay free = "
+            "%g GiB needed, the file system of %s has %.3g GiB in all; --ssd-gib %s fits",
+            wanted_gib, floor_gib, wanted_gib + floor_gib, path, size_gib, _floor(max(0.0, size_gib - floor_gib)),
+        )  # fmt: skip
 
 
 def disk_gib(path: Path) -> float:

@@ -18,7 +18,7 @@ from server.api.dialects.parts import Content, Part
 from server.api.requests import Plan, Prompt
 from server.api.service import Service
 from server.engine import GenerateSpec, Stream
-from server.errors import NotReady, StepFailed, TerraceError
+from server.errors import GRAMMAR_STUCK, GrammarStuck, NotReady, StepFailed, TerraceError
 from server.scheduler.request import PHASES
 from server.text import TextStream
 from server.types import DEVICE, DRAM, SSD, FinishReason, TokenEvent, TokenLogprobs, Vector
@@ -192,6 +192,8 @@ class Choice:
 
     def _aborted(self, event: TokenEvent | None) -> TerraceError:
         if event is not None and event.finish is FinishReason.ERROR:
+            if event.error == GRAMMAR_STUCK:
+                return GrammarStuck(GRAMMAR_STUCK)
             return StepFailed(event.error or "the model failed on this request; it may succeed when sent again")
         if self._service.engine.state in ("draining", "stopped"):
             return NotReady("the server is shutting down and gave this request up; send it again")

@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import uvloop
 
@@ -43,6 +43,9 @@ ATTACKERS = 2
 PAUSE_S = 0.02
 IDLE = 10_000
 SINK_CONNECTIONS = 4096
+DRIP_S = 2.0
+"""In which every connection of a slowloris gets a line."""
+SETTLE_S = 0.5
 EXPLODES = "((a{1,999}){1,999}){1,999}(a|b|ab)*c"
 POLITE = json.dumps(
     {"prompt": "Tom plays chess. What does Tom play?", "max_tokens": 4, "ignore_eos": True, "stream": True}
@@ -50,11 +53,13 @@ POLITE = json.dumps(
 
 
 class Attack(NamedTuple):
-    """`body`: what is posted again and again; or `hold`, what is done with a connection that nothing is asked on."""
+    """`body`: what is posted again and again; or `hold`, what is done with so many `connections`, which are made before
+    the time is taken."""
 
     name: str
     body: Callable[[], bytes] | None = None
-    hold: Callable[[int, threading.Event], None] | None = None
+    hold: Callable[[int, list[socket.socket], threading.Event], None] | None = None
+    connections: int = 0
 
 
 def _completion(**fields: object) -> bytes:
@@ -80,45 +85,33 @@ def _wide_schema() -> bytes:
     return _schema({"enum": [f"{number:040d}" for number in range(100_000)]})
 
 
-def _drip(port: int, over: threading.Event) -> None:
-    """Slowloris: 500 connections, a header line on each now and then, opened again when they are closed."""
-    held: list[socket.socket] = []
-    while not over.wait(0.1):
-        while len(held) < 500:
-            connection = socket.create_connection(("127.0.0.1", port))
-            connection.setblocking(False)
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
-            held.append(connection)
-        held = [connection for connection in held if _alive(connection)]
-    for connection in held:
-        connection.close()
+def _drip(port: int, held: list[socket.socket], over: threading.Event) -> None:
+    """Slowloris: a header line on one connection after the other; those that the daemon closes are opened again."""
+    while not over.is_set():
+        for place, connection in enumerate(held):
+            try:
+                connection.sendall(b"X: y\r\n")
+            except OSError:
+                connection.close()
+                held[place] = _begin(port)
+            if over.wait(DRIP_S / len(held)):
+                return
 
 
-def _alive(connection: socket.socket) -> bool:
-    try:
-        connection.sendall(b"X: y\r\n")
-    except OSError:
-        connection.close()
-        return False
-    return True
+def _begin(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
+    return connection
 
 
-def _idle(port: int, over: threading.Event) -> None:
-    """Ten thousand connections in all that say nothing."""
-    held = []
-    for _ in range(IDLE // ATTACKERS):
-        with contextlib.suppress(OSError):
-            held.append(socket.create_connection(("127.0.0.1", port)))
-        if over.is_set():
-            break
+def _wait(port: int, held: list[socket.socket], over: threading.Event) -> None:
+    """Connections that say nothing."""
     over.wait()
-    for connection in held:
-        connection.close()
 
 
 ATTACKS = (
-    Attack("slowloris", hold=_drip),
-    Attack(f"{IDLE:,} idle connections", hold=_idle),
+    Attack("slowloris", hold=_drip, connections=1_000),
+    Attack(f"{IDLE:,} idle connections", hold=_wait, connections=IDLE),
     Attack("64 MiB bodies", lambda: b" " * 2**26),
     Attack("nested JSON", lambda: b'{"prompt":' + b"[" * 2**20),
     Attack("invalid UTF-8", lambda: b'{"prompt":"' + b"\xff\xfe" * 2**19 + b'"}'),
@@ -175,10 +168,14 @@ async def _measure(
     await polite.ask(seconds)
 
     async def under(number: int, target: int) -> tuple[list[float], set[int]]:
+        loop = asyncio.get_running_loop()
         attacker.send((number, target))
+        await loop.run_in_executor(None, attacker.recv)
         times = await polite.ask(seconds)
         attacker.send(None)
-        return times, await asyncio.get_running_loop().run_in_executor(None, attacker.recv)
+        answers = await loop.run_in_executor(None, attacker.recv)
+        await asyncio.sleep(SETTLE_S)
+        return times, answers
 
     for number, attack in enumerate(ATTACKS):
         times: dict[str, list[list[float]]] = {"loud": [], "beside": [], "quiet": []}
@@ -250,7 +247,7 @@ class _Sink(asyncio.Protocol):
     open: ClassVar[OrderedDict[_Sink, None]] = OrderedDict()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         self._head, self._left = b"", -1
         self.open[self] = None
         if len(self.open) > SINK_CONNECTIONS:
@@ -268,7 +265,6 @@ class _Sink(asyncio.Protocol):
             self._left = int(head.lower().partition(b"content-length: ")[2].split()[0])
         self._left -= len(data)
         if self._left <= 0:
-            assert isinstance(self._transport, asyncio.Transport), "a socket can be written to"
             self._transport.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             self._transport.close()
 
@@ -287,26 +283,31 @@ def _sink(port: int) -> None:
 
 
 def _attacker(pipe: Connection) -> None:
-    """Runs the attack of the number, on the port, that it is sent until it is sent None; sends back which statuses it
-    got."""
+    """Runs the attack of the number, on the port, that it is sent until it is sent None. Says when it has begun, and
+    which statuses it got."""
+    may_connect(IDLE)
     os.nice(5)  # what is measured is the daemon, not who gets the processor
     while True:
         number, port = pipe.recv()
         attack, over, statuses = ATTACKS[number], threading.Event(), set[int]()
-        hold = attack.hold
         body = attack.body() if attack.body is not None else b""
+        held = [_begin(port) if attack.hold is _drip else socket.create_connection(("127.0.0.1", port))
+                for _ in range(attack.connections)]  # fmt: skip
         threads: Sequence[threading.Thread] = [
-            threading.Thread(target=hold, args=(port, over))
-            if hold is not None
+            threading.Thread(target=attack.hold, args=(port, held, over))
+            if attack.hold is not None
             else threading.Thread(target=_post_on, args=(port, body, over, statuses))
-            for _ in range(ATTACKERS)
+            for _ in range(1 if attack.hold is not None else ATTACKERS)
         ]
         for thread in threads:
             thread.start()
+        pipe.send(None)
         pipe.recv()
         over.set()
         for thread in threads:
             thread.join()
+        for connection in held:
+            connection.close()
         pipe.send(statuses)
 
 

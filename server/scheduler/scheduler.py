@@ -19,7 +19,7 @@ from itertools import islice
 from math import ceil, inf
 from operator import attrgetter
 
-from server.errors import InvalidRequest, Overloaded
+from server.errors import GRAMMAR_STUCK, InvalidRequest, Overloaded
 from server.kvcache.block import Lease, Over
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager
@@ -46,9 +46,6 @@ CUT_LEAST = 4
 """A step is not cut for those that may come to less than so many times what it takes without prompts."""
 DEFER_LOOK_AHEAD = 64
 """How many waiting requests are looked at behind ones that wait for a prefix which a running request computes."""
-
-GRAMMAR_STUCK = "the grammar that the text must follow became too complex, or nothing can follow in it; simplify it"
-
 
 _by_rank = attrgetter("rank")
 

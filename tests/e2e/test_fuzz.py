@@ -83,4 +83,4 @@ def test_the_openapi_document_is_true(document: Any, mode: GenerationMode) -> No
             case.call_and_validate(checks=CHECKS, timeout=60)
 
         check()
-    assert tried == 38
+    assert tried == sum(len(methods) for methods in document.raw_schema["paths"].values()) > 30

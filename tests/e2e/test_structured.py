@@ -56,6 +56,16 @@ def test_a_stream_of_it_adds_up(client: openai.OpenAI) -> None:
     assert final.finish_reason == "stop"
 
 
+def test_what_contradicts_itself_is_the_clients_fault(client: openai.OpenAI) -> None:
+    """Where the rest of the request bars all that its grammar allows, that is a 400, and in a stream an error."""
+    asked: dict[str, Any] = {"model": NAME, "prompt": "a", "extra_body": {"guided_choice": ["0"], "bad_words": ["0"]}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**asked)
+    assert refused.value.code == "grammar_stuck"
+    with pytest.raises(openai.APIError, match="nothing can follow"):
+        list(client.completions.create(**asked, stream=True))
+
+
 def test_any_json_object(client: openai.OpenAI) -> None:
     """`json_object`: every choice is an object; cut off, the reason is `length`."""
     asked: dict[str, Any] = {"model": NAME, "messages": MESSAGES, "response_format": {"type": "json_object"}}

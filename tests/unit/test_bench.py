@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from server.bench import clients, isolation, report, split
+from server.bench import clients, isolation, metrics, report, split
 from server.bench.scheduler import make_scheduler, measure_decode, measure_prefill
+from server.metrics import Metrics
+from tests.property.core import visit
+from tests.property.making import make_kv
 
 
 @pytest.mark.parametrize(("q", "value"), [(0.0, 1), (0.5, 2), (0.75, 3), (0.99, 4), (1.0, 4)])
@@ -106,3 +110,22 @@ def test_a_spy_that_sees_nothing_and_one_that_sees_all():
     assert right == 1.0
     assert least > 0.8
     assert isolation.auc([(True, 1.0), (False, 1.0)] * 3) == (0.5, 0.5, 0.5)
+
+
+def test_a_silenced_daemon_counts_nothing():
+    """All calls with which a daemon counts exist, and none of them does anything afterwards; a watched one counts."""
+    kv = make_kv(4, 8)
+    silent, watched = (SimpleNamespace(metrics=Metrics("m"), engine=SimpleNamespace(kv=kv)) for _ in range(2))
+    watch = metrics.Watch(watched)
+    metrics.silence(silent)
+    for daemon in (silent, watched):
+        daemon.metrics.generated(5)
+    assert [daemon.metrics.page().value("generation_tokens_total") for daemon in (silent, watched)] == [0, 5]
+    assert watch.calls == 1
+    visit(kv, [1, 2, 3, 4])
+    assert not kv.device.lives.came_s
+    metrics.let_count(silent)
+    silent.metrics.generated(5)
+    assert silent.metrics.page().value("generation_tokens_total") == 5
+    wanted = {name for names in metrics.SILENT.values() for name in names}
+    assert {name for _, name in metrics.counters(watched)} == wanted
