@@ -59,7 +59,7 @@ from server.models.weights import (
 )
 from server.recorder import Recorder
 from server.registry import resolve
-from server.room import available_bytes, check_disk, check_memory, taking, unusable
+from server.room import available_bytes, check_disk, check_memory, disk_gib, taking, unusable
 from server.runner import grammar
 from server.runner.runner import TorchRunner
 from server.scheduler.limits import Limits
@@ -512,7 +512,7 @@ def _ssd(config: Config, host: HostArena, identity: bytes, path: Path, disk: OsI
             path,
             identity,
             host,
-            capacity_bytes=int(knobs.ssd_gib * 2**30),
+            capacity_bytes=int(min(knobs.ssd_gib, disk_gib(path)) * 2**30),
             min_free_bytes=int(knobs.ssd_min_free_gib * 2**30),
             clock=time.monotonic,
             wall_clock=time.time,

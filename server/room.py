@@ -114,16 +114,21 @@ def check_disk(path: Path, wanted_gib: float, floor_gib: float) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
-            disk = os.statvfs(path)
+            size_gib = disk_gib(path)
     except OSError as error:
         raise unusable(path, error) from error
-    size_gib = disk.f_blocks * disk.f_frsize / GIB
     if wanted_gib + floor_gib > size_gib:
         log.warning(
             "the SSD tier does not fit and takes what there is: ssd_gib %g + ssd_min_free_gib %g that stay free = "
             "%g GiB needed, the file system of %s has %.3g GiB in all; --ssd-gib %s fits",
             wanted_gib, floor_gib, wanted_gib + floor_gib, path, size_gib, _floor(max(0.0, size_gib - floor_gib)),
         )  # fmt: skip
+
+
+def disk_gib(path: Path) -> float:
+    """Size of the file system there, used or not. Raises OSError."""
+    disk = os.statvfs(path)
+    return disk.f_blocks * disk.f_frsize / GIB
 
 
 def unusable(path: Path, error: OSError) -> ConfigError:

@@ -163,14 +163,18 @@ def small_disk(path: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def test_a_full_disk(tmp_path: Path, truth: list[str]) -> None:
-    """A cap larger than the disk: no request notices, the shortage is counted, the daemon ends as it should."""
+    """A cap larger than the disk, which others fill, too: no request notices, the shortage is counted, the log says
+    what would fit, and the daemon ends as it should."""
     with (
         small_disk(tmp_path / "disk", 8) as disk,
         ServeProcess(tmp_path / "log", *tiers(disk / "cache", "--drain-flush-s", "1")) as daemon,
     ):
-        assert ask(daemon.ready(), [*PROMPTS, *OTHERS])[0] == truth
+        daemon.ready()
+        (disk / "others").write_bytes(bytes(6 * 2**20))
+        assert ask(daemon, [*PROMPTS, *OTHERS])[0] == truth
         assert ask(daemon, PROMPTS)[0] == truth[:6]
         assert daemon.metric("terrace_ssd_io_errors_total") > 0
+        assert "the SSD tier does not fit and takes what there is: " in daemon.said()
         assert daemon.metric("terrace_requests_finished_total") == len(truth) + 6
         assert daemon.stop(signal.SIGTERM) == 0
 

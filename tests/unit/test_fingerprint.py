@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from server.models.fingerprint import CACHE_NAME, CHUNK_BYTES, fingerprint, random_digest, weights_digest
+from server.models.fingerprint import (
+    CACHE_NAME,
+    CHUNK_BYTES,
+    changed_files,
+    file_stats,
+    fingerprint,
+    random_digest,
+    weights_digest,
+)
 from server.types import BlockLayout
 
 LAYOUT = BlockLayout(layers=2, kv_heads=2, head_dim=8, dtype_bytes=2, block_tokens=16)
@@ -261,3 +269,42 @@ def test_where_a_config_came_from_does_not_count():
     """The folder's name, the library's version and the order of the keys change nothing."""
     assert identity(_name_or_path="elsewhere", transformers_version="6.0.0", _commit_hash="abc") == identity()
     assert fingerprint(WEIGHTS, dict(reversed(CONFIG.items())), LAYOUT, dtypes=DTYPES) == identity()
+
+
+# --- a checkpoint that changes ----------------------------------------------------------------------------------------
+
+
+def test_whatever_happens_to_a_checkpoint_is_noticed(tmp_path):
+    """A file written, replaced, added or removed is named; other files, links to nowhere and our own cache are not."""
+    folder = tmp_path / "m"
+    files = checkpoint(folder)
+    (folder / "config.json").write_text("{}")
+    (folder / "notes.md").write_text("old")
+    (folder / "lost.json").symlink_to(folder / "nowhere")
+    before = file_stats(folder)
+    assert set(before) == {"a.safetensors", "b.safetensors", "config.json"}
+    weights_digest(files)
+    (folder / "notes.md").write_text("new")
+    assert changed_files(folder, before) == []
+    fresh = folder / "fresh"
+    fresh.write_bytes(files[0].read_bytes())
+    fresh.replace(files[0])
+    files[1].unlink()
+    (folder / "tokenizer.json").write_text("{}")
+    assert changed_files(folder, before) == ["a.safetensors", "b.safetensors", "tokenizer.json"]
+    folder.rename(tmp_path / "gone")
+    assert changed_files(folder, before) == sorted(before)
+
+
+def test_weights_of_the_same_size_and_time_in_the_same_file_are_other_weights(tmp_path):
+    """Whoever writes in place and sets the time back, as archives and copies do, is not believed to have changed
+    nothing."""
+    files = checkpoint(tmp_path / "m")
+    before, stats = weights_digest(files), file_stats(tmp_path / "m")
+    stat = files[0].stat()
+    with files[0].open("r+b") as file:
+        file.write(b"F")
+    os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert files[0].stat().st_mtime_ns == stat.st_mtime_ns
+    assert changed_files(tmp_path / "m", stats) == ["a.safetensors"]
+    assert weights_digest(files) != before

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
 from server.errors import ConfigError
-from server.room import GIB, SPARE_BYTES, available_bytes, check_disk, check_memory, taking
+from server.room import GIB, SPARE_BYTES, available_bytes, check_disk, check_memory, disk_gib, taking
 
 WEIGHTS = {"float32": 16 * GIB, "bfloat16": 8 * GIB}
 
@@ -87,8 +86,7 @@ def test_memory_is_known_here() -> None:
 
 def test_a_disk_that_is_too_small_is_told_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Needed, there, and what fits, with what stays free taken off; what it advises is not warned of."""
-    disk = os.statvfs(tmp_path)
-    size_gib = disk.f_blocks * disk.f_frsize / GIB
+    size_gib = disk_gib(tmp_path)
     check_disk(tmp_path / "new", size_gib, 1.0)
     found = re.search(r"GiB needed, .* GiB in all; --ssd-gib ([\d.]+) fits", caplog.text)
     assert found

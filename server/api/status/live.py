@@ -55,7 +55,7 @@ def live_view(
         seen = []
     admin = viewer.sees == "all"
     rows = []
-    for request in nsmallest(SHOWN_REQUESTS, seen, key=lambda request: request.started_s):
+    for request in nsmallest(SHOWN_REQUESTS, seen, key=lambda request: (request.started_s, request.id)):
         row = {
             "id": request.id[:ID_CHARS],
             "phase": request.phase,
