@@ -66,10 +66,6 @@ def _completion(**fields: object) -> bytes:
     return json.dumps({"prompt": "x", "max_tokens": 1, **fields}).encode()
 
 
-def _chat(**fields: object) -> bytes:
-    return json.dumps({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, **fields}).encode()
-
-
 def _schema(schema: object) -> bytes:
     return _completion(response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}})
 

@@ -61,6 +61,17 @@ def land(kv: KVManager, fault: TierFault | None = None, now: float = 0.0, *, int
     return count
 
 
+def kv_with_on_ssd_only(tokens: Sequence[int], device: int = 4) -> KVManager:
+    """A cache of three tiers in which the blocks of `tokens` are nowhere but on SSD."""
+    kv = make_kv(device, 8, 64)
+    visit(kv, tokens)
+    land(kv)
+    for start in range(10, 90, 8):
+        visit(kv, list(range(start, start + 8)))
+        land(kv)
+    return kv
+
+
 def cached_blocks(kv: KVManager, tokens: Sequence[int], salt: str = "") -> int:
     """How many blocks of `tokens` a request would find."""
     count = 0

@@ -16,7 +16,7 @@ from server.kvcache.reuse import BATCH
 from server.kvcache.step_cost import StepWork
 from server.kvcache.tiers.base import Recovered
 from server.types import DEVICE, DRAM, SSD, Retention, TierFault
-from tests.property.core import cached_blocks, come, hashes_of, land, make_kv, visit
+from tests.property.core import cached_blocks, come, hashes_of, kv_with_on_ssd_only, land, make_kv, visit
 
 PROMPT = [1, 2, 3, 4, 5, 6]  # three blocks of two
 
@@ -347,12 +347,7 @@ def test_blocks_sink_to_the_lowest_tier_and_rise_from_it():
 
 def test_a_received_request_fetches_to_dram():
     """Blocks that are only on SSD are in DRAM before their request is admitted; those of no use are not fetched."""
-    kv = make_kv(4, 8, 64)
-    visit(kv, PROMPT)
-    land(kv)
-    for start in range(10, 90, 8):
-        visit(kv, list(range(start, start + 8)))
-        land(kv)
+    kv = kv_with_on_ssd_only(PROMPT)
     hashes = hashes_of(kv, PROMPT)
     assert not kv.tiers[DRAM].has(hashes[0])
     kv.prefetch(hashes)
@@ -365,12 +360,7 @@ def test_a_received_request_fetches_to_dram():
 @pytest.mark.parametrize("soon", [False, True])
 def test_what_was_fetched_early_counts_where_it_lay(soon: bool):
     """Whether its blocks were brought to DRAM or, as it is next, to the device: a request was served from SSD, once."""
-    kv = make_kv(8, 8, 64)
-    visit(kv, PROMPT)
-    land(kv)
-    for start in range(10, 90, 8):
-        visit(kv, list(range(start, start + 8)))
-        land(kv)
+    kv = kv_with_on_ssd_only(PROMPT, device=8)
     hashes = hashes_of(kv, PROMPT)
     kv.prefetch(hashes, soon=soon)
     land(kv, now=1.0)

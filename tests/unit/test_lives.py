@@ -9,7 +9,7 @@ from server.kvcache.lives import SAMPLE, Lives, sampled
 from server.kvcache.report import kv_report
 from server.kvcache.step_cost import StepWork
 from server.types import DEVICE, DRAM, SSD, TierFault
-from tests.property.core import come, hashes_of, land, make_kv, visit
+from tests.property.core import come, hashes_of, kv_with_on_ssd_only, land, make_kv, visit
 
 PROMPT = [1, 2, 3, 4, 5, 6]  # three blocks of two
 FOLLOWED, OTHER = bytes([SAMPLE]) + bytes(31), bytes([SAMPLE + 1]) + bytes(31)
@@ -181,12 +181,7 @@ def test_what_is_not_worth_loading_is_a_miss_with_a_reason():
 
 def on_ssd_only():
     """A cache whose PROMPT is nowhere but on SSD, and its hashes."""
-    kv = make_kv(4, 8, 64)
-    visit(kv, PROMPT)
-    land(kv)
-    for start in range(10, 90, 8):
-        visit(kv, list(range(start, start + 8)))
-        land(kv)
+    kv = kv_with_on_ssd_only(PROMPT)
     return kv, hashes_of(kv, PROMPT)
 
 
