@@ -76,10 +76,10 @@ $(VENV)/.torch: | $(BIN)/python
 	$(if $(TORCH_INDEX),PIP_INDEX_URL=$(TORCH_INDEX)) $(PIP) install '$(TORCH)'
 	@touch $@
 
-$(RUN): pyproject.toml | $(VENV)/.torch
+$(RUN): pyproject.toml setup.py $(wildcard server/kernels/native/*.[chi]*) | $(VENV)/.torch
 	$(PIP) install -e .
 	@touch $@
 
-$(DEV): pyproject.toml | $(VENV)/.torch
+$(DEV): pyproject.toml setup.py $(wildcard server/kernels/native/*.[chi]*) | $(VENV)/.torch
 	$(PIP) install -e '.[dev]'
 	@touch $(RUN) $@

@@ -2,10 +2,11 @@
 
     python -m loadgen.believability [NAME ...]
 
-The machine is measured first, from outside, over HTTP: prompts and answers of several lengths alone, and the links
-from what the daemon says of its hops. That makes a profile. Then each load runs on a daemon with three tiers that
-records what it is asked; the recording is replayed with the profile; and what clients saw is held against it: the mean
-time to the first token and the share of prompt tokens from the cache.
+The machine is measured from outside, over HTTP: prompts and answers of several lengths alone, and the links from what
+the daemon says of its hops. That makes a profile. Each load runs on a daemon with three tiers that records what it is
+asked; the recording is replayed with the profile measured just before and just after it, for a shared machine's pace
+drifts; and what clients saw is held against it: the mean time to the first token and the share of prompt tokens from
+the cache.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from rich.console import Console
 
 from loadgen import bench, report
 from loadgen.agreement import larger_model
-from loadgen.bench import Result, Settings
+from loadgen.bench import Settings
 from loadgen.daemon import Served
 from loadgen.errors import UsageError
 
@@ -75,52 +76,51 @@ LOADS = (
 # --- measuring the machine -------------------------------------------------------------------------------------------
 
 
-def profile(folder: str, console: Console) -> dict[str, Any]:
-    """What a step, a request and a block's way cost here, as `terrace simulate --profile` reads it."""
-    seeds = count()
-    with (
-        tempfile.TemporaryDirectory() as disk,
-        Served([folder, *FLAGS, *LOWER, f"--ssd-path={disk}"]) as served,
-    ):
+@dataclass
+class Alone:
+    """What requests alone took: (tokens, seconds) of prompts to their first token, and of contexts per token."""
 
-        def ask(input: int, output: int, count: int, at_once: int) -> Result:
+    prompts: list[tuple[float, float]] = field(default_factory=list)
+    contexts: list[tuple[float, float]] = field(default_factory=list)
+
+    def __add__(self, other: Alone) -> Alone:
+        return Alone(self.prompts + other.prompts, self.contexts + other.contexts)
+
+
+def alone(folder: str, seeds: Iterator[int]) -> Alone:
+    """Requests of several lengths, one at a time, on a daemon of their own."""
+    found = Alone()
+    with tempfile.TemporaryDirectory() as disk, Served([folder, *FLAGS, *LOWER, f"--ssd-path={disk}"]) as served:
+
+        def ask(input: int, output: int) -> tuple[float, dict[str, Any]]:
             # No prompt twice: nothing is found, and what is computed goes down to the tiers as it does under load.
-            settings = Settings(base_url=served.url, workload="random", sessions=count, max_concurrency=at_once,
+            settings = Settings(base_url=served.url, workload="random", sessions=REPEATS, max_concurrency=1,
                                 parameters={"input": str(input), "output": str(output)}, warmup=1,
                                 seed=next(seeds))  # fmt: skip
-            return bench.run_sync(settings)
+            document = bench.run_sync(settings).document
+            return document["terrace"]["cache"]["prompt_tokens"] / REPEATS, document
 
-        costs = step_costs(ask)
-        with httpx.Client(base_url=served.url) as http:
-            block_bytes = http.get("/v1/cache/stats").json()["block_bytes"]
-    found = {"name": "measured", "kv_bytes_per_token": block_bytes // BLOCK_TOKENS, **costs, **links(folder)}
-    shown = ", ".join(f"{key} {value:.3g}" for key, value in costs.items())
-    console.print(f"measured: {shown}", highlight=False, soft_wrap=True)
+        for length in (LENGTHS[0], LENGTHS[-2]):
+            tokens, document = ask(length, 24)
+            found.contexts.append((tokens, document["median_tpot_ms"] / 1e3))
+        for length in LENGTHS:
+            tokens, document = ask(length, 1)
+            found.prompts.append((tokens, document["mean_ttft_ms"] / 1e3))
     return found
 
 
-def step_costs(ask: Callable[[int, int, int, int], Result]) -> dict[str, float]:
+def step_costs(alone: Alone) -> dict[str, float]:
     """From times to the first token of prompts alone, and times per token of answers alone.
 
     TPOT(n) = base + context * n, and TTFT(n) = request + steps * base + token * n + pair * n^2 / 2.
     """
-    paces = []
-    for length in (LENGTHS[0], LENGTHS[-2]):
-        document = ask(length, 24, REPEATS, 1).document
-        paces.append((document["terrace"]["cache"]["prompt_tokens"] / REPEATS, document["median_tpot_ms"] / 1e3))
-    (few, short_s), (many, long_s) = paces
-    context_s = max(0.0, (long_s - short_s) / (many - few))
-    base_s = short_s - context_s * few
-    prompts, seconds = [], []
-    for length in LENGTHS:
-        document = ask(length, 1, REPEATS, 1).document
-        prompts.append(document["terrace"]["cache"]["prompt_tokens"] / REPEATS)
-        seconds.append(document["median_ttft_ms"] / 1e3)
-    n, took = np.asarray(prompts), np.asarray(seconds)
+    contexts, paces = np.asarray(alone.contexts).T
+    context_s, base_s = np.polyfit(contexts, paces, 1).clip(min=0.0)
+    n, took = np.asarray(alone.prompts).T
     beyond = took - np.ceil(n / STEP_TOKENS) * base_s
     request_s, token_s, pair_s = not_negative(np.stack([np.ones_like(n), n, n * n / 2], axis=1), beyond, took)
-    return {"base_s": base_s, "weights_s": 0.0, "token_s": token_s, "pair_s": pair_s, "context_s": context_s,
-            "request_s": request_s}  # fmt: skip
+    return {"base_s": float(base_s), "weights_s": 0.0, "token_s": token_s, "pair_s": pair_s,
+            "context_s": float(context_s), "request_s": request_s}  # fmt: skip
 
 
 def not_negative(terms: Array, values: Array, scale: Array) -> list[float]:
@@ -135,20 +135,20 @@ def not_negative(terms: Array, values: Array, scale: Array) -> list[float]:
     return [0.0] * terms.shape[1]
 
 
-def links(folder: str) -> dict[str, dict[str, float]]:
-    """Bytes per second of every hop, as the daemon measures them while documents go down and come up again."""
+def links(folder: str) -> dict[str, Any]:
+    """Bytes of KV per token, and bytes per second of every hop, as the daemon measures them while documents go down
+    and come up again."""
     load = Load("links", "long-documents", 48, 1.0, {"documents": 12, "document": 2000, "question": 20, "output": 4})
     with tempfile.TemporaryDirectory() as disk:
         flags = [*FLAGS, "--dram-gib=0.1", *LOWER[1:], f"--ssd-path={disk}"]
         with Served([folder, *flags]) as served:
             bench.run_sync(load.settings(served.url))
             with httpx.Client(base_url=served.url) as http:
-                hops = {
-                    (hop["source"], hop["target"]): hop["bytes_per_s"]
-                    for hop in http.get("/v1/cache/stats").json()["hops"]
-                }
+                stats = http.get("/v1/cache/stats").json()
+    hops = {(hop["source"], hop["target"]): hop["bytes_per_s"] for hop in stats["hops"]}
     ways = {"dram": ("dram", "device"), "ssd_read": ("ssd", "dram"), "ssd_write": ("dram", "ssd")}
-    return {name: {"bytes_per_s": hops[way] or 1e9, "latency_s": 1e-3} for name, way in ways.items()}
+    rates = {name: {"bytes_per_s": hops[way] or 1e9, "latency_s": 1e-3} for name, way in ways.items()}
+    return {"kv_bytes_per_token": stats["block_bytes"] // BLOCK_TOKENS, **rates}
 
 
 # --- measured and foretold -------------------------------------------------------------------------------------------
@@ -166,7 +166,15 @@ def measured(load: Load, folder: str, trace: Path) -> dict[str, float]:
         with httpx.Client(base_url=served.url) as http:  # a recording is written as requests end
             assert http.get("/v1/cache/stats").status_code == 200
     document = result.document
+    keep_last(trace, document["completed"])
     return {"ttft_ms": document["mean_ttft_ms"], "hit": document["terrace"]["cache"]["hit_ratio"]}
+
+
+def keep_last(trace: Path, requests: int) -> None:
+    """Drops from a recording what came before the load: small prompts by which the load generator learns how many
+    characters a token has."""
+    lines = sorted(trace.read_text(encoding="utf-8").splitlines(), key=lambda line: json.loads(line)["timestamp"])
+    trace.write_text("".join(f"{line}\n" for line in lines[-requests:]), encoding="utf-8")
 
 
 def foretold(trace: Path, machine: Path) -> dict[str, float]:
@@ -207,20 +215,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console()
     rows: list[dict[str, Any]] = []
+    seeds = count()
     with larger_model() as folder, tempfile.TemporaryDirectory() as work:
-        machine = Path(work) / "profile.json"
-        found = profile(folder, console)
-        machine.write_text(json.dumps(found), encoding="utf-8")
+        ways = links(folder)
+        before = alone(folder, seeds)
         for load in [load for load in LOADS if not args.names or load.name in args.names]:
-            trace = Path(work) / f"{load.workload}.jsonl"
+            trace, machine = Path(work) / f"{load.workload}.jsonl", Path(work) / f"{load.workload}.json"
             real = measured(load, folder, trace)
+            after = alone(folder, seeds)
+            found = {"name": "measured", **ways, **step_costs(before + after)}
+            machine.write_text(json.dumps(found), encoding="utf-8")
             said = foretold(trace, machine)
-            rows.append({"load": load.name, "measured": real, "foretold": said,
+            rows.append({"load": load.name, "measured": real, "foretold": said, "profile": found,
                          "ttft_apart": apart(real["ttft_ms"], said["ttft_ms"]),
                          "hit_apart": apart(real["hit"], said["hit"])})  # fmt: skip
             console.print(line(rows[-1]), highlight=False, soft_wrap=True)
+            before = after
     if not args.names:
-        document = {"environment": report.environment(), "goal": GOAL, "profile": found, "loads": rows}
+        document = {"environment": report.environment(), "goal": GOAL, "loads": rows}
         RESULT.write_text(json.dumps(document) + "\n", encoding="utf-8")
     return int(any(max(abs(row["ttft_apart"]), abs(row["hit_apart"])) > GOAL for row in rows))
 

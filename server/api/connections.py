@@ -12,6 +12,7 @@ import asyncio
 import logging
 import resource
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, ClassVar
@@ -27,6 +28,9 @@ SPARE_FILES = 256
 """Open files that are kept for everything but connections: the SSD tier, the log, the model."""
 LINGER_S = 1.0
 """How long a refused client has to read why; until then what it sends is dropped."""
+ENDS_A_TURN, TURN_S = 32, 0.002
+"""Thousands of connections that were opened together are ended so many at a time, so long apart: everybody else waits
+for one turn of the loop only."""
 
 
 class HeadTooLarge(InvalidRequest):
@@ -39,14 +43,53 @@ class HeadTimeout(InvalidRequest):
     code = "headers_timeout"
 
 
+class Deadlines:
+    """Connections that have so many seconds for something, and what happens to those that are late. One timer for
+    all of them."""
+
+    def __init__(self, seconds: float, late: Callable[[Connection], None]) -> None:
+        self.seconds = seconds
+        self._late = late
+        self._due_s: OrderedDict[Connection, float] = OrderedDict()  # the soonest first
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __contains__(self, connection: Connection) -> bool:
+        return connection in self._due_s
+
+    def start(self, connection: Connection) -> None:
+        self._due_s[connection] = connection.loop.time() + self.seconds
+        self._due_s.move_to_end(connection)
+        if self._timer is None:
+            self._timer = connection.loop.call_later(self.seconds, self._end, connection.loop)
+
+    def stop(self, connection: Connection) -> None:
+        self._due_s.pop(connection, None)
+
+    def _end(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer, now_s = None, loop.time()
+        for _ in range(ENDS_A_TURN):
+            connection, due_s = next(iter(self._due_s.items()), (None, 0.0))
+            if connection is None or due_s > now_s:
+                break
+            del self._due_s[connection]
+            self._late(connection)
+        if self._due_s:
+            self._timer = loop.call_later(max(TURN_S, next(iter(self._due_s.values())) - now_s), self._end, loop)
+
+
 @dataclass
 class Doors:
-    """The connections of one server. `idle`: those in no request, longest first."""
+    """The connections of one server. `idle`: those in no request, longest first. `heads`: those whose head is awaited;
+    `lingering`: those that were refused."""
 
     max_connections: int
     head_bytes: int
     head_timeout_s: float
     idle: OrderedDict[Connection, None] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        self.heads = Deadlines(self.head_timeout_s, Connection.too_slow)
+        self.lingering = Deadlines(LINGER_S, Connection.end)
 
     def protocol(self) -> type[Connection]:
         """What uvicorn's setting `http` takes."""
@@ -75,7 +118,6 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
-        self._deadline: asyncio.TimerHandle | None = None
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -86,9 +128,9 @@ class Connection(HttpToolsProtocol):
                 self._refuse(Overloaded("too many open connections", retry_after_s=1, code="too_many_connections"))
                 return
             longest, _ = doors.idle.popitem(last=False)
-            longest._end()
+            longest.end()
         doors.idle[self] = None
-        self._await_head()
+        doors.heads.start(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.doors.idle.pop(self, None)
@@ -98,21 +140,21 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        waiting = self._deadline is not None
-        if waiting:
+        heads = self.doors.heads
+        if self in heads:
             self._head_bytes += len(data)
         elif self.cycle is None or self.cycle.response_complete:  # the next request of a kept connection begins
-            self._await_head()
+            heads.start(self)
             self._head_bytes = len(data)
         super().data_received(data)
         if self.transport.is_closing():  # it was no HTTP, and uvicorn has said so
             return
-        if self._deadline is not None and self._head_bytes > self.doors.head_bytes:
+        if self in heads and self._head_bytes > self.doors.head_bytes:
             limit = self.doors.head_bytes
             self._refuse(HeadTooLarge(f"the request's head is larger than the limit of {limit} bytes"))
 
     def on_headers_complete(self) -> None:
-        self._stop_waiting()
+        self.doors.heads.stop(self)
         self.doors.idle.pop(self, None)
         super().on_headers_complete()
 
@@ -121,25 +163,22 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing() and self.cycle.response_complete:
             self.doors.idle[self] = None
 
-    def _await_head(self) -> None:
-        self._deadline = self.loop.call_later(self.doors.head_timeout_s, self._too_slow)
-
-    def _stop_waiting(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _too_slow(self) -> None:
+    def too_slow(self) -> None:
+        """The head is not there in time."""
         if self._head_bytes:
-            seconds = self.doors.head_timeout_s
-            self._refuse(HeadTimeout(f"the request's head did not arrive within {seconds:g} s"))
+            self._refuse(HeadTimeout(f"the request's head did not arrive within {self.doors.heads.seconds:g} s"))
         else:
-            self._end()
+            self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Close, without a word."""
         self._stop_waiting()
         self.doors.idle.pop(self, None)
         self.transport.close()
+
+    def _stop_waiting(self) -> None:
+        self.doors.heads.stop(self)
+        self.doors.lingering.stop(self)
 
     def _refuse(self, error: TerraceError) -> None:
         response = error_response(error, {"Connection": "close"})
@@ -150,4 +189,4 @@ class Connection(HttpToolsProtocol):
         self._refused = True
         self._stop_waiting()
         # Closing at once would reset the connection of a client that still sends, which then never sees the answer.
-        self._deadline = self.loop.call_later(LINGER_S, self._end)
+        self.doors.lingering.start(self)

@@ -1,0 +1,55 @@
+"""The library of CPU kernels: found, loaded, and its functions as Python sees them.
+
+Built with the package (setup.py) where there is a C compiler; without it `load` returns None and everything runs in
+torch. ctypes releases the interpreter's lock during a call. Torch is imported first: its OpenMP library is then the one
+that the kernels use too, so that there is one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import logging
+
+import torch  # noqa: F401  # its OpenMP library first
+
+log = logging.getLogger("terrace")
+
+ISAS = ("avx512", "avx2", "baseline")
+"""Instruction sets, the best first."""
+
+_P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+FUNCTIONS = {
+    "terrace_rmsnorm": (_P, _P, _F, _P, _N, _N, _I),
+}
+"""Name -> argument types, as in kernels.h. Tensors go as `tensor.data_ptr()`."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library with its best instruction set chosen; None, and one line in the log, where there is none."""
+    found = importlib.util.find_spec("server.kernels.native._kernels")
+    if found is None or found.origin is None:
+        log.info("the native kernels were not built (no C compiler at installation): torch computes instead")
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError as error:
+        log.warning("the native kernels cannot be loaded (%s): torch computes instead", error)
+        return None
+    library.terrace_select.restype = ctypes.c_char_p
+    library.terrace_select.argtypes = (ctypes.c_char_p,)
+    for name, types in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    select(library, "auto")
+    return library
+
+
+def select(library: ctypes.CDLL, wanted: str) -> str:
+    """Choose an instruction set, or the best with "auto"; the name of it. ValueError where this machine lacks it."""
+    chosen = library.terrace_select(wanted.encode())
+    if chosen is None:
+        raise ValueError(f"this machine has no {wanted!r}; instruction sets are {', '.join(ISAS)} and auto")
+    return str(chosen.decode())

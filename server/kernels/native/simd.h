@@ -1,0 +1,189 @@
+/* Vectors of fp32 as wide as the instruction set that a file is compiled for, and loads of other formats into them.
+ *
+ * Written with GCC's vector extensions, which clang knows too: one source for SSE2, AVX2 and AVX-512, and a start for
+ * NEON. A file that includes this is compiled once per instruction set (see isa_*.c); `K(name)` keeps the copies apart.
+ */
+#ifndef TERRACE_SIMD_H
+#define TERRACE_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define ISA avx512
+#define LANES 16
+#elif defined(__AVX2__)
+#define ISA avx2
+#define LANES 8
+#else
+#define ISA baseline
+#define LANES 4
+#endif
+
+#define TEXT_(isa) #isa
+#define TEXT(isa) TEXT_(isa)
+#define ISA_NAME TEXT(ISA)
+#define K_(name, isa) name##_##isa
+#define K__(name, isa) K_(name, isa)
+#define K(name) K__(name, ISA)
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+typedef int8_t vb __attribute__((vector_size(LANES)));
+
+/* a * b + c with one rounding where the machine has it; explicit, so that two kernels that must agree in every bit do. */
+INLINE vf v_fma(vf a, vf b, vf c) {
+#if LANES == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+INLINE vf v_set(float x) { return x - (vf){0}; }
+INLINE vf v_load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
+INLINE void v_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+/* bf16 is the upper half of fp32. */
+INLINE vf v_load_bf16(const uint16_t *p) {
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+/* To nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t bf16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+INLINE float of_bf16(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE void v_store_bf16(uint16_t *p, vf v) {
+    vu bits = (vu)v;
+    vu rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    vu nan = bits >> 16 | 0x40;
+    vu is_nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
+    vh h = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vh);
+    memcpy(p, &h, sizeof h);
+}
+
+/* fp16: in hardware where it is (F16C comes with AVX2), else by arithmetic on the bits. */
+INLINE float of_f16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13, bits;
+    float x, magic;
+    if (rest >= 0x0f800000u) { /* inf or NaN */
+        bits = sign | 0x7f800000u | (rest & 0x007fffffu);
+        memcpy(&x, &bits, 4);
+        return x;
+    }
+    bits = 0x77800000u; /* 2^112: the difference of the exponents' biases; right for subnormals too */
+    memcpy(&magic, &bits, 4);
+    memcpy(&x, &rest, 4);
+    x *= magic;
+    memcpy(&bits, &x, 4);
+    bits |= sign;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE uint16_t f16_of(float x) {
+    uint32_t bits, sign, magic_bits = 0x07800000u; /* 2^-112 */
+    float magic, y;
+    memcpy(&bits, &x, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+    if (bits >= 0x477ff000u) return (uint16_t)(sign | 0x7c00); /* rounds to 65536 or more */
+    if (bits < 0x38800000u) {                                  /* below 2^-14: let the adder round to the grid */
+        uint32_t grid_bits = 0x3f000000u;                      /* 0.5 has ulp 2^-24, fp16's smallest step */
+        float grid;
+        memcpy(&grid, &grid_bits, 4);
+        memcpy(&y, &bits, 4);
+        y += grid;
+        memcpy(&bits, &y, 4);
+        return (uint16_t)(sign | (bits - grid_bits));
+    }
+    memcpy(&magic, &magic_bits, 4);
+    bits += 0xfffu + (bits >> 13 & 1); /* to nearest, ties to even */
+    memcpy(&y, &bits, 4);
+    y *= magic;
+    memcpy(&bits, &y, 4);
+    return (uint16_t)(sign | bits >> 13);
+}
+INLINE vf v_load_f16(const uint16_t *p) {
+#if LANES == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif LANES == 8
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    vf v;
+    for (int i = 0; i < LANES; i++) v[i] = of_f16(p[i]);
+    return v;
+#endif
+}
+INLINE void v_store_f16(uint16_t *p, vf v) {
+#if LANES == 16
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif LANES == 8
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < LANES; i++) p[i] = f16_of(v[i]);
+#endif
+}
+INLINE vf v_load_i8(const int8_t *p) {
+    vb b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+}
+
+/* In one order whatever the compiler: a fixed tree, so that a sum has the same bits everywhere it is taken. */
+INLINE float v_sum(vf v) {
+    float x[LANES];
+    memcpy(x, &v, sizeof x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+}
+/* a where the comparison `mask` held, else b. */
+INLINE vf v_pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf v_max(vf a, vf b) { return v_pick(a > b, a, b); }
+INLINE float v_top(vf v) {
+    float top = v[0];
+    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
+
+/* e^x within 2 ulp; 0 below -87.3, inf above 88.7. Cody and Waite's reduction, a polynomial for 2^f on [-0.5, 0.5]. */
+INLINE vf v_exp(vf x) {
+    const vf low = v_set(-87.3f), high = v_set(88.7f);
+    vf is = v_pick(x < low, low, x);
+    is = v_pick(is > high, high, is);
+    vf shifted = is * 1.44269504f + 12582912.f; /* 1.5 * 2^23: the integer part lands in the lower bits */
+    vf n = shifted - 12582912.f;
+    vf r = is - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    vi scale = (vi)((vu)(__builtin_convertvector(n, vi) + 127) << 23);
+    vf y = p * (vf)scale;
+    y = v_pick(x < low, v_set(0.f), y);
+    return v_pick(x > high, v_set(__builtin_inff()), y);
+}
+
+#endif

@@ -1,0 +1,44 @@
+"""Builds the native CPU kernels with the package: one shared library, its hot files once per instruction set.
+
+Everything else is in pyproject.toml. Without a C compiler the package installs all the same, and torch computes.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("server/kernels/native")
+COMMON = ["-O3", "-std=gnu11", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno",
+          "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"]  # fmt: skip
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+SOURCES = {"dispatch.c": [], "isa_baseline.c": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    SOURCES |= {"isa_avx2.c": AVX2, "isa_avx512.c": AVX512}
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        objects = []
+        for source, flags in SOURCES.items():
+            objects += self.compiler.compile([str(NATIVE / source)], output_dir=self.build_temp, depends=ext.depends,
+                                             extra_postargs=[*COMMON, *flags])  # fmt: skip
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["m"],
+                                         extra_postargs=["-fopenmp"])  # fmt: skip
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "server.kernels.native._kernels",
+            sources=[str(NATIVE / source) for source in SOURCES],
+            depends=[str(path) for path in sorted([*NATIVE.glob("*.h"), *NATIVE.glob("*.inc")])],
+            optional=True,
+            py_limited_api=True,  # it uses no Python at all: one build is for all versions
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
