@@ -37,6 +37,25 @@ EXPORT void terrace_rmsnorm(const float *x, const float *gain, float eps, float 
     chosen->rmsnorm(x, gain, eps, y, rows, size, threads);
 }
 
+/* In place: qkv [tokens, heads + 2 * kv_heads, head_dim]. Each query and key head is normed where there are gains
+ * [head_dim] (NULL: it is not), then rotated: cos and sin are [tokens, head_dim / 2]. Values stay. */
+EXPORT void terrace_qk_rope(float *qkv, const float *q_gain, const float *k_gain, float eps, const float *cos,
+                            const float *sin, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                            int threads) {
+    chosen->qk_rope(qkv, q_gain, k_gain, eps, cos, sin, tokens, heads, kv_heads, head_dim, threads);
+}
+
+/* out [rows, inner] = silu(gate) * up of gate_up [rows, 2 * inner]. */
+EXPORT void terrace_silu_gate(const float *gate_up, float *out, int64_t rows, int64_t inner, int threads) {
+    chosen->silu_gate(gate_up, out, rows, inner, threads);
+}
+
+/* best [rows]: index of the greatest of each row of x [rows, size], the lowest among equals. NaN counts as -inf; 0 where
+ * nothing is left. */
+EXPORT void terrace_argmax(const float *x, int64_t *best, int64_t rows, int64_t size, int threads) {
+    chosen->argmax(x, best, rows, size, threads);
+}
+
 EXPORT void terrace_attention_plan(struct attention *step) { chosen->attention_plan(step); }
 
 /* Writes k and v [tokens, kv_heads, head_dim] of the step's tokens into the arena, then attends: q and out are [tokens,
