@@ -2,7 +2,7 @@
 
 A vector of head_dim values becomes int8 values and one fp32 scale, its largest magnitude / 127. Of each K and V plane
 of a block (one layer, one KV head) come first the values `[block_tokens, head_dim]`, then the scales `[block_tokens]`,
-so that both are aligned; the arena has room for them by 4 more int8 for each vector: `[..., block_tokens, head_dim + 4]`.
+so that both are aligned. The arena has room for them by 4 more int8 a vector: `[..., block_tokens, head_dim + 4]`.
 """
 
 from __future__ import annotations

@@ -54,9 +54,15 @@ INLINE void v_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 /* bf16 is the upper half of fp32. */
 INLINE vf v_load_bf16(const uint16_t *p) {
+#if LANES == 16
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif LANES == 8
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
     vh h;
     memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 
 /* To nearest, ties to even; NaN stays NaN. */
@@ -144,9 +150,15 @@ INLINE void v_store_f16(uint16_t *p, vf v) {
 #endif
 }
 INLINE vf v_load_i8(const int8_t *p) {
+#if LANES == 16
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif LANES == 8
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
     vb b;
     memcpy(&b, p, sizeof b);
     return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
 }
 
 /* In one order whatever the compiler: a fixed tree, so that a sum has the same bits everywhere it is taken. */
