@@ -11,6 +11,7 @@ from server.bench.report import Report
 
 BENCHES = {
     "abuse": "server.bench.abuse:run",
+    "attention": "server.bench.attention:run",
     "scheduler": "server.bench.scheduler:run",
     "metrics": "server.bench.metrics:run",
     "model": "server.bench.model:run",
