@@ -13,6 +13,7 @@ BENCHES = {
     "abuse": "server.bench.abuse:run",
     "scheduler": "server.bench.scheduler:run",
     "metrics": "server.bench.metrics:run",
+    "kernels": "server.bench.kernels:run",
     "model": "server.bench.model:run",
     "clients": "server.bench.clients:run",
     "grid": "server.bench.grid:run",

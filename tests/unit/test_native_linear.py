@@ -85,14 +85,14 @@ def exact(layer: PackedLinear, added: Tensor, x: Tensor, isa: str) -> tuple[Tens
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     inputs=st.integers(1, 130) | st.sampled_from([256, 512, 800, 1056]),
     outputs=st.integers(1, 100),
     rows=st.integers(1, 40),
     bias=st.booleans(),
     gated=st.booleans(),
-    threads=st.integers(1, 3),
+    threads=st.integers(1, 2),
     seed=st.integers(0, 9),
 )
 def test_results_are_right(format, inputs, outputs, rows, bias, gated, threads, seed):
@@ -120,10 +120,10 @@ def test_bits_do_not_depend_on_the_batch(isa, format, gated):
     x = torch.randn(300, 544, generator=torch.Generator().manual_seed(1))
     x[::3] *= 1e-37  # results among the subnormal numbers
     whole = layer(x)
-    for threads in (1, 2, 3, 4):
+    for threads, sizes in ((2, (*range(1, 18), 28, 31, 32, 33, 48, 70, 257)), (1, (1, 16, 70)), (4, (3, 33))):
         layer.threads = threads
         assert torch.equal(layer(x), whole)
-        for rows in (*range(1, 18), 28, 31, 32, 33, 48, 70, 257):
+        for rows in sizes:
             assert torch.equal(layer(x[:rows]), whole[:rows])
             assert torch.equal(layer(x[-rows:]), whole[-rows:])
 

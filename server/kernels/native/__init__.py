@@ -21,6 +21,7 @@ ISAS = ("amx", "avx512", "avx2", "baseline")
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 FUNCTIONS = {
+    "terrace_read": (_P, _N, _P, _I),
     "terrace_rmsnorm": (_P, _P, _F, _P, _N, _N, _I),
     "terrace_pack": (_P, _P, _I, _N, _N, _N, _I),
     "terrace_rows": (_P, _P, _N, _P, _N, _I),

@@ -22,11 +22,11 @@ enum {
     GROUP = 32,
     TILE = 16,           /* rows of x in a tile of AMX; other instruction sets have smaller ones */
     ROWS_AT_ONCE = 2048, /* rows of x that are packed at once */
-    BLOCK_DEPTH = 256,   /* inputs between two visits to the sums: two panels of them fit the first-level cache */
-    CHUNK_ROWS = 256,
-    CHUNK_PANELS = 8, /* panels whose sums a thread keeps at once */
+    BLOCK_BYTES = 16384, /* of one panel's weights between two visits to the sums: two panels fit the first-level cache */
+    CHUNK_ROWS = 512,    /* of x, whose values of a block's inputs and whose sums with */
+    CHUNK_PANELS = 8,    /* so many panels fit the second-level cache */
     SUMS_BYTES = CHUNK_PANELS * CHUNK_ROWS * PANEL * 4,
-    THREAD_BYTES = SUMS_BYTES + 2 * BLOCK_DEPTH * PANEL * 4, /* and two panels' weights, converted */
+    THREAD_BYTES = SUMS_BYTES + 2 * BLOCK_BYTES,
 };
 
 static inline int64_t matrix_depth(const struct matrix *m) { return (m->inputs + GROUP - 1) / GROUP * GROUP; }
