@@ -14,6 +14,7 @@ BENCHES = {
     "attention": "server.bench.attention:run",
     "scheduler": "server.bench.scheduler:run",
     "metrics": "server.bench.metrics:run",
+    "kernels": "server.bench.kernels:run",
     "model": "server.bench.model:run",
     "clients": "server.bench.clients:run",
     "grid": "server.bench.grid:run",
