@@ -36,6 +36,7 @@ from server.engine import Engine
 from server.errors import ConfigError
 from server.explain import Explanations
 from server.kernels.attention import BACKENDS
+from server.kernels.native import load as load_native
 from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
 from server.kvcache.manager import KVManager, TierSpec
@@ -232,7 +233,7 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
     name = model_name(config)
     metrics = Metrics(name, _facts(config, model, kv_dtype, max_model_len))
-    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=(str(model.dtype), str(kv_dtype)))
+    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=_dtypes(config, model, kv_dtype))
     with startup.timed("host_alloc"):
         tiers, specs = _lower_tiers(config, layout, arena, identity, metrics, disk)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
@@ -343,7 +344,7 @@ def _facts(config: Config, model: Model, kv_dtype: Any, max_model_len: int) -> F
         kv_dtype=_name_of(kv_dtype),
         parameters=sum(weight.numel() for weight in weights),
         max_model_len=max_model_len,
-        weights_bytes=sum(weight.numel() * weight.itemsize for weight in weights),
+        weights_bytes=sum(weight.nbytes for weight in weights),
         targets=_targets(config),
         write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
     )
@@ -359,17 +360,32 @@ def _check_device(config: Config) -> None:
 
 def _check_room(config: Config, folder: Path) -> None:
     """Before anything slow: is there memory for what is asked for, and a disk? Raises ConfigError."""
-    dtype, weights = weights_bytes(folder, _dtype(config), config.model.load_format)
+    m = config.model
+    precision, weights = weights_bytes(folder, _dtype(config), m.load_format, m.quantization, _native(config))
     sizes = {"--device-gib": config.kv.device_gib, "--dram-gib": config.kv.dram_gib}
-    check_memory(model_name(config), weights, dtype, sizes, available_bytes())
+    check_memory(model_name(config), weights, precision, sizes, available_bytes())
     if config.kv.ssd_path is not None:
         check_disk(config.kv.ssd_path, config.kv.ssd_gib, config.kv.ssd_min_free_gib)
 
 
 def _dtype(config: Config) -> DTypeName:
-    """The precision of weights; on a CPU float32 unless another is asked for."""
+    """The precision of weights; where torch computes on a CPU float32 unless another is asked for."""
     asked = config.model.dtype
-    return "float32" if asked == "auto" and config.model.device == "cpu" else asked
+    return "float32" if asked == "auto" and config.model.device == "cpu" and not _native(config) else asked
+
+
+def _native(config: Config) -> bool:
+    """Whether the native kernels compute. Raises ConfigError where they are asked for and not there."""
+    m = config.model
+    found = m.device == "cpu" and m.kernels != "torch" and load_native() is not None
+    for param, asked in (("kernels", m.kernels == "native"), ("quantization", m.quantization != "none")):
+        if asked and not found:
+            raise ConfigError(
+                f"{param} {getattr(m, param)!r} needs the native CPU kernels, which were not built or are not in use: "
+                "install a C compiler and reinstall, without --kernels torch and on --device cpu",
+                param=f"model.{param}",
+            )
+    return found
 
 
 def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Model:
@@ -391,6 +407,8 @@ def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Mo
             load_format=config.model.load_format,
             seed=config.model.seed,
             progress=progress,
+            quantization=config.model.quantization,
+            native=_native(config),
         )
 
 
@@ -461,6 +479,12 @@ def _weights(config: Config, folder: Path) -> bytes:
     if config.model.load_format == "dummy":
         return random_digest(config.model.seed)
     return weights_digest(checkpoint_files(folder), Path.home() / ".cache" / "terrace")
+
+
+def _dtypes(config: Config, model: Model, kv_dtype: Any) -> list[str]:
+    """Of weights and of KV."""
+    quantised = [] if config.model.quantization == "none" else [config.model.quantization]
+    return [str(model.dtype), str(kv_dtype), *quantised]
 
 
 def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity: bytes) -> KVManager:
