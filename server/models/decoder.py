@@ -152,8 +152,8 @@ class Decoder:
             # Past the last cache write only the wanted rows matter: a prefill chunk saves most of a layer.
             if index == last:
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
-            x = layer.output.add(attended, x)
-            x = layer.down.add(layer.gate_up(layer.mlp_norm(x)), x)
+            x = layer.output.add_to(attended, x)
+            x = layer.down.add_to(layer.gate_up(layer.mlp_norm(x)), x)
         return self.norm(x)
 
     @torch.inference_mode()
@@ -166,6 +166,7 @@ def _stacked(prefix: str, linear: Any, widths: Mapping[str, int]) -> Iterator[tu
     start = 0
     for name, width in widths.items():
         yield f"{prefix}{name}_proj.weight", linear.part(start, width)
-        if linear.bias is not None:
-            yield f"{prefix}{name}_proj.bias", linear.bias[start : start + width]
+        bias = linear.bias_part(start, width)
+        if bias is not None:
+            yield f"{prefix}{name}_proj.bias", bias
         start += width

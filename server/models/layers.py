@@ -32,7 +32,7 @@ class Linear:
         """x: [tokens, in] -> [tokens, out]."""
         return F.linear(x, self.weight, self.bias)
 
-    def add(self, x: Tensor, onto: Tensor) -> Tensor:
+    def add_to(self, x: Tensor, onto: Tensor) -> Tensor:
         """`onto + self(x)`, [tokens, out]; `onto` may be written to."""
         return onto + self(x)
 
@@ -43,6 +43,10 @@ class Linear:
     def part(self, first: int, outputs: int) -> Tensor:
         """Where the weights of some outputs go, [outputs, in]."""
         return self.weight[first : first + outputs]
+
+    def bias_part(self, first: int, outputs: int) -> Tensor | None:
+        """Likewise their biases, [outputs]; None where there are none."""
+        return None if self.bias is None else self.bias[first : first + outputs]
 
 
 class Gated(Linear):

@@ -7,17 +7,80 @@ else is in the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from server.kernels.native import library
-from server.kernels.native.linear import PackedLinear
+from server.errors import ConfigError
+from server.kernels.native import load
+from server.kernels.native.linear import SOURCES, PackedLinear, Workspace
 from server.models.layers import Rotary
 from server.types import ModelGeometry
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """A `Parameter`: some rows of a packed matrix."""
+
+    linear: PackedLinear
+    first: int
+    count: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.count, self.linear.inputs))
+
+    @property
+    def nbytes(self) -> int:
+        return self.linear.nbytes * self.count // self.linear.rows_of_weights
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def copy_(self, values: Tensor) -> None:
+        self.linear.fill(self.first, values if values.dtype in SOURCES else values.float())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBias:
+    """A `Parameter`: some entries of a packed matrix' bias."""
+
+    linear: PackedLinear
+    first: int
+    count: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.count,))
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.count
+
+    def numel(self) -> int:
+        return self.count
+
+    def copy_(self, values: Tensor) -> None:
+        self.linear.fill_bias(self.first, values)
+
+
+class NativeLinear(PackedLinear):
+    """With the places of its weights under the names that `layers.Linear` has for them."""
+
+    def add_to(self, x: Tensor, onto: Tensor) -> Tensor:
+        """`onto` + the layer's result, in place."""
+        self.add(x, onto)
+        return onto
+
+    def part(self, first: int, outputs: int) -> PackedRows:
+        return PackedRows(self, first, outputs)
+
+    def bias_part(self, first: int, outputs: int) -> PackedBias | None:
+        return PackedBias(self, first, outputs) if self.has_bias else None
 
 
 class NativeNorm:
@@ -25,7 +88,7 @@ class NativeNorm:
 
     def __init__(self, size: int, eps: float) -> None:
         self.weight = torch.empty(size)
-        self._size, self._eps, self._run = size, eps, library().terrace_rmsnorm
+        self._size, self._eps, self._run = size, eps, _library().terrace_rmsnorm
 
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty_like(x)
@@ -40,7 +103,7 @@ class NativeHeads:
     __slots__ = ("_eps", "_gains", "_geometry", "_run", "gain")
 
     def __init__(self, geometry: ModelGeometry, eps: float, *, norm: bool) -> None:
-        self._geometry, self._eps, self._run = geometry, eps, library().terrace_qk_rope
+        self._geometry, self._eps, self._run = geometry, eps, _library().terrace_qk_rope
         self.gain = torch.empty(2, geometry.head_dim) if norm else None
         self._gains = (None, None) if self.gain is None else (self.gain[0].data_ptr(), self.gain[1].data_ptr())
 
@@ -59,19 +122,20 @@ class NativeParts:
 
     dtype: torch.dtype
     quantization: str = "none"
+    workspace: Workspace = field(default_factory=Workspace)
 
     @property
     def device(self) -> str:
         return "cpu"
 
-    def linear(self, inputs: int, outputs: int, bias: bool = False) -> PackedLinear:
-        return PackedLinear(inputs, outputs, self._format, bias=bias)
+    def linear(self, inputs: int, outputs: int, bias: bool = False) -> NativeLinear:
+        return NativeLinear(inputs, outputs, self._format, bias=bias, workspace=self.workspace)
 
-    def gated(self, inputs: int, inner: int, bias: bool = False) -> PackedLinear:
-        return PackedLinear(inputs, inner, self._format, bias=bias, gated=True)
+    def gated(self, inputs: int, inner: int, bias: bool = False) -> NativeLinear:
+        return NativeLinear(inputs, inner, self._format, bias=bias, gated=True, workspace=self.workspace)
 
-    def table(self, entries: int, size: int) -> PackedLinear:
-        return PackedLinear(size, entries, FORMATS[self.dtype])
+    def table(self, entries: int, size: int) -> NativeLinear:
+        return NativeLinear(size, entries, FORMATS[self.dtype], workspace=self.workspace)
 
     def norm(self, size: int, eps: float) -> NativeNorm:
         return NativeNorm(size, eps)
@@ -85,3 +149,10 @@ class NativeParts:
     @property
     def _format(self) -> str:
         return FORMATS[self.dtype] if self.quantization == "none" else self.quantization
+
+
+def _library() -> Any:
+    library = load()
+    if library is None:
+        raise ConfigError("the native CPU kernels were not built; use --kernels torch", param="model.kernels")
+    return library
