@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, str] = {
     "reference": "server.kernels.reference:ReferenceAttention",
     "cpu": "server.kernels.cpu:CpuAttention",
+    "native": "server.kernels.native.attention:NativeAttention",
 }
 """Name -> "module:Class" for `server.registry.resolve`. A class is built as `Class(arena, geometry)`."""
 

@@ -12,16 +12,21 @@ import functools
 import importlib.util
 import logging
 
-import torch  # noqa: F401  # its OpenMP library first
+import torch  # its OpenMP library first
 
 log = logging.getLogger("terrace")
 
 ISAS = ("avx512", "avx2", "baseline")
 """Instruction sets, the best first."""
 
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+"""`enum format` of kernels.h, as far as torch has it."""
+
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 FUNCTIONS = {
     "terrace_rmsnorm": (_P, _P, _F, _P, _N, _N, _I),
+    "terrace_attention_plan": (_P,),
+    "terrace_attend": (_P, _N, _N, *(_P, _N, _N) * 3, _P),
 }
 """Name -> argument types, as in kernels.h. Tensors go as `tensor.data_ptr()`."""
 

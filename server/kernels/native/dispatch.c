@@ -36,3 +36,14 @@ const char *terrace_select(const char *wanted) {
 EXPORT void terrace_rmsnorm(const float *x, const float *gain, float eps, float *y, int64_t rows, int64_t size, int threads) {
     chosen->rmsnorm(x, gain, eps, y, rows, size, threads);
 }
+
+EXPORT void terrace_attention_plan(struct attention *step) { chosen->attention_plan(step); }
+
+/* Writes k and v [tokens, kv_heads, head_dim] of the step's tokens into the arena, then attends: q and out are [tokens,
+ * heads, head_dim], out contiguous. A query sees `window` keys, its own the last. */
+EXPORT void terrace_attend(const struct attention *step, int64_t layer, int64_t window, const float *q, int64_t q_token,
+                           int64_t q_head, const float *k, int64_t k_token, int64_t k_head, const float *v,
+                           int64_t v_token, int64_t v_head, float *out) {
+    const struct vectors queries = {q, q_token, q_head}, keys = {k, k_token, k_head}, values = {v, v_token, v_head};
+    chosen->attend(step, layer, window, &queries, &keys, &values, out);
+}
