@@ -95,7 +95,9 @@ async def _one(daemon: Daemon, example: corpus.Example) -> tuple[list[float], bo
     """Log-probabilities of a prompt and its right answer, and whether the prompt alone leads to it."""
     asked, whole = (daemon.tokenizer.encode(text) for text in (example.prompt, f"{example.prompt} {example.answer}"))
     scored = await _generate(daemon, whole, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0))
-    said = await _generate(daemon, asked, SamplingParams(max_tokens=MAX_NEW_TOKENS, temperature=0.0))
+    ends = daemon.tokenizer.eos_token_ids
+    answer = SamplingParams(max_tokens=MAX_NEW_TOKENS, temperature=0.0, stop_token_ids=ends)
+    said = await _generate(daemon, asked, answer)
     return scored[1], daemon.tokenizer.decode(said[0]).strip() == example.answer
 
 
