@@ -4,27 +4,33 @@ Everything else is in pyproject.toml. Without a C compiler the package installs 
 """
 
 import platform
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 NATIVE = Path("server/kernels/native")
 COMMON = ["-O3", "-std=gnu11", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-          "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi"]  # fmt: skip
+          "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 SOURCES = {"dispatch.c": [], "isa_baseline.c": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {"isa_avx2.c": AVX2, "isa_avx512.c": AVX512}
+YOUNG = {} if platform.machine() in ("x86_64", "AMD64") else {}
+"""Left out where the compiler is too old for them."""
 
 
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         objects = []
-        for source, flags in SOURCES.items():
-            objects += self.compiler.compile([str(NATIVE / source)], output_dir=self.build_temp, depends=ext.depends,
-                                             extra_postargs=[*COMMON, *flags])  # fmt: skip
+        for source, flags in (SOURCES | YOUNG).items():
+            with suppress(CompileError) if source in YOUNG else nullcontext():
+                objects += self.compiler.compile([str(NATIVE / source)], output_dir=self.build_temp, depends=ext.depends,
+                                                 extra_postargs=[*COMMON, *flags])  # fmt: skip
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["m"],
                                          extra_postargs=["-fopenmp"])  # fmt: skip
 
@@ -33,7 +39,7 @@ setup(
     ext_modules=[
         Extension(
             "server.kernels.native._kernels",
-            sources=[str(NATIVE / source) for source in SOURCES],
+            sources=[str(NATIVE / source) for source in [*SOURCES, *YOUNG]],
             depends=[str(path) for path in sorted([*NATIVE.glob("*.h"), *NATIVE.glob("*.inc")])],
             optional=True,
             py_limited_api=True,  # it uses no Python at all: one build is for all versions

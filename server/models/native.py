@@ -80,7 +80,7 @@ class NativeLinear(PackedLinear):
         return PackedRows(self, first, outputs)
 
     def bias_part(self, first: int, outputs: int) -> PackedBias | None:
-        return PackedBias(self, first, outputs) if self.has_bias else None
+        return PackedBias(self, first, outputs) if self.bias is not None else None
 
 
 class NativeNorm:

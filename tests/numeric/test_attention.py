@@ -157,5 +157,5 @@ def test_bounded_scratch(monkeypatch: pytest.MonkeyPatch, scratch_bytes: int, gr
 
 def test_every_backend_is_named() -> None:
     """A misspelt backend is answered with the names there are."""
-    with pytest.raises(ConfigError, match="there are: cpu, reference"):
+    with pytest.raises(ConfigError, match="there are: cpu, native, reference"):
         resolve("attention backend", BACKENDS, "flash")

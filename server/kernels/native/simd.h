@@ -13,7 +13,10 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+#define ISA amx
+#define LANES 16
+#elif defined(__AVX512F__)
 #define ISA avx512
 #define LANES 16
 #elif defined(__AVX2__)
@@ -144,9 +147,15 @@ INLINE void v_store_f16(uint16_t *p, vf v) {
 #endif
 }
 INLINE vf v_load_i8(const int8_t *p) {
+#if LANES == 16 /* by hand: GCC takes the generic conversion apart */
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif LANES == 8
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
     vb b;
     memcpy(&b, p, sizeof b);
     return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
 }
 
 /* In one order whatever the compiler: a fixed tree, so that a sum has the same bits everywhere it is taken. */
