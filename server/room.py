@@ -68,16 +68,16 @@ def check_memory(
 ) -> None:
     """Raises ConfigError unless model `name` and its tiers fit into `available` bytes.
 
-    `weights`: bytes by the flag of a precision in which the model can be served, `precision` being the one asked for. `tiers`: GiB that
-    are asked for by flag, from the one to give up last to the one to give up first.
+    `weights`: bytes by the flag of a precision in which the model can be served, `precision` being the one asked for.
+    `tiers`: GiB that are asked for by flag, from the one to give up last to the one to give up first.
     """
     needed = weights[precision] + sum(tiers.values()) * GIB + SPARE_BYTES
     if available is None or needed <= available:
         return
     asked = "".join(f" + {flag} {size:g}" for flag, size in tiers.items() if size)
     raise ConfigError(
-        f"model {name} does not fit: weights {_gib(weights[precision])} GiB with {precision}{asked} + {_gib(SPARE_BYTES)} GiB to "
-        f"work in = {_gib(needed)} GiB needed, {_gib(available)} GiB available; "
+        f"model {name} does not fit: weights {_gib(weights[precision])} GiB with {precision}{asked} + "
+        f"{_gib(SPARE_BYTES)} GiB to work in = {_gib(needed)} GiB needed, {_gib(available)} GiB available; "
         f"{_advice(weights, precision, tiers, available - SPARE_BYTES)}",
         param="kv.device_gib",
     )

@@ -97,7 +97,8 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Annotated[Dtype, COMMON] = Field(
-        default="auto", description="Precision of weights; auto: the checkpoint's own, but float32 where torch computes on a CPU."
+        default="auto",
+        description="Precision of weights; auto: the checkpoint's own, but float32 where torch computes on a CPU.",
     )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from server.bench.report import Report
 from server.build import Daemon, build
-from server.config import Config, KvConfig, ModelConfig
+from server.config import Config
 from server.demo import corpus
 from server.demo.recall import MAX_NEW_TOKENS
 from server.engine import GenerateSpec
@@ -72,12 +72,8 @@ def run(*, quick: bool) -> Report:
 
 
 async def _measure(precision: Precision, tasks: dict[int, list[corpus.Example]]) -> tuple[float, list[float]]:
-    daemon = build(
-        Config(
-            model=ModelConfig(dtype=precision.dtype, quantization=precision.quantization),
-            kv=KvConfig(device_gib=0.5, kv_dtype=precision.kv_dtype),
-        )
-    )
+    model = {"dtype": precision.dtype, "quantization": precision.quantization}
+    daemon = build(Config.model_validate({"model": model, "kv": {"device_gib": 0.5, "kv_dtype": precision.kv_dtype}}))
     serving = asyncio.create_task(daemon.engine.run())
     scores: list[float] = []
     recalls = []
@@ -101,9 +97,7 @@ async def _one(daemon: Daemon, example: corpus.Example) -> tuple[list[float], bo
     return scored[1], daemon.tokenizer.decode(said[0]).strip() == example.answer
 
 
-async def _generate(
-    daemon: Daemon, prompt: Sequence[int], params: SamplingParams
-) -> tuple[list[int], list[float]]:
+async def _generate(daemon: Daemon, prompt: Sequence[int], params: SamplingParams) -> tuple[list[int], list[float]]:
     """The new tokens, and log-probabilities of the prompt's where they are asked for."""
     stream = daemon.engine.submit(GenerateSpec(prompt, params))
     tokens: list[int] = []

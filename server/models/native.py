@@ -1,8 +1,8 @@
 """The parts of decoders on the native CPU kernels: packed weights, hidden states in fp32.
 
-They stand in for `layers.TorchParts`; what each does is said there. Every call is one call of the library, which gives up
-the interpreter's lock. With these parts and the native attention the bits of a token's hidden state do not depend on what
-else is in the batch.
+They stand in for `layers.TorchParts`; what each does is said there. Every call is one call of the library, which gives
+up the interpreter's lock. With these parts and the native attention the bits of a token's hidden state depend on the
+tokens before it alone: not on what else is in the batch, or on how the prompt was cut.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class NativeHeads:
 @dataclass(frozen=True, slots=True)
 class NativeParts:
     """`dtype`: of weights that are not quantised, and of the cache unless another is asked for. `quantization`: of the
-    linear layers' weights, or "none". What is only looked up stays in `dtype`. Raises ConfigError without the library."""
+    linear layers' weights, or "none". What is only looked up stays in `dtype`. The parts raise ConfigError without the
+    library."""
 
     dtype: torch.dtype
     quantization: str = "none"

@@ -155,9 +155,9 @@ def load_model(
 ) -> Model:
     """Loads the checkpoint in `folder` into a new model on `device`.
 
-    `dtype="auto"` is the checkpoint's own. `native`: computed by the native kernels, which must be there; only they know
-    a `quantization`. In torch, on a CPU without bf16/fp16 arithmetic, half-precision matrix products are many times
-    slower than fp32: there `dtype="float32"` is the better choice wherever memory allows.
+    `dtype="auto"` is the checkpoint's own. `native`: computed by the native kernels, which must be there; only they
+    know a `quantization`. In torch, on a CPU without bf16/fp16 arithmetic, half-precision matrix products are many
+    times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows.
     `load_format="dummy"` reads only config.json and fills the parameters with random values that depend on `seed`.
     """
     config = load_config(folder)
