@@ -4,6 +4,7 @@ Everything else is in pyproject.toml. Without a C compiler the package installs 
 """
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -19,18 +20,22 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 SOURCES = {"dispatch.c": [], "isa_baseline.c": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    SOURCES |= {"isa_avx2.c": AVX2, "isa_avx512.c": AVX512}
-YOUNG = {} if platform.machine() in ("x86_64", "AMD64") else {}
+    SOURCES |= {"isa_avx2.c": AVX2, "isa_avx512.c": AVX512, "isa_amx.c": AMX}
+YOUNG = {"isa_amx.c"}
 """Left out where the compiler is too old for them."""
 
 
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        objects = []
-        for source, flags in (SOURCES | YOUNG).items():
+        def compiled(source: str) -> list[str]:
             with suppress(CompileError) if source in YOUNG else nullcontext():
-                objects += self.compiler.compile([str(NATIVE / source)], output_dir=self.build_temp, depends=ext.depends,
-                                                 extra_postargs=[*COMMON, *flags])  # fmt: skip
+                flags = [*COMMON, *SOURCES[source]]
+                return self.compiler.compile([str(NATIVE / source)], output_dir=self.build_temp, depends=ext.depends,
+                                             extra_postargs=flags)  # fmt: skip
+            return []
+
+        with ThreadPoolExecutor() as pool:  # each is a process of its own
+            objects = [name for names in pool.map(compiled, SOURCES) for name in names]
         self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["m"],
                                          extra_postargs=["-fopenmp"])  # fmt: skip
 
@@ -39,7 +44,7 @@ setup(
     ext_modules=[
         Extension(
             "server.kernels.native._kernels",
-            sources=[str(NATIVE / source) for source in [*SOURCES, *YOUNG]],
+            sources=[str(NATIVE / source) for source in SOURCES],
             depends=[str(path) for path in sorted([*NATIVE.glob("*.h"), *NATIVE.glob("*.inc")])],
             optional=True,
             py_limited_api=True,  # it uses no Python at all: one build is for all versions

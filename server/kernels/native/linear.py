@@ -1,8 +1,8 @@
 """Linear layers over packed weights: fp32 in and out, weights in one of the formats of `FORMATS`.
 
-A `PackedLinear` is made empty and filled by rows as they come from a checkpoint, so that projections that share an input
-(q, k, v; gate, up) become one matrix without ever being joined in memory. README.md says how the weights lie, and how
-exact each format is.
+A `PackedLinear` is made empty and filled by rows as they come from a checkpoint, so that projections that share an
+input (q, k, v; gate, up) become one matrix without ever being joined in memory. README.md says how the weights lie, and
+how exact each format is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from server.kernels.native import load
 
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int8-g32": 4, "int4-g32": 5}
-"""Name -> `enum format` of kernels.h. int8 has a scale for each output; -g32: a bf16 scale for each 32 inputs of one."""
+"""Name -> `enum format` of kernels.h. int8: a scale for each output; -g32: a bf16 scale for each 32 inputs of it."""
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What weights may come in."""
 PANEL = 16
@@ -98,7 +98,7 @@ class PackedLinear:
         """Rows `first`, `first` + 1, ... of W from `weights` [rows, inputs] of a dtype in `SOURCES`, each row once."""
         rows, inputs = weights.shape
         assert inputs == self.inputs, f"{inputs} inputs for a layer of {self.inputs}"
-        assert 0 <= first and first + rows <= self.rows_of_weights, "rows beyond the layer's"
+        assert 0 <= first <= self.rows_of_weights - rows, "rows beyond the layer's"
         if weights.stride(1) != 1:
             weights = weights.contiguous()
         source, stride = SOURCES[weights.dtype], weights.stride(0)
