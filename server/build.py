@@ -36,7 +36,8 @@ from server.engine import Engine
 from server.errors import ConfigError
 from server.explain import Explanations
 from server.kernels.attention import BACKENDS
-from server.kernels.native import load as load_native
+from server.kernels.choice import choose_backend, use_native
+from server.kernels.int8 import SCALE_BYTES
 from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
 from server.kvcache.manager import KVManager, TierSpec
@@ -223,13 +224,13 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
         model, weights = _load(config, folder, startup.moved), _weights(config, folder)
     if changed := changed_files(folder, checkpoint):
         raise ConfigError(f"{folder / changed[0]} changed while it was read; start again when it is whole")
-    layout = _layout(config, model)
+    backend = choose_backend(config.model.attention, config.kv.kv_dtype, native=_native(config))
     kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
+    layout = _layout(config, model, kv_dtype)
     frames = int(config.kv.device_gib * 2**30) // layout.block_bytes
     max_model_len = _max_model_len(config, model, layout, frames)
     with startup.timed("kv_alloc"), taking("device_gib", config.kv.device_gib):
         arena = allocate_arena(frames, layout, kv_dtype, config.model.device)
-    backend = config.model.attention if config.model.attention != "auto" else "cpu"
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
     name = model_name(config)
     metrics = Metrics(name, _facts(config, model, kv_dtype, max_model_len))
@@ -375,17 +376,7 @@ def _dtype(config: Config) -> DTypeName:
 
 
 def _native(config: Config) -> bool:
-    """Whether the native kernels compute. Raises ConfigError where they are asked for and not there."""
-    m = config.model
-    found = m.device == "cpu" and m.kernels != "torch" and load_native() is not None
-    for param, asked in (("kernels", m.kernels == "native"), ("quantization", m.quantization != "none")):
-        if asked and not found:
-            raise ConfigError(
-                f"{param} {getattr(m, param)!r} needs the native CPU kernels, which were not built or are not in use: "
-                "install a C compiler and reinstall, without --kernels torch and on --device cpu",
-                param=f"model.{param}",
-            )
-    return found
+    return use_native(config.model.device, config.model.kernels, config.model.quantization)
 
 
 def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Model:
@@ -412,12 +403,10 @@ def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Mo
         )
 
 
-def _layout(config: Config, model: Model) -> BlockLayout:
-    import torch
-
-    dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
-    geometry = model.geometry
-    return BlockLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, dtype.itemsize, config.kv.block_size)
+def _layout(config: Config, model: Model, kv_dtype: Any) -> BlockLayout:
+    g = model.geometry
+    scale_bytes = SCALE_BYTES if config.kv.kv_dtype == "int8" else 0
+    return BlockLayout(g.layers, g.kv_heads, g.head_dim, kv_dtype.itemsize, config.kv.block_size, scale_bytes)
 
 
 def _max_model_len(config: Config, model: Model, layout: BlockLayout, frames: int) -> int:

@@ -45,8 +45,8 @@ class NativeAttention:
         library = load()
         if library is None:
             raise ConfigError(
-                "attention 'native' needs the native kernels, which were not built: install a C compiler and reinstall, "
-                "or use --attention cpu",
+                "attention 'native' needs the native kernels, which were not built: install a C compiler and "
+                "reinstall, or use --attention cpu",
                 param="model.attention",
             )
         _, layers, _, kv_heads, block_tokens, vector = arena.shape

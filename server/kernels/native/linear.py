@@ -137,7 +137,9 @@ class PackedLinear:
         """Rows `ids` (int64 [count]) of W as the kernels see them, fp32 [count, inputs]: embeddings."""
         y = torch.empty(len(ids), self.inputs)
         ids = ids.contiguous()
-        self._library.terrace_rows(self._address, ids.data_ptr(), len(ids), y.data_ptr(), self.inputs, torch.get_num_threads())
+        self._library.terrace_rows(
+            self._address, ids.data_ptr(), len(ids), y.data_ptr(), self.inputs, torch.get_num_threads()
+        )
         return y
 
 

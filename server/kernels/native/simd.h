@@ -57,9 +57,15 @@ INLINE void v_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 /* bf16 is the upper half of fp32. */
 INLINE vf v_load_bf16(const uint16_t *p) {
+#if LANES == 16
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif LANES == 8
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
     vh h;
     memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 
 /* To nearest, ties to even; NaN stays NaN. */
@@ -180,6 +186,17 @@ INLINE vf v_max(vf a, vf b) {
     return v_pick(a > b, a, b);
 #endif
 }
+INLINE vf v_min(vf a, vf b) {
+#if LANES == 16
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (vf)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return v_pick(a < b, a, b);
+#endif
+}
 INLINE float v_top(vf v) {
 #if LANES == 16
     return _mm512_reduce_max_ps((__m512)v);
@@ -242,10 +259,10 @@ INLINE void v_transpose(vf x[LANES]) {
 #endif
 }
 
-/* e^x within 2 ulp; 0 below -87.3, inf above 88.4. Cody and Waite's reduction, a polynomial for e^r on [-0.35, 0.35]. */
+/* e^x within 2 ulp; 0 below -87.3 (no result is denormal), inf above 88.7 (88.3 without AVX-512). NaN stays NaN. Cody and
+ * Waite's reduction, a polynomial for e^r on [-0.35, 0.35]. */
 INLINE vf v_exp(vf x) {
-    const vf low = v_set(-87.3f);
-    const vf is = -v_max(v_set(-89.f), -v_max(low, x)); /* NaN stays */
+    const vf low = v_set(-87.3f), is = v_min(v_set(89.f), v_max(low, x));
     const vf shifted = v_fma(is, v_set(1.44269504f), v_set(12582912.f)); /* 1.5 * 2^23: rounds, and leaves an integer below */
     const vf n = shifted - 12582912.f;
     const vf r = v_fma(n, v_set(2.12194440e-4f), v_fma(n, v_set(-0.693359375f), is));
@@ -255,8 +272,13 @@ INLINE vf v_exp(vf x) {
     p = v_fma(p, r, v_set(1.6666665459e-1f));
     p = v_fma(p, r, v_set(5.0000001201e-1f));
     p = v_fma(p * r, r, r) + 1.f;
+#if LANES == 16
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
     const vu scale = ((vu)shifted - 0x4b400000u + 127u) << 23; /* 2^n; n = 128 gives inf */
     return (vf)((vi)(p * (vf)scale) & ~(x < low));
+#endif
 }
 
 /* Rounded to int8 with the scale that makes the largest 127: `n` values, and the scale, x = out * scale nearly. What is
