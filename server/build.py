@@ -224,7 +224,7 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
         model, weights = _load(config, folder, startup.moved), _weights(config, folder)
     if changed := changed_files(folder, checkpoint):
         raise ConfigError(f"{folder / changed[0]} changed while it was read; start again when it is whole")
-    backend = choose_backend(config.model.attention, config.kv.kv_dtype, native=_native(config))
+    backend = choose_backend(config.model.attention, config.kv.kv_dtype, native=use_native(config.model))
     kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
     layout = _layout(config, model, kv_dtype)
     frames = int(config.kv.device_gib * 2**30) // layout.block_bytes
@@ -234,7 +234,8 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
     name = model_name(config)
     metrics = Metrics(name, _facts(config, model, kv_dtype, max_model_len))
-    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=_dtypes(config, model, kv_dtype))
+    precisions = [str(model.dtype), str(kv_dtype), config.model.quantization]
+    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=precisions)
     with startup.timed("host_alloc"):
         tiers, specs = _lower_tiers(config, layout, arena, identity, metrics, disk)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
@@ -362,7 +363,7 @@ def _check_device(config: Config) -> None:
 def _check_room(config: Config, folder: Path) -> None:
     """Before anything slow: is there memory for what is asked for, and a disk? Raises ConfigError."""
     m = config.model
-    precision, weights = weights_bytes(folder, _dtype(config), m.load_format, m.quantization, _native(config))
+    precision, weights = weights_bytes(folder, _dtype(config), m.load_format, m.quantization, use_native(config.model))
     sizes = {"--device-gib": config.kv.device_gib, "--dram-gib": config.kv.dram_gib}
     check_memory(model_name(config), weights, precision, sizes, available_bytes())
     if config.kv.ssd_path is not None:
@@ -372,11 +373,7 @@ def _check_room(config: Config, folder: Path) -> None:
 def _dtype(config: Config) -> DTypeName:
     """The precision of weights; where torch computes on a CPU float32 unless another is asked for."""
     asked = config.model.dtype
-    return "float32" if asked == "auto" and config.model.device == "cpu" and not _native(config) else asked
-
-
-def _native(config: Config) -> bool:
-    return use_native(config.model.device, config.model.kernels, config.model.quantization)
+    return "float32" if asked == "auto" and config.model.device == "cpu" and not use_native(config.model) else asked
 
 
 def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Model:
@@ -399,7 +396,7 @@ def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Mo
             seed=config.model.seed,
             progress=progress,
             quantization=config.model.quantization,
-            native=_native(config),
+            native=use_native(config.model),
         )
 
 
@@ -468,12 +465,6 @@ def _weights(config: Config, folder: Path) -> bytes:
     if config.model.load_format == "dummy":
         return random_digest(config.model.seed)
     return weights_digest(checkpoint_files(folder), Path.home() / ".cache" / "terrace")
-
-
-def _dtypes(config: Config, model: Model, kv_dtype: Any) -> list[str]:
-    """Of weights and of KV."""
-    quantised = [] if config.model.quantization == "none" else [config.model.quantization]
-    return [str(model.dtype), str(kv_dtype), *quantised]
 
 
 def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity: bytes) -> KVManager:

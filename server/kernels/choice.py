@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from server.errors import ConfigError
 from server.kernels.attention import INT8_BACKENDS
 from server.kernels.native import load
 
 
-def use_native(device: str, kernels: str, quantization: str) -> bool:
+class Wanted(Protocol):
+    """Of the configuration's section on the model, what counts here."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def kernels(self) -> str: ...
+    @property
+    def quantization(self) -> str: ...
+
+
+def use_native(wanted: Wanted) -> bool:
     """Whether the native kernels compute the model. Raises ConfigError where that is asked for and cannot be."""
-    found = device == "cpu" and kernels != "torch" and load() is not None
+    kernels, quantization = wanted.kernels, wanted.quantization
+    found = wanted.device == "cpu" and kernels != "torch" and load() is not None
     for param, value, needs in (("kernels", kernels, kernels == "native"),
                                 ("quantization", quantization, quantization != "none")):  # fmt: skip
         if needs and not found:
