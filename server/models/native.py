@@ -8,14 +8,12 @@ tokens before it alone: not on what else is in the batch, or on how the prompt w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from server.errors import ConfigError
-from server.kernels.native import load
 from server.kernels.native.linear import SOURCES, PackedLinear, Workspace
+from server.kernels.native.rows import qk_rope, rms_norm
 from server.models.layers import Rotary
 from server.types import ModelGeometry
 
@@ -84,33 +82,29 @@ class NativeLinear(PackedLinear):
 
 
 class NativeNorm:
-    __slots__ = ("_eps", "_run", "_size", "weight")
+    __slots__ = ("_eps", "weight")
 
     def __init__(self, size: int, eps: float) -> None:
         self.weight = torch.empty(size)
-        self._size, self._eps, self._run = size, eps, _library().terrace_rmsnorm
+        self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        self._run(x.data_ptr(), self.weight.data_ptr(), self._eps, out.data_ptr(), x.shape[0], self._size,
-                  torch.get_num_threads())  # fmt: skip
-        return out
+        return rms_norm(x, self.weight, self._eps)
 
 
 class NativeHeads:
     """In place: queries, keys and values are views of the projection."""
 
-    __slots__ = ("_eps", "_gains", "_geometry", "_run", "gain")
+    __slots__ = ("_eps", "_geometry", "gain")
 
     def __init__(self, geometry: ModelGeometry, eps: float, *, norm: bool) -> None:
-        self._geometry, self._eps, self._run = geometry, eps, _library().terrace_qk_rope
+        self._geometry, self._eps = geometry, eps
         self.gain = torch.empty(2, geometry.head_dim) if norm else None
-        self._gains = (None, None) if self.gain is None else (self.gain[0].data_ptr(), self.gain[1].data_ptr())
 
     def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         g = self._geometry
-        self._run(qkv.data_ptr(), *self._gains, self._eps, cos.data_ptr(), sin.data_ptr(), qkv.shape[0], g.heads,
-                  g.kv_heads, g.head_dim, torch.get_num_threads())  # fmt: skip
+        gains = None if self.gain is None else (self.gain[0], self.gain[1])
+        qk_rope(qkv, cos, sin, g.heads, g.kv_heads, gains, self._eps)
         split = qkv.view(-1, g.heads + 2 * g.kv_heads, g.head_dim)
         return split[:, : g.heads], split[:, g.heads : g.heads + g.kv_heads], split[:, g.heads + g.kv_heads :]
 
@@ -118,7 +112,7 @@ class NativeHeads:
 @dataclass(frozen=True, slots=True)
 class NativeParts:
     """`dtype`: of weights that are not quantised, and of the cache unless another is asked for. `quantization`: of the
-    linear layers' weights, or "none". What is only looked up stays in `dtype`. The parts raise ConfigError without the
+    linear layers' weights, or "none". What is only looked up stays in `dtype`. The parts need the
     library."""
 
     dtype: torch.dtype
@@ -150,10 +144,3 @@ class NativeParts:
     @property
     def _format(self) -> str:
         return FORMATS[self.dtype] if self.quantization == "none" else self.quantization
-
-
-def _library() -> Any:
-    library = load()
-    if library is None:
-        raise ConfigError("the native CPU kernels were not built; use --kernels torch", param="model.kernels")
-    return library

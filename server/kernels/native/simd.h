@@ -209,10 +209,29 @@ INLINE float v_top(vf v) {
 #endif
 }
 
+/* a0 b0 a1 b1 ...: the first half of it into a, the second into b. */
+INLINE void v_zip(vf *a, vf *b) {
+    float x[2 * LANES];
+    for (int i = 0; i < LANES; i++) x[2 * i] = (*a)[i], x[2 * i + 1] = (*b)[i];
+    memcpy(a, x, sizeof *a);
+    memcpy(b, x + LANES, sizeof *b);
+}
+
+INLINE vf v_of_vi(vi x) {
+#if LANES == 16
+    return (vf)_mm512_cvtepi32_ps((__m512i)x);
+#elif LANES == 8
+    return (vf)_mm256_cvtepi32_ps((__m256i)x);
+#else
+    return __builtin_convertvector(x, vf);
+#endif
+}
+
 /* Element i of vector j changes places with element j of vector i. */
 INLINE void v_transpose(vf x[LANES]) {
 #if LANES == 16
     __m512 a[16], b[16];
+#pragma GCC unroll 4
     for (int i = 0; i < 16; i += 4) { /* 4 x 4 elements within each quarter */
         __m512d low0 = (__m512d)_mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
         __m512d low1 = (__m512d)_mm512_unpacklo_ps((__m512)x[i + 2], (__m512)x[i + 3]);
@@ -223,6 +242,7 @@ INLINE void v_transpose(vf x[LANES]) {
         a[i + 2] = (__m512)_mm512_unpacklo_pd(high0, high1);
         a[i + 3] = (__m512)_mm512_unpackhi_pd(high0, high1);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) { /* 4 x 4 quarters */
         b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
         b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
@@ -235,6 +255,7 @@ INLINE void v_transpose(vf x[LANES]) {
     }
 #elif LANES == 8
     __m256 a[8];
+#pragma GCC unroll 4
     for (int i = 0; i < 8; i += 4) { /* 4 x 4 elements within each half */
         __m256d low0 = (__m256d)_mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
         __m256d low1 = (__m256d)_mm256_unpacklo_ps((__m256)x[i + 2], (__m256)x[i + 3]);
@@ -245,6 +266,7 @@ INLINE void v_transpose(vf x[LANES]) {
         a[i + 2] = (__m256)_mm256_unpacklo_pd(high0, high1);
         a[i + 3] = (__m256)_mm256_unpackhi_pd(high0, high1);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         x[i] = (vf)_mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
         x[i + 4] = (vf)_mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
