@@ -98,7 +98,7 @@ def llama_cpp(place: Environment) -> str:
 
 
 def repair(source: Path) -> None:
-    """GCC 12's `_tile_loadconfig` does not say that it reads 64 bytes: their stores are lost, and AMX ends in SIGILL."""
+    """GCC 12 does not know that `_tile_loadconfig` reads 64 bytes: their stores are lost, then AMX is SIGILL."""
     call = "_tile_loadconfig(&tc);"
     text = source.read_text(encoding="utf-8")
     source.write_text(text.replace(call, f'__asm__ volatile("" : : "r"(&tc) : "memory"); {call}'), encoding="utf-8")

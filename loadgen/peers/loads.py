@@ -40,7 +40,7 @@ class Load:
 
     def quick(self) -> Load:
         """The same with little of it: proves that it runs."""
-        few = min(self.settings.sessions or 1, 4)
+        few = max(2, (self.settings.sessions or 0) // 6)
         parameters = self.settings.parameters
         if "output" in parameters:
             parameters = parameters | {"output": str(min(int(parameters["output"]), 16))}

@@ -158,7 +158,7 @@ def write_tokenizer(vocabulary: int, folder: Path) -> None:
     vocab = {name: number for number, name in enumerate([*names, *(left + right for left, right in longer)])}
     specials = [{"id": len(vocab) + number, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
                  "normalized": False, "special": True} for number, name in enumerate(SPECIALS)]  # fmt: skip
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials, "normalizer": None,
         "pre_tokenizer": level, "post_processor": None, "decoder": level,

@@ -55,8 +55,7 @@ def test_a_checkpoint_holds_what_its_shape_says(checkpoint):
     assert {name: value.shape for name, value in found.items()} == dict(TINY.tensors())
     assert found["model.norm.weight"].mean() == pytest.approx(1, abs=0.02)
     assert found["model.layers.1.mlp.up_proj.weight"].std() == pytest.approx(shapes.STD, rel=0.05)
-    assert all((value == again).all() for (_, again), value in zip(shapes.weights(TINY), found.values(), strict=False)
-               if value.shape == again.shape)  # fmt: skip
+    assert all((found[name] == again).all() for name, again in shapes.weights(TINY))
     stamp = (checkpoint / "model.safetensors").stat().st_mtime_ns
     shapes.write(TINY, checkpoint)
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == stamp
@@ -64,13 +63,15 @@ def test_a_checkpoint_holds_what_its_shape_says(checkpoint):
 
 @pytest.mark.parametrize("size", [2048, 151_936])
 def test_a_tokenizer_has_the_size_that_is_asked_for(size, tmp_path):
-    """Every id of a prompt has a text of its own that comes back as that one id; the specials are the last two."""
+    """Every id that prompts are made of has a text of its own; the specials are the last two."""
     shapes.write_tokenizer(size, tmp_path)
     made = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert made.get_vocab_size() == size
     assert made.token_to_id("<|eos|>") == size - 1
-    for token in (256, 999, size - 3):
-        assert made.encode(made.decode([token])).ids == [token]
+    ids = range(shapes.BYTES, size - 2, 7)
+    texts = {made.decode([token]) for token in ids}
+    assert len(texts) == len(ids)
+    assert max(map(len, texts)) <= 3
 
 
 def test_eight_bits_are_near_the_weights(checkpoint, tmp_path):
@@ -274,7 +275,7 @@ def test_texts_are_compared_from_their_start():
 def test_a_quick_load_is_the_same_but_small():
     """Few sessions and short answers of the same workload, and the loads stay as they are."""
     small = LOADS[0].quick().settings
-    assert (small.sessions, small.parameters["output"], small.workload) == (3, "16", "random")
+    assert (small.sessions, small.parameters["output"], small.workload) == (2, "16", "random")
     assert LOADS[0].settings.parameters["output"] == "128"
 
 
