@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,13 +34,10 @@ def free_port() -> int:
 class Server:
     """One server with all its processes; it starts with the block and is killed with SIGKILL at its end."""
 
-    def __init__(
-        self, command: Sequence[str], port: int, *, ready: str, ready_s: float = READY_S,
-        more: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        """`ready`: the path that answers 200 once it takes requests, within `ready_s`. `more`: of the environment."""
+    def __init__(self, command: Sequence[str], port: int, *, ready: str, ready_s: float = READY_S) -> None:
+        """`ready`: the path that answers 200 once it takes requests, within `ready_s`."""
         self.port = port
-        self._command, self._ready, self._ready_s, self._more = command, ready, ready_s, more or {}
+        self._command, self._ready, self._ready_s = command, ready, ready_s
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end of the block
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -52,9 +49,8 @@ class Server:
         """Start and wait until it is ready. UsageError with its last words when it ends first."""
         root = Path(__file__).parent.parent
         self._process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=self._errors, cwd=root, env={**os.environ, **self._more},
-            start_new_session=True,
-        )  # fmt: skip
+            self._command, stdout=subprocess.DEVNULL, stderr=self._errors, cwd=root, start_new_session=True
+        )
         deadline_s = time.monotonic() + self._ready_s
         with httpx.Client(base_url=self.url, timeout=10) as http:
             while True:

@@ -7,7 +7,6 @@ distribution named `vllm`: both are put right here.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -52,16 +51,16 @@ class Environment:
             venv.create(self.folder, with_pip=True)
 
     def pip(self, *arguments: str, index: str | None = None) -> None:
-        more = {"PIP_INDEX_URL": index} if index else {}
-        self.run(self.python, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments, more=more)
+        where = ["env", f"PIP_INDEX_URL={index}"] if index else []
+        self.run(*where, self.python, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments)
 
     def torch(self) -> None:
         """By itself and first, so that the index concerns nothing else."""
         self.pip("install", TORCH, index=self.torch_index)
 
-    def run(self, *command: str | Path, more: dict[str, str] | None = None) -> str:
+    def run(self, *command: str | Path) -> str:
         done = subprocess.run(
-            [*map(str, command)], cwd=self.folder, env={**os.environ, **(more or {})}, text=True,
+            [*map(str, command)], cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
         if done.returncode:
@@ -88,12 +87,16 @@ def llama_cpp(place: Environment) -> str:
     [source] = (place.folder / "sdist").glob("*/vendor/llama.cpp")
     repair(source / "ggml" / "src" / "ggml-cpu" / "amx" / "mmq.cpp")
     bin_ = place.python.parent
-    build = {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
-    options = {"CMAKE_BUILD_TYPE": "Release", "GGML_NATIVE": "ON", "BUILD_SHARED_LIBS": "OFF"}
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_MAKE_PROGRAM": str(bin_ / "ninja"),
+        "GGML_NATIVE": "ON",
+        "BUILD_SHARED_LIBS": "OFF",
+    }
     options |= dict.fromkeys(UNWANTED, "OFF")
     flags = [f"-D{name}={value}" for name, value in options.items()]
-    place.run(bin_ / "cmake", "-S", source, "-B", "build", "-G", "Ninja", *flags, more=build)
-    place.run(bin_ / "cmake", "--build", "build", "--target", "llama-server", more=build)
+    place.run(bin_ / "cmake", "-S", source, "-B", "build", "-G", "Ninja", *flags)
+    place.run(bin_ / "cmake", "--build", "build", "--target", "llama-server")
     return f"{LLAMA_CPP.replace('==', ' ')}, built here"
 
 

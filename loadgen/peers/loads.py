@@ -37,6 +37,8 @@ class Load:
     says: str
     settings: Settings
     figures: tuple[Figure, ...]
+    most_rounds: int | None = None
+    """Of a load that takes long and has many requests in each round."""
 
     def quick(self) -> Load:
         """The same with little of it: proves that it runs."""
@@ -88,7 +90,7 @@ LOADS = (
     Load(
         "single",
         "One stream: 128 tokens of prompt, 128 of output.",
-        _settings("random", 3, 1, input=128, output=128),
+        _settings("random", 2, 1, input=128, output=128),
         (
             Figure("decode", "decode", "tok/s", decode_rate, goal=1.0, more_is_better=True),
             Figure("ttft_p50", "TTFT p50", "ms", ttft_ms(0.5)),
@@ -98,8 +100,8 @@ LOADS = (
     ),
     Load(
         "concurrent",
-        "16 at once, 32 in all: 128 tokens of prompt, 64 of output.",
-        _settings("random", 32, 16, input=128, output=64),
+        "16 at once: 128 tokens of prompt, 64 of output.",
+        _settings("random", 16, 16, input=128, output=64),
         (
             Figure("output", "output of all", "tok/s", output_rate, goal=1.2, more_is_better=True),
             Figure("ttft_p50", "TTFT p50", "ms", ttft_ms(0.5)),
@@ -111,7 +113,7 @@ LOADS = (
     Load(
         "prefill",
         "Prompts of 2,048 tokens, one at a time.",
-        _settings("random", 3, 1, input=2048, output=2),
+        _settings("random", 2, 1, input=2048, output=2),
         (
             Figure("prompt", "prompt", "tok/s", prompt_rate, goal=1.0, more_is_better=True),
             Figure("ttft_p50", "TTFT p50", "ms", ttft_ms(0.5)),
@@ -120,7 +122,7 @@ LOADS = (
     Load(
         "shared",
         "A system prompt of 1,500 tokens, then 50 of one's own; one at a time, the first one not counted.",
-        _settings("shared-prefix", 9, 1, groups=1, prefix=1500, question=50, output=8),
+        _settings("shared-prefix", 7, 1, groups=1, prefix=1500, question=50, output=8),
         (
             Figure("ttft_p50", "TTFT p50", "ms", ttft_ms(0.5, lambda o: o.session > 0), goal=2.0),
             Figure("ttft_p99", "TTFT p99", "ms", ttft_ms(0.99, lambda o: o.session > 0)),
@@ -129,12 +131,13 @@ LOADS = (
     Load(
         "multi-turn",
         "12 conversations at once, each of 6 turns: more tokens than the first tier holds.",
-        _settings("multi-turn", 12, 12, turns=TURNS, first=700, question=80, output=16, think_s=1),
+        _settings("multi-turn", 12, 12, turns=TURNS, first=600, question=60, output=8, think_s=1),
         (
             Figure("later_p50", "TTFT p50, turns 2-6", "ms", ttft_ms(0.5, lambda o: o.turn > 0), goal=2.0),
             Figure("later_p99", "TTFT p99, turns 2-6", "ms", ttft_ms(0.99, lambda o: o.turn > 0)),
             *map(_turn, range(TURNS)),
         ),
+        most_rounds=3,
     ),
 )  # fmt: skip
 WARM_UP = (

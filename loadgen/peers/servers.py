@@ -48,6 +48,11 @@ LOWER_TIERS = {"dram": 1, "ssd": 4}
 """As multiples of the first."""
 
 
+def with_environment(more: Mapping[str, str]) -> list[str]:
+    """What to write before a command."""
+    return ["env", *(f"{name}={value}" for name, value in more.items())]
+
+
 @dataclass(frozen=True)
 class Model:
     """A shape at a precision; the files that are made of it are kept."""
@@ -69,7 +74,7 @@ class Model:
             partial = target.with_name(f"partial-{name}")
             words = {"checkpoint": str(self.checkpoint()), "target": str(partial)}
             filled = [str(word).format(**words) for word in command]
-            done = subprocess.run(filled, env={**os.environ, **OFFLINE}, capture_output=True, text=True, check=False)
+            done = subprocess.run([*with_environment(OFFLINE), *filled], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UsageError(f"{name} could not be made: {done.stderr[-800:]}")
             partial.rename(target)
@@ -100,9 +105,9 @@ class Contender:
         """Its server, running, until the end of `stack`. UsageError when it does not start."""
         start, port = self.start(model), free_port()
         disk = stack.enter_context(tempfile.TemporaryDirectory(dir=MODELS, prefix="ssd-"))
-        command = [str(word).format(port=port, disk=disk) for word in (*NICE, *start.command)]
-        more = {**OFFLINE, **start.environment}
-        return stack.enter_context(Server(command, port, ready=start.ready, ready_s=READY_S, more=more))
+        words = [*with_environment({**OFFLINE, **start.environment}), *NICE, *start.command]
+        command = [str(word).format(port=port, disk=disk) for word in words]
+        return stack.enter_context(Server(command, port, ready=start.ready, ready_s=READY_S))
 
     def shown(self, model: Model) -> list[str]:
         """The command for the result: no path of this machine."""

@@ -140,7 +140,7 @@ def _awake(entry: Entry) -> Iterator[None]:
 
 
 def _measured(entry: Entry, load: Load, round_: int, console: Console) -> None:
-    if entry.problem is not None and entry.server is None:
+    if entry.server is None or (load.most_rounds is not None and round_ >= load.most_rounds):
         return
     found: Mapping[str, float | None] = {figure.key: None for figure in load.figures}
     try:
@@ -276,9 +276,9 @@ def _goal(figure: Mapping[str, Any]) -> str:
 def title(result: Mapping[str, Any]) -> str:
     where = result["environment"]
     return (
-        f"{result['shape']}, {result['precision']} weights: medians of {_rounds(result)}, {result['threads']} threads,"
-        f" {result['kv_tokens']:,} tokens of KV in the first tier; {where['cores']} cores of {where['processor']},"
-        f" commit {where['commit']}"
+        f"{result['shape']}, {result['precision']} weights: medians of {_rounds(result)} rounds, "
+        f"{result['threads']} threads, {result['kv_tokens']:,} tokens of KV in the first tier; "
+        f"{where['cores']} cores of {where['processor']}, commit {where['commit']}"
     )
 
 

@@ -7,7 +7,8 @@ import json
 import socket
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,20 @@ def test_texts_are_compared_from_their_start():
     assert side_by_side.common("abcd", "abxd") == 2
     assert side_by_side.common("ab", "abcd") == 2
     assert side_by_side.common("", "a") == 0
+
+
+def test_a_long_load_takes_fewer_rounds(monkeypatch):
+    """Every server is measured in as many rounds as the load has, in turns from both ends."""
+    order: list[str] = []
+    [one, two] = _taking_part({"one": {}, "two": {}})
+    monkeypatch.setattr(side_by_side, "_started", lambda entry, stack, console: None)
+    monkeypatch.setattr(side_by_side, "_awake", lambda entry: nullcontext())
+    monkeypatch.setattr(side_by_side, "figures_of", lambda load, result: {"rate": 1.0, "wait": result})
+    monkeypatch.setattr(side_by_side, "_aimed", lambda settings, entry, seed: (entry.name, seed))
+    monkeypatch.setattr(side_by_side.bench, "run_sync", lambda aimed: order.append(aimed[0]) or aimed[1])
+    side_by_side.measure([one, two], [replace(LOAD, most_rounds=2)], 3, QUIET)
+    assert order == ["one", "two", "two", "one"]
+    assert one.figures["some", "wait"] == [0, 1000]
 
 
 def test_a_quick_load_is_the_same_but_small():
