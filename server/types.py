@@ -50,7 +50,8 @@ class FinishReason(StrEnum):
 class BlockLayout:
     """Shape of one block, K and V of all layers: `[layers, 2, kv_heads, block_tokens, head_dim]`, one contiguous range.
 
-    Llama-3-8B in bf16 with 16 tokens: 32 * 2 * 8 * 16 * 128 * 2 B = 2 MiB.
+    Llama-3-8B in bf16 with 16 tokens: 32 * 2 * 8 * 16 * 128 * 2 B = 2 MiB. `scale_bytes`: what quantised KV keeps
+    beside each vector of head_dim.
     """
 
     layers: int
@@ -58,10 +59,11 @@ class BlockLayout:
     head_dim: int
     dtype_bytes: int
     block_tokens: int
+    scale_bytes: int = 0
 
     @property
     def token_bytes(self) -> int:
-        return self.layers * 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+        return self.layers * 2 * self.kv_heads * (self.head_dim * self.dtype_bytes + self.scale_bytes)
 
     @property
     def block_bytes(self) -> int:

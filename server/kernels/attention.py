@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, str] = {
     "reference": "server.kernels.reference:ReferenceAttention",
     "cpu": "server.kernels.cpu:CpuAttention",
+    "native": "server.kernels.native.attention:NativeAttention",
 }
 """Name -> "module:Class" for `server.registry.resolve`. A class is built as `Class(arena, geometry)`."""
+
+INT8_BACKENDS = frozenset({"reference", "native"})
+"""Those that take an int8 arena, see `server.kernels.int8`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class AttentionBackend(Protocol):
     """
 
     def __init__(self, arena: Tensor, geometry: ModelGeometry) -> None:
-        """`arena`: [frames, layers, 2, kv_heads, block_tokens, head_dim], float32, bfloat16 or float16."""
+        """`arena`: [frames, layers, 2, kv_heads, block_tokens, head_dim], float32, bfloat16, float16; of some int8."""
 
     def plan(self, batch: AttentionBatch) -> None:
         """Prepares what all layers of this step share."""

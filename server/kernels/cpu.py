@@ -83,6 +83,7 @@ class CpuAttention:
         _, layers, _, kv_heads, block_tokens, head_dim = arena.shape
         assert arena.device.type == "cpu", f"the cpu backend cannot read an arena on {arena.device}"
         assert arena.is_contiguous(), "the arena must be one contiguous, block-major tensor"
+        assert arena.dtype.is_floating_point, f"the cpu backend cannot read {arena.dtype}"
         assert (layers, kv_heads, head_dim) == (geometry.layers, geometry.kv_heads, geometry.head_dim), "other model"
         self._geometry = geometry
         self._group = geometry.heads // kv_heads

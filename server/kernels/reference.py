@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.kernels import int8
 from server.kernels.attention import AttentionBatch
 from server.types import ModelGeometry
 
@@ -21,6 +22,10 @@ class ReferenceAttention:
         self.arena = arena
         self.geometry = geometry
         self.block_tokens = arena.shape[4]
+        self.values: Tensor = arena
+        self.scales: Tensor | None = None
+        if arena.dtype == torch.int8:
+            self.values, self.scales = int8.planes(arena)
         self.batch: AttentionBatch | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
@@ -41,14 +46,23 @@ class ReferenceAttention:
     def _write(self, layer: int, frames: Tensor, start: int, k: Tensor, v: Tensor) -> None:
         positions = torch.arange(start, start + k.shape[0], device=k.device)
         frame, offset = frames[positions // self.block_tokens], positions % self.block_tokens
-        self.arena[frame, layer, 0, :, offset] = k.to(self.arena.dtype)
-        self.arena[frame, layer, 1, :, offset] = v.to(self.arena.dtype)
+        for plane, x in enumerate((k, v)):
+            if self.scales is None:
+                self.values[frame, layer, plane, :, offset] = x.to(self.values.dtype)
+            else:
+                values, scales = int8.quantise(x)
+                self.values[frame, layer, plane, :, offset] = values
+                self.scales[frame, layer, plane, :, offset] = scales
 
     def _gather(self, layer: int, frames: Tensor, context: int) -> tuple[Tensor, Tensor]:
         """Keys and values of positions 0..context-1, fp32 [context, kv_heads, head_dim] each."""
         positions = torch.arange(context, device=frames.device)
         frame, offset = frames[positions // self.block_tokens], positions % self.block_tokens
-        return self.arena[frame, layer, 0, :, offset].float(), self.arena[frame, layer, 1, :, offset].float()
+        keys, values = (self.values[frame, layer, plane, :, offset].float() for plane in range(2))
+        if self.scales is not None:
+            keys *= self.scales[frame, layer, 0, :, offset, None]
+            values *= self.scales[frame, layer, 1, :, offset, None]
+        return keys, values
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None) -> Tensor:
         group = self.geometry.heads // self.geometry.kv_heads

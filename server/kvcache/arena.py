@@ -15,14 +15,16 @@ from server.types import BlockLayout, FrameId
 
 
 def allocate_arena(frames: int, layout: BlockLayout, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """A zeroed arena `[frames, layers, 2, kv_heads, block_tokens, head_dim]` (2: K, then V) on `device`.
+    """A zeroed arena `[frames, layers, 2, kv_heads, block_tokens, head_dim]` (2: K, then V) on `device`; where the
+    layout has scales the last axis is longer by what they take.
 
     On a CPU it is a page-aligned anonymous mapping: address space is taken now, memory only as frames are first
     touched, so a 10 GiB arena costs nothing until it is used (torch.zeros writes every page).
     """
     assert frames > 0, f"an arena needs at least one frame, got {frames}"
     assert dtype.itemsize == layout.dtype_bytes, f"{dtype} is not {layout.dtype_bytes} bytes wide"
-    shape = (frames, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
+    vector = layout.head_dim + layout.scale_bytes // layout.dtype_bytes
+    shape = (frames, layout.layers, 2, layout.kv_heads, layout.block_tokens, vector)
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, frames * layout.block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from server.kernels.native.rows import argmax
 from server.runner.grammar import Matchers
 from server.types import FinishReason, RequestId, SampleSpec, SamplingParams, TokenLogprobs
 
@@ -163,8 +164,8 @@ class Sampler:
     ) -> list[tuple[int, TokenLogprobs | None]]:
         """One token per row, with its log-probabilities where the spec asks. logits: fp32 [rows, vocab], only read.
 
-        Row i belongs to `request_ids[i]` and `specs[i]`; a request appears in at most one row. NaN counts as -inf for
-        rows that are not plainly greedy; a row with no finite logit yields token 0.
+        Row i belongs to `request_ids[i]` and `specs[i]`; a request appears in at most one row. NaN counts as -inf; a
+        row with no finite logit yields token 0.
         """
         rows = len(specs)
         assert logits.shape == (rows, self.vocab), f"logits {tuple(logits.shape)}, wanted {(rows, self.vocab)}"
@@ -174,12 +175,12 @@ class Sampler:
             return []
         worked = [i for i, spec in enumerate(specs) if spec.params.temperature >= GREEDY_BELOW or _edits(spec)]
         if not worked:
-            chosen = logits.argmax(-1)
+            chosen = argmax(logits)
         else:
             chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
             plain = sorted(set(range(rows)).difference(worked))
             if plain:
-                chosen[plain] = logits[plain].argmax(-1)
+                chosen[plain] = argmax(logits[plain])
             for chunk in _row_chunks(worked, self.vocab):
                 chosen[chunk] = self._choose(logits[chunk], [request_ids[i] for i in chunk], [specs[i] for i in chunk])
         tokens: list[int] = chosen.tolist()
@@ -361,7 +362,7 @@ def _index(values: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _most_likely(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    return x.argmax(-1)
+    return argmax(x)
 
 
 def _scaled(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:

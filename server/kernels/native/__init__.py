@@ -1,8 +1,7 @@
 """The library of CPU kernels: found, loaded, and its functions as Python sees them.
 
 Built with the package (setup.py) where there is a C compiler; without it `load` returns None and everything runs in
-torch. ctypes releases the interpreter's lock during a call. Torch is imported first: its OpenMP library is then the one
-that the kernels use too, so that there is one pool of threads.
+torch. ctypes releases the interpreter's lock during a call.
 """
 
 from __future__ import annotations
@@ -12,18 +11,33 @@ import functools
 import importlib.util
 import logging
 
-import torch  # noqa: F401  # its OpenMP library first
+import torch
 
 log = logging.getLogger("terrace")
 
-ISAS = ("avx512", "avx2", "baseline")
+ISAS = ("amx", "avx512", "avx2", "baseline")
 """Instruction sets, the best first."""
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+"""`enum format` of kernels.h, as far as torch has it."""
 
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 FUNCTIONS = {
     "terrace_rmsnorm": (_P, _P, _F, _P, _N, _N, _I),
+    "terrace_qk_rope": (_P, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I),
+    "terrace_argmax": (_P, _P, _N, _N, _I),
+    "terrace_attention_plan": (_P,),
+    "terrace_attend": (_P, _N, _N, *(_P, _N, _N) * 3, _P),
+    "terrace_pack": (_P, _P, _I, _N, _N, _N, _I),
+    "terrace_rows": (_P, _P, _N, _P, _N, _I),
+    "terrace_linear": (_P, _P, _N, _P, _N, _N, _I, _P, _I),
 }
 """Name -> argument types, as in kernels.h. Tensors go as `tensor.data_ptr()`."""
+SIZES = {
+    "terrace_matrix_bytes": (_P,),
+    "terrace_linear_scratch": (_P, _N, _I),
+}
+"""Likewise, of those that return a number of bytes."""
 
 
 @functools.cache
@@ -40,9 +54,9 @@ def load() -> ctypes.CDLL | None:
         return None
     library.terrace_select.restype = ctypes.c_char_p
     library.terrace_select.argtypes = (ctypes.c_char_p,)
-    for name, types in FUNCTIONS.items():
+    for name, types in (FUNCTIONS | SIZES).items():
         function = getattr(library, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = types, _N if name in SIZES else None
     select(library, "auto")
     return library
 

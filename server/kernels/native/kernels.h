@@ -1,7 +1,7 @@
 /* What the library offers. Plain C, raw pointers, no Python and no torch: `__init__.py` is the other side.
  *
- * All calls that take `threads` split their work over that many threads of OpenMP's pool, which is torch's too. Nothing is
- * allocated and nothing is kept between calls. Nobody may write an argument meanwhile.
+ * All calls that take `threads` split their work over that many threads (pool.h). Nothing is allocated and nothing but idle
+ * threads is kept between calls. Nobody may write an argument meanwhile.
  */
 #ifndef TERRACE_KERNELS_H
 #define TERRACE_KERNELS_H
@@ -10,18 +10,83 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum format { F32, BF16, F16, I8, I4 };
+enum format { F32, BF16, F16, I8, I8_GROUP, I4_GROUP };
+
+/* Weights W [outputs, inputs] of a linear layer, packed by terrace_pack: see linear.h for the layout. With `gated`, W has
+ * 2 * outputs rows, gates first, and the layer's result is silu(gate) * up. Pointers are 64-byte aligned. */
+struct matrix {
+    uint8_t *panels; /* terrace_matrix_bytes, zero at first */
+    float *scales;   /* I8: one for each lane of each panel, zero at first; else NULL */
+    float *bias;     /* likewise, for any format; NULL for none */
+    int64_t inputs, outputs;
+    int32_t format, gated;
+};
+
+/* fp32 vectors of head_dim for tokens x heads, with strides in floats. */
+struct vectors {
+    const float *data;
+    int64_t token_stride, head_stride;
+};
+
+/* One step's attention, for all layers. Row r feeds the tokens query_starts[r] to query_starts[r + 1] of the batch, the
+ * first at position starts[r]; its block table begins at frames[tables[r]]. `terrace_attention_plan` says how large the
+ * working memory must be.
+ *
+ * The arena is [frames, layers, 2, kv_heads, block_tokens, head_dim] of F32, BF16 or F16. With I8 the last two are int8
+ * [block_tokens, head_dim] and behind them fp32 [block_tokens], the scale of each vector (max-abs / 127). */
+struct attention {
+    char *arena;
+    const int32_t *query_starts, *starts, *frames; /* [rows + 1], [rows], [all blocks of all rows] */
+    const int64_t *tables;                         /* [rows] */
+    int64_t rows;
+    int32_t format, layers, heads, kv_heads, head_dim, block_tokens, threads;
+    float scale;
+    int64_t desk_floats, partial_floats; /* set by the plan */
+    float *desks, *partials;             /* [threads, desk_floats], [partial_floats] */
+    int64_t *units, *partials_at;        /* [rows + 1] each */
+};
 
 /* One instruction set's copies. */
 struct kernels {
     const char *isa;
     void (*rmsnorm)(const float *x, const float *gain, float eps, float *y, int64_t rows, int64_t size, int threads);
+    void (*qk_rope)(float *qkv, const float *q_gain, const float *k_gain, float eps, const float *cos, const float *sin,
+                    int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int threads);
+    void (*argmax)(const float *x, int64_t *best, int64_t rows, int64_t size, int threads);
+    void (*attention_plan)(struct attention *step);
+    void (*attend)(const struct attention *step, int64_t layer, int64_t window, const struct vectors *q,
+                   const struct vectors *k, const struct vectors *v, float *out);
+    void (*pack)(const struct matrix *m, const void *source, int source_format, int64_t stride, int64_t first, int64_t rows,
+                 int threads);
+    void (*unpack)(const struct matrix *m, const int64_t *rows, int64_t count, float *y, int64_t stride, int threads);
+    void (*linear)(const struct matrix *m, const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t rows,
+                   int add, void *scratch, int threads);
 };
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
+extern const struct kernels kernels_amx __attribute__((weak)); /* absent where the compiler does not know AMX */
 
 /* Chooses an instruction set: "auto" for the best of this machine, or a name. Returns the name chosen, NULL where the
  * machine does not have it. Not while another call runs. */
 EXPORT const char *terrace_select(const char *wanted);
+
+/* Bytes of m->panels. */
+EXPORT int64_t terrace_matrix_bytes(const struct matrix *m);
+
+/* Bytes of scratch that terrace_linear needs for so many rows and threads; never less for more. */
+EXPORT int64_t terrace_linear_scratch(const struct matrix *m, int64_t rows, int threads);
+
+/* Rows first .. first + rows - 1 of W from a row-major tensor of F32, BF16 or F16, `stride` elements between its rows. In
+ * any order and any pieces; each row once. */
+EXPORT void terrace_pack(const struct matrix *m, const void *source, int source_format, int64_t stride, int64_t first,
+                         int64_t rows, int threads);
+
+/* y[i] = row rows[i] of W as the kernels see it, [count, inputs]; for embeddings. */
+EXPORT void terrace_rows(const struct matrix *m, const int64_t *rows, int64_t count, float *y, int64_t stride, int threads);
+
+/* y [rows, outputs] = x [rows, inputs] W^T (+ bias), or silu(gate) * up of it; with `add`, y += that. Strides in elements.
+ * y and x do not overlap. `scratch`: terrace_linear_scratch bytes, which nobody else uses meanwhile. */
+EXPORT void terrace_linear(const struct matrix *m, const float *x, int64_t x_stride, float *y, int64_t y_stride,
+                           int64_t rows, int add, void *scratch, int threads);
 
 #endif

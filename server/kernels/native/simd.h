@@ -13,7 +13,10 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+#define ISA amx
+#define LANES 16
+#elif defined(__AVX512F__)
 #define ISA avx512
 #define LANES 16
 #elif defined(__AVX2__)
@@ -54,9 +57,15 @@ INLINE void v_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 /* bf16 is the upper half of fp32. */
 INLINE vf v_load_bf16(const uint16_t *p) {
+#if LANES == 16
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif LANES == 8
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
     vh h;
     memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 
 /* To nearest, ties to even; NaN stays NaN. */
@@ -144,9 +153,15 @@ INLINE void v_store_f16(uint16_t *p, vf v) {
 #endif
 }
 INLINE vf v_load_i8(const int8_t *p) {
+#if LANES == 16 /* by hand: GCC takes the generic conversion apart */
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif LANES == 8
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
     vb b;
     memcpy(&b, p, sizeof b);
     return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
 }
 
 /* In one order whatever the compiler: a fixed tree, so that a sum has the same bits everywhere it is taken. */
@@ -159,31 +174,159 @@ INLINE float v_sum(vf v) {
 }
 /* a where the comparison `mask` held, else b. */
 INLINE vf v_pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-INLINE vf v_max(vf a, vf b) { return v_pick(a > b, a, b); }
+/* b where either is NaN. */
+INLINE vf v_max(vf a, vf b) {
+#if LANES == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return v_pick(a > b, a, b);
+#endif
+}
+INLINE vf v_min(vf a, vf b) {
+#if LANES == 16
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (vf)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return v_pick(a < b, a, b);
+#endif
+}
 INLINE float v_top(vf v) {
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float x[LANES];
+    memcpy(x, &v, sizeof x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+    return x[0];
+#endif
 }
 
-/* e^x within 2 ulp; 0 below -87.3, inf above 88.7. Cody and Waite's reduction, a polynomial for 2^f on [-0.5, 0.5]. */
+/* a0 b0 a1 b1 ...: the first half of it into a, the second into b. */
+INLINE void v_zip(vf *a, vf *b) {
+    float x[2 * LANES];
+    for (int i = 0; i < LANES; i++) x[2 * i] = (*a)[i], x[2 * i + 1] = (*b)[i];
+    memcpy(a, x, sizeof *a);
+    memcpy(b, x + LANES, sizeof *b);
+}
+
+INLINE vf v_of_vi(vi x) {
+#if LANES == 16
+    return (vf)_mm512_cvtepi32_ps((__m512i)x);
+#elif LANES == 8
+    return (vf)_mm256_cvtepi32_ps((__m256i)x);
+#else
+    return __builtin_convertvector(x, vf);
+#endif
+}
+
+/* Element i of vector j changes places with element j of vector i. */
+INLINE void v_transpose(vf x[LANES]) {
+#if LANES == 16
+    __m512 a[16], b[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) { /* 4 x 4 elements within each quarter */
+        __m512d low0 = (__m512d)_mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
+        __m512d low1 = (__m512d)_mm512_unpacklo_ps((__m512)x[i + 2], (__m512)x[i + 3]);
+        __m512d high0 = (__m512d)_mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]);
+        __m512d high1 = (__m512d)_mm512_unpackhi_ps((__m512)x[i + 2], (__m512)x[i + 3]);
+        a[i] = (__m512)_mm512_unpacklo_pd(low0, low1);
+        a[i + 1] = (__m512)_mm512_unpackhi_pd(low0, low1);
+        a[i + 2] = (__m512)_mm512_unpacklo_pd(high0, high1);
+        a[i + 3] = (__m512)_mm512_unpackhi_pd(high0, high1);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* 4 x 4 quarters */
+        b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+        x[i] = (vf)_mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
+        x[i + 4] = (vf)_mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88);
+        x[i + 8] = (vf)_mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
+        x[i + 12] = (vf)_mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd);
+    }
+#elif LANES == 8
+    __m256 a[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 4) { /* 4 x 4 elements within each half */
+        __m256d low0 = (__m256d)_mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+        __m256d low1 = (__m256d)_mm256_unpacklo_ps((__m256)x[i + 2], (__m256)x[i + 3]);
+        __m256d high0 = (__m256d)_mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+        __m256d high1 = (__m256d)_mm256_unpackhi_ps((__m256)x[i + 2], (__m256)x[i + 3]);
+        a[i] = (__m256)_mm256_unpacklo_pd(low0, low1);
+        a[i + 1] = (__m256)_mm256_unpackhi_pd(low0, low1);
+        a[i + 2] = (__m256)_mm256_unpacklo_pd(high0, high1);
+        a[i + 3] = (__m256)_mm256_unpackhi_pd(high0, high1);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        x[i] = (vf)_mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+        x[i + 4] = (vf)_mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+    }
+#elif defined(__SSE2__)
+    _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+#else
+    vf y[LANES];
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) y[i][j] = x[j][i];
+    memcpy(x, y, sizeof y);
+#endif
+}
+
+/* e^x within 2 ulp; 0 below -87.3 (no result is denormal), inf above 88.7 (88.3 without AVX-512). NaN stays NaN. Cody and
+ * Waite's reduction, a polynomial for e^r on [-0.35, 0.35]. */
 INLINE vf v_exp(vf x) {
-    const vf low = v_set(-87.3f), high = v_set(88.7f);
-    vf is = v_pick(x < low, low, x);
-    is = v_pick(is > high, high, is);
-    vf shifted = is * 1.44269504f + 12582912.f; /* 1.5 * 2^23: the integer part lands in the lower bits */
-    vf n = shifted - 12582912.f;
-    vf r = is - n * 0.693359375f + n * 2.12194440e-4f;
-    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    vi scale = (vi)((vu)(__builtin_convertvector(n, vi) + 127) << 23);
-    vf y = p * (vf)scale;
-    y = v_pick(x < low, v_set(0.f), y);
-    return v_pick(x > high, v_set(__builtin_inff()), y);
+    const vf low = v_set(-87.3f), is = v_min(v_set(89.f), v_max(low, x));
+    const vf shifted = v_fma(is, v_set(1.44269504f), v_set(12582912.f)); /* 1.5 * 2^23: rounds, and leaves an integer below */
+    const vf n = shifted - 12582912.f;
+    const vf r = v_fma(n, v_set(2.12194440e-4f), v_fma(n, v_set(-0.693359375f), is));
+    vf p = v_fma(r, v_set(1.9875691500e-4f), v_set(1.3981999507e-3f));
+    p = v_fma(p, r, v_set(8.3334519073e-3f));
+    p = v_fma(p, r, v_set(4.1665795894e-2f));
+    p = v_fma(p, r, v_set(1.6666665459e-1f));
+    p = v_fma(p, r, v_set(5.0000001201e-1f));
+    p = v_fma(p * r, r, r) + 1.f;
+#if LANES == 16
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+    const vu scale = ((vu)shifted - 0x4b400000u + 127u) << 23; /* 2^n; n = 128 gives inf */
+    return (vf)((vi)(p * (vf)scale) & ~(x < low));
+#endif
+}
+
+/* Rounded to int8 with the scale that makes the largest 127: `n` values, and the scale, x = out * scale nearly. What is
+ * not finite makes the scale NaN, so that it is not lost. */
+INLINE float quantise_i8(const float *x, int64_t n, int8_t *out) {
+    int32_t bits = 0; /* of |x|: ordered as the numbers are, infinity and NaN on top */
+    float top;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t b;
+        memcpy(&b, x + i, 4);
+        b &= 0x7fffffff;
+        bits = b > bits ? b : bits;
+    }
+    memcpy(&top, &bits, 4);
+    if (bits >= 0x7f800000 || top < 1e-30f) {
+        memset(out, 0, (size_t)n);
+        return bits >= 0x7f800000 ? __builtin_nanf("") : 0.f;
+    }
+    const float inverse = 127.f / top;
+    for (int64_t i = 0; i < n; i++) {
+        const float rounded = x[i] * inverse + 12582912.f; /* to nearest, ties to even; the integer lands in the low bits */
+        int32_t b;
+        memcpy(&b, &rounded, 4);
+        out[i] = (int8_t)(b - 0x4b400000);
+    }
+    return top / 127.f;
 }
 
 #endif

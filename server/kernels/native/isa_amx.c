@@ -1,0 +1,2 @@
+/* See kernels.inc; setup.py gives the flags. */
+#include "kernels.inc"

@@ -1,0 +1,56 @@
+"""The row kernels as functions of tensors: norms, rotation of queries and keys, the most likely token.
+
+All take and give fp32 on the CPU, contiguous, and use torch's number of threads. A row's bits depend on that row alone.
+Each needs the library (`load`), but for `argmax`, which asks torch where there is none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from server.kernels.native import load
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x [rows, size], gain [size] -> [rows, size]."""
+    out = torch.empty_like(x)
+    _library().terrace_rmsnorm(
+        x.data_ptr(), gain.data_ptr(), eps, out.data_ptr(), x.shape[0], x.shape[1], torch.get_num_threads()
+    )
+    return out
+
+
+def qk_rope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, gains: tuple[Tensor, Tensor] | None, eps: float
+) -> None:
+    """In place: norms (with `gains` for queries and for keys, [head_dim] each) and rotates the heads of queries and
+    keys in `qkv` [tokens, (heads + 2 * kv_heads) * head_dim]; values stay. cos, sin: [tokens, head_dim / 2], the
+    amplitude in them; channel i turns with channel i + head_dim / 2."""
+    tokens, width = qkv.shape
+    head_dim = width // (heads + 2 * kv_heads)
+    assert cos.shape == sin.shape == (tokens, head_dim // 2), f"angles {tuple(cos.shape)} for {tokens} x {head_dim}"
+    q_gain, k_gain = (gain.data_ptr() for gain in gains) if gains is not None else (None, None)
+    _library().terrace_qk_rope(
+        qkv.data_ptr(), q_gain, k_gain, eps, cos.data_ptr(), sin.data_ptr(),
+        tokens, heads, kv_heads, head_dim, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def argmax(x: Tensor) -> Tensor:
+    """int64 [rows]: the greatest of each row of x [rows, size], the lowest index among equals. NaN counts as -inf; 0
+    where nothing is left."""
+    library = load()
+    if library is None or x.device.type != "cpu" or not x.is_contiguous():
+        return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(-1)
+    best = torch.empty(x.shape[0], dtype=torch.int64)
+    library.terrace_argmax(x.data_ptr(), best.data_ptr(), x.shape[0], x.shape[1], torch.get_num_threads())
+    return best
+
+
+def _library() -> ctypes.CDLL:
+    library = load()
+    assert library is not None, "the native kernels were not built"
+    return library
