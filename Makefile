@@ -13,13 +13,15 @@ SEEDS  ?= 0..9999
 TORCH_INDEX ?=
 TORCH  ?= torch>=2.11,<2.14
 
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+
 BIN     := $(VENV)/bin
 RUN     := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench bench-cpu peers claims observe sim fuzz clients install install-dev clean
+.PHONY: help serve test lint format bench bench-cpu peers sanitize claims observe sim fuzz clients install install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +50,13 @@ peers: $(DEV) ## install other CPU servers, each in an environment of its own un
 
 bench-cpu: $(DEV) ## Terrace beside every CPU server that `make peers` installed; fails when a goal is missed
 	$(BIN)/python -m loadgen.peers $(ARGS)
+
+sanitize: $(DEV) ## tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	CFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' $(BIN)/python setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest tests/unit/test_native_linear.py tests/unit/test_native_attention.py \
+	  tests/unit/test_native_rows.py $(ARGS); status=$$?; \
+	  $(BIN)/python setup.py -q build_ext --inplace --force && exit $$status
 
 claims: $(DEV) ## what the README claims of tiers, over HTTP; fails when a goal is missed
 	$(BIN)/terrace bench suite $(ARGS)
