@@ -11,8 +11,10 @@ from server.bench.report import Report
 
 BENCHES = {
     "abuse": "server.bench.abuse:run",
+    "attention": "server.bench.attention:run",
     "scheduler": "server.bench.scheduler:run",
     "metrics": "server.bench.metrics:run",
+    "kernels": "server.bench.kernels:run",
     "model": "server.bench.model:run",
     "clients": "server.bench.clients:run",
     "grid": "server.bench.grid:run",

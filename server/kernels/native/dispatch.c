@@ -59,6 +59,10 @@ const char *terrace_select(const char *wanted) {
     return NULL;
 }
 
+EXPORT void terrace_read(const void *memory, int64_t bytes, uint64_t *sum, int threads) {
+    chosen->read_all(memory, bytes, sum, threads);
+}
+
 EXPORT void terrace_rmsnorm(const float *x, const float *gain, float eps, float *y, int64_t rows, int64_t size, int threads) {
     chosen->rmsnorm(x, gain, eps, y, rows, size, threads);
 }

@@ -49,6 +49,7 @@ struct attention {
 /* One instruction set's copies. */
 struct kernels {
     const char *isa;
+    void (*read_all)(const void *memory, int64_t bytes, uint64_t *sum, int threads);
     void (*rmsnorm)(const float *x, const float *gain, float eps, float *y, int64_t rows, int64_t size, int threads);
     void (*qk_rope)(float *qkv, const float *q_gain, const float *k_gain, float eps, const float *cos, const float *sin,
                     int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int threads);
@@ -69,6 +70,9 @@ extern const struct kernels kernels_amx __attribute__((weak)); /* absent where t
 /* Chooses an instruction set: "auto" for the best of this machine, or a name. Returns the name chosen, NULL where the
  * machine does not have it. Not while another call runs. */
 EXPORT const char *terrace_select(const char *wanted);
+
+/* Reads memory, a multiple of 64 bytes, into a sum: the limit of what kernels can do. */
+EXPORT void terrace_read(const void *memory, int64_t bytes, uint64_t *sum, int threads);
 
 /* Bytes of m->panels. */
 EXPORT int64_t terrace_matrix_bytes(const struct matrix *m);

@@ -7,10 +7,11 @@
  *   F32, F16, I8   [depth][16]
  *   BF16           [depth / 2][16][2]: the B tile of AMX; without it the odd input is a mask, the even one a shift
  *   I8_GROUP       [depth / 32] of { bf16 scales[16], int8 [32][16] }
- *   I4_GROUP       [depth / 32] of { bf16 scales[16], uint32 [4][16]: 8 codes each, the first in the lowest bits }
+ *   I4_GROUP       [depth / 32] of { uint16 scales[16], uint32 [4][16]: the codes of 8 inputs each, from the lowest bits
+ *                  on those of inputs 0, 2, 4, 6, 1, 3, 5, 7 }
  *
- * I8 has one fp32 scale for each output, applied to the sum. The scale of a group times the integer is exact in fp32; a
- * code of four bits stands for an entry of `CODES`.
+ * I8 has one fp32 scale for each output, applied to the sum. I8_GROUP's scale times the integer is exact in fp32. A code of
+ * I4_GROUP stands for an entry of `CODES`, see there.
  */
 #ifndef TERRACE_LINEAR_H
 #define TERRACE_LINEAR_H
@@ -22,11 +23,11 @@ enum {
     GROUP = 32,
     AMX_ROWS = 16,           /* rows of x in a tile of AMX; other instruction sets have smaller ones */
     ROWS_AT_ONCE = 2048, /* rows of x that are packed at once */
-    BLOCK_DEPTH = 256,   /* inputs between two visits to the sums: two panels of them fit the first-level cache */
-    CHUNK_ROWS = 256,
-    CHUNK_PANELS = 8, /* panels whose sums a thread keeps at once */
+    BLOCK_BYTES = 16384, /* of one panel's weights between two visits to the sums: two panels fit the first-level cache */
+    CHUNK_ROWS = 512,    /* of x, whose values of a block's inputs and whose sums with */
+    CHUNK_PANELS = 8,    /* so many panels fit the second-level cache */
     SUMS_BYTES = CHUNK_PANELS * CHUNK_ROWS * PANEL * 4,
-    THREAD_BYTES = SUMS_BYTES + 2 * BLOCK_DEPTH * PANEL * 4, /* and two panels' weights, converted */
+    THREAD_BYTES = SUMS_BYTES + 2 * BLOCK_BYTES,
 };
 
 static inline int64_t matrix_depth(const struct matrix *m) { return (m->inputs + GROUP - 1) / GROUP * GROUP; }
@@ -44,8 +45,14 @@ static inline int64_t panel_bytes(int format, int64_t depth) {
     }
 }
 
-/* What four bits stand for. Found by Lloyd's iteration over groups of 32 values (normal, Laplace and Student's t), each with
- * the scale that suits it best: a third less squared error than sixteen equal steps. */
-static const int8_t CODES[16] = {-126, -91, -70, -53, -38, -25, -13, -2, 8, 19, 31, 45, 60, 78, 101, 127};
+/* What four bits stand for, as bf16: these values times 2^-127, in this order:
+ *     -126, -91, -70, -53, -38, -25, -13, -2, 8, 19, 31, 45, 60, 78, 101, 127
+ * Found by Lloyd's iteration over groups of 32 values (normal, Laplace and Student's t), each with the scale that suits it
+ * best: a sixth less squared error than sixteen equal steps. A group's scale is a number of 16 bits that is *added* to
+ * the bf16's bits: 128 of them double the value (in between it grows linearly, which bends the table a little), the top
+ * one turns the sign. So a weight is exactly a bf16, had by a look-up and an addition, for 32 weights at once. */
+#define CODE_LIST 0x837c, 0x8336, 0x830c, 0x82d4, 0x8298, 0x8248, 0x81d0, 0x8080, \
+                  0x0180, 0x0218, 0x0278, 0x02b4, 0x02f0, 0x031c, 0x034a, 0x037e
+static const uint16_t CODES[16] = {CODE_LIST};
 
 #endif

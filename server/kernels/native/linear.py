@@ -94,6 +94,17 @@ class PackedLinear:
         """Bytes held."""
         return sum(part.nbytes for part in (self._panels, self._scales, self.bias) if part is not None)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Address and bytes of the panels."""
+        return self._panels.data_ptr(), self._panels.nbytes
+
+    def copy(self, other: PackedLinear) -> None:
+        """Takes over the weights, and the bias, of a layer of the same shape and format."""
+        for mine, its in zip((self._panels, self._scales, self.bias), (other._panels, other._scales, other.bias)):
+            if mine is not None and its is not None:
+                mine.copy_(its)
+
     def fill(self, first: int, weights: Tensor) -> None:
         """Rows `first`, `first` + 1, ... of W from `weights` [rows, inputs] of a dtype in `SOURCES`, each row once."""
         rows, inputs = weights.shape

@@ -1,0 +1,142 @@
+"""Native attention beside what the machine allows: decode against memory bandwidth, prefill against torch's kernel.
+
+Decode rows read all layers of an arena larger than the last-level cache, in turn with a plain sum over as many bytes;
+what counts is the ratio within a turn, because a shared machine's bandwidth drifts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.bench.report import Report
+from server.kernels import int8
+from server.kernels.attention import BACKENDS, AttentionBackend, AttentionBatch
+from server.kvcache.arena import allocate_arena
+from server.registry import resolve
+from server.types import BlockLayout, ModelGeometry
+
+ROUNDS = 5
+BLOCK_TOKENS = 16
+CONTEXT, ROWS, PROMPT = 2048, 16, 2048
+ARENA_BYTES = 640 * 2**20
+"""Twice the largest last-level caches: no layer is still there when its turn comes again."""
+GROUPS = ((12, 4), (16, 8))
+"""Query heads and KV heads."""
+HEAD_DIM = 64
+FORMATS = (torch.float32, torch.bfloat16, torch.int8)
+BANDWIDTH_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class _Case:
+    backend: AttentionBackend
+    geometry: ModelGeometry
+    kv_bytes: int
+    """Read by one step over all layers."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def step(self) -> None:
+        for layer in range(self.geometry.layers):
+            self.backend.run(layer, self.q, self.k, self.v)
+
+
+def run(*, quick: bool = False) -> Report:
+    report = Report("attention", quick=quick)
+    _decode(report, quick)
+    _prefill(report, quick)
+    return report
+
+
+def _decode(report: Report, quick: bool) -> None:
+    report.header("decode", "heads", "GB/s", "memory GB/s", "share [min-max]")
+    context = 128 if quick else CONTEXT
+    size = ARENA_BYTES // 64 if quick else ARENA_BYTES
+    for dtype in FORMATS:
+        for heads, kv_heads in GROUPS:
+            case = _case("native", dtype, heads, kv_heads, [(context - 1, 1)] * ROWS, size)
+            memory = torch.ones(case.kv_bytes // 4)
+            turns = [(_seconds(case.step), _seconds(memory.sum)) for _ in range(1 if quick else ROUNDS)]
+            shares = [sum_s / step_s for step_s, sum_s in turns]
+            ours, limit = (case.kv_bytes / median(times) / 1e9 for times in zip(*turns, strict=True))
+            name = f"{heads}/{kv_heads}"
+            spread = f"{median(shares):.2f} [{min(shares):.2f}-{max(shares):.2f}]"
+            report.row(_name(dtype), name, f"{ours:.1f}", f"{limit:.1f}", spread)
+            report.keep(part="decode", kv_dtype=_name(dtype), heads=name, kv_bytes=case.kv_bytes, turns_s=turns)
+            if not quick:
+                statement = f"decode {_name(dtype)} {name}: at least {BANDWIDTH_SHARE:.0%} of the memory's bandwidth"
+                report.goal(statement, met=median(shares) >= BANDWIDTH_SHARE)
+
+
+def _prefill(report: Report, quick: bool) -> None:
+    report.header("prefill", "heads", "native ms", "torch ms", "torch/native", "GFLOP/s")
+    prompt = 128 if quick else PROMPT
+    for dtype in FORMATS:
+        for heads, kv_heads in GROUPS:
+            ours = _case("native", dtype, heads, kv_heads, [(0, prompt)], 0)
+            plain = torch.float32 if dtype == torch.int8 else dtype
+            theirs = _case("cpu", plain, heads, kv_heads, [(0, prompt)], 0)
+            turns = [(_seconds(ours.step), _seconds(theirs.step)) for _ in range(1 if quick else ROUNDS)]
+            native_s, torch_s = (median(times) for times in zip(*turns, strict=True))
+            flops = 4 * HEAD_DIM * heads * prompt * (prompt + 1) / 2
+            name, ratio = f"{heads}/{kv_heads}", median(b / a for a, b in turns)
+            cells = (f"{native_s * 1e3:.1f}", f"{torch_s * 1e3:.1f}", f"{ratio:.2f}", f"{flops / native_s / 1e9:.0f}")
+            report.row(_name(dtype), name, *cells)
+            report.keep(part="prefill", kv_dtype=_name(dtype), heads=name, prompt=prompt, turns_s=turns)
+            if not quick:
+                report.goal(f"prefill {_name(dtype)} {name}: at least as fast as torch's kernel", met=ratio >= 1)
+
+
+def _case(
+    name: str, dtype: torch.dtype, heads: int, kv_heads: int, rows: list[tuple[int, int]], arena_bytes: int
+) -> _Case:
+    """Rows of (cached, fed) on shuffled frames; as many layers as fill `arena_bytes`, at least one."""
+    counts = [-(-(start + fed) // BLOCK_TOKENS) for start, fed in rows]
+    scale_bytes = int8.SCALE_BYTES if dtype == torch.int8 else 0
+    layout = BlockLayout(1, kv_heads, HEAD_DIM, dtype.itemsize, BLOCK_TOKENS, scale_bytes)
+    layer_bytes = sum(counts) * layout.block_bytes
+    layers = max(1, arena_bytes // layer_bytes)
+    arena = allocate_arena(sum(counts), replace(layout, layers=layers), dtype)
+    if dtype == torch.int8:
+        values, scales = int8.planes(arena)
+        values.random_(-127, 128)
+        scales.fill_(0.02)
+    else:
+        arena.normal_()
+    shape = ModelGeometry(
+        layers=layers,
+        hidden=heads * HEAD_DIM,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        vocab=1,
+        max_positions=1 << 20,
+        scale=HEAD_DIM**-0.5,
+        windows=(None,) * layers,
+    )
+    starts, fed = (np.array(column, np.int32) for column in zip(*rows, strict=True))
+    frames = np.random.default_rng(0).permutation(sum(counts)).astype(np.int32)
+    bounds = np.concatenate(([0], np.cumsum(fed))).astype(np.int32)
+    backend = resolve("attention backend", BACKENDS, name)(arena, shape)
+    backend.plan(AttentionBatch(bounds, starts, starts + fed, np.split(frames, np.cumsum(counts)[:-1])))
+    tokens = int(bounds[-1])
+    vectors = (torch.randn(tokens, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads))
+    return _Case(backend, shape, layers * layer_bytes, *vectors)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
