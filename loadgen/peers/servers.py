@@ -131,13 +131,15 @@ def terrace(model: Model) -> Start:
 
 
 def llama_cpp(model: Model) -> Start:
+    """Without its flash attention: on a CPU it takes ten times as long for a short prompt behind a long prefix, and
+    is no faster at decoding."""
     built = ENVIRONMENTS / "llama.cpp" / "build" / "bin" / "llama-server"
     script = [ENVIRONMENTS / "llama.cpp" / "bin" / "python", HERE / "gguf_file.py"]
     weights = model.made(f"{model.precision}.gguf", [*script, "{checkpoint}", "{target}", model.precision])
     return Start(
         [built if built.exists() else shutil.which("llama-server") or built, "--model", weights, "--host", "127.0.0.1",
          "--port", "{port}", "--ctx-size", str(KV_TOKENS), "--parallel", str(SEQUENCES), "--kv-unified",
-         "--threads", str(THREADS), "--no-ui"],
+         "--threads", str(THREADS), "--flash-attn", "off", "--no-ui"],
         "/health",
     )  # fmt: skip
 
