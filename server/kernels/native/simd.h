@@ -57,10 +57,10 @@ INLINE void v_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 /* bf16 is the upper half of fp32. */
 INLINE vf v_load_bf16(const uint16_t *p) {
-#if LANES == 16
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#if LANES == 16 /* by hand: GCC takes the generic conversion apart */
+    return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)) << 16);
 #elif LANES == 8
-    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+    return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)) << 16);
 #else
     vh h;
     memcpy(&h, p, sizeof h);
@@ -153,7 +153,7 @@ INLINE void v_store_f16(uint16_t *p, vf v) {
 #endif
 }
 INLINE vf v_load_i8(const int8_t *p) {
-#if LANES == 16 /* by hand: GCC takes the generic conversion apart */
+#if LANES == 16
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #elif LANES == 8
     return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
