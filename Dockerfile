@@ -7,14 +7,17 @@
 
 FROM python:3.12-slim-bookworm AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/terrace/bin:$PATH
-RUN python -m venv /opt/terrace
+# A compiler for the native CPU kernels; it does not reach the images.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+ && python -m venv /opt/terrace
 WORKDIR /src
 
 # torch first: the largest layer, and the one that changes least.
 FROM build AS build-cpu
 ARG TORCH_INDEX=""
 RUN ${TORCH_INDEX:+env PIP_INDEX_URL="$TORCH_INDEX"} pip install 'torch>=2.11,<2.14'
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY server server
 COPY loadgen loadgen
 # hadolint ignore=DL3013  # it is this tree, and pyproject.toml bounds what it needs
@@ -22,7 +25,7 @@ RUN pip install '.[otel]'
 
 FROM build AS build-cuda
 RUN pip install 'torch>=2.11,<2.14'
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY server server
 COPY loadgen loadgen
 # hadolint ignore=DL3013  # the same

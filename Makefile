@@ -13,13 +13,15 @@ SEEDS  ?= 0..9999
 TORCH_INDEX ?=
 TORCH  ?= torch>=2.11,<2.14
 
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+
 BIN     := $(VENV)/bin
 RUN     := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench claims observe sim fuzz clients install install-dev clean
+.PHONY: help serve test lint format bench bench-cpu peers sanitize claims observe sim fuzz clients install install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +45,19 @@ format: $(DEV) ## let ruff format and fix
 bench: $(DEV) ## speed of scheduler, model and server; fails when a stated goal is missed
 	$(BIN)/python -m server.bench $(ARGS)
 
+peers: $(DEV) ## install other CPU servers, each in an environment of its own under .peers/ (ARGS=NAME for one)
+	$(BIN)/python -m loadgen.peers install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(ARGS)
+
+bench-cpu: $(DEV) ## Terrace beside every CPU server that `make peers` installed; fails when a goal is missed
+	$(BIN)/python -m loadgen.peers $(ARGS)
+
+sanitize: $(DEV) ## tests of the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	CFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' $(BIN)/python setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest tests/unit/test_native_linear.py tests/unit/test_native_attention.py \
+	  tests/unit/test_native_rows.py $(ARGS); status=$$?; \
+	  $(BIN)/python setup.py -q build_ext --inplace --force && exit $$status
+
 claims: $(DEV) ## what the README claims of tiers, over HTTP; fails when a goal is missed
 	$(BIN)/terrace bench suite $(ARGS)
 
@@ -63,7 +78,7 @@ clients: $(DEV) ## clients that others wrote, each in an environment of its own 
 	$(BIN)/python -m tests.clients $(ARGS)
 
 clean: ## remove $(VENV) and caches
-	rm -rf $(VENV) .clients .prometheus build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .clients .peers .prometheus build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -13,12 +13,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 NATIVE = Path("server/kernels/native")
-COMMON = ["-O3", "-std=gnu11", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+COMMON = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
           "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-g0"]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
-SOURCES = {"dispatch.c": [], "isa_baseline.c": []}
+SOURCES = {"dispatch.c": [], "pool.c": [], "isa_baseline.c": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {"isa_avx2.c": AVX2, "isa_avx512.c": AVX512, "isa_amx.c": AMX}
 YOUNG = {"isa_amx.c"}
@@ -36,8 +36,7 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor() as pool:  # each is a process of its own
             objects = [name for names in pool.map(compiled, SOURCES) for name in names]
-        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["m"],
-                                         extra_postargs=["-fopenmp"])  # fmt: skip
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), libraries=["m", "pthread"])
 
 
 setup(

@@ -136,6 +136,12 @@ def environment() -> dict[str, Any]:
             "versions": versions}  # fmt: skip
 
 
+def terrace_version() -> str:
+    """Version and commit of the checkout."""
+    known = environment()
+    return f"{known['versions']['terrace']} ({known['commit']})"
+
+
 def _commit() -> str | None:
     """Of the checkout that this file is in, with `+` when it was changed; None outside of one."""
     folder = Path(__file__).parent

@@ -36,7 +36,7 @@ from server.engine import Engine
 from server.errors import ConfigError
 from server.explain import Explanations
 from server.kernels.attention import BACKENDS
-from server.kernels.choice import choose_backend
+from server.kernels.choice import choose_backend, use_native
 from server.kernels.int8 import SCALE_BYTES
 from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
@@ -224,7 +224,7 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
         model, weights = _load(config, folder, startup.moved), _weights(config, folder)
     if changed := changed_files(folder, checkpoint):
         raise ConfigError(f"{folder / changed[0]} changed while it was read; start again when it is whole")
-    backend = choose_backend(config.model.attention, config.kv.kv_dtype)
+    backend = choose_backend(config.model.attention, config.kv.kv_dtype, native=use_native(config.model))
     kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
     layout = _layout(config, model, kv_dtype)
     frames = int(config.kv.device_gib * 2**30) // layout.block_bytes
@@ -234,7 +234,8 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
     name = model_name(config)
     metrics = Metrics(name, _facts(config, model, kv_dtype, max_model_len))
-    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=(str(model.dtype), str(kv_dtype)))
+    precisions = [str(model.dtype), str(kv_dtype), config.model.quantization]
+    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=precisions)
     with startup.timed("host_alloc"):
         tiers, specs = _lower_tiers(config, layout, arena, identity, metrics, disk)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
@@ -345,7 +346,7 @@ def _facts(config: Config, model: Model, kv_dtype: Any, max_model_len: int) -> F
         kv_dtype=_name_of(kv_dtype),
         parameters=sum(weight.numel() for weight in weights),
         max_model_len=max_model_len,
-        weights_bytes=sum(weight.numel() * weight.itemsize for weight in weights),
+        weights_bytes=sum(weight.nbytes for weight in weights),
         targets=_targets(config),
         write_bytes_per_day=config.kv.ssd_write_gib_per_day * 2**30,
     )
@@ -361,17 +362,18 @@ def _check_device(config: Config) -> None:
 
 def _check_room(config: Config, folder: Path) -> None:
     """Before anything slow: is there memory for what is asked for, and a disk? Raises ConfigError."""
-    dtype, weights = weights_bytes(folder, _dtype(config), config.model.load_format)
+    m = config.model
+    precision, weights = weights_bytes(folder, _dtype(config), m.load_format, m.quantization, use_native(config.model))
     sizes = {"--device-gib": config.kv.device_gib, "--dram-gib": config.kv.dram_gib}
-    check_memory(model_name(config), weights, dtype, sizes, available_bytes())
+    check_memory(model_name(config), weights, precision, sizes, available_bytes())
     if config.kv.ssd_path is not None:
         check_disk(config.kv.ssd_path, config.kv.ssd_gib, config.kv.ssd_min_free_gib)
 
 
 def _dtype(config: Config) -> DTypeName:
-    """The precision of weights; on a CPU float32 unless another is asked for."""
+    """The precision of weights; where torch computes on a CPU float32 unless another is asked for."""
     asked = config.model.dtype
-    return "float32" if asked == "auto" and config.model.device == "cpu" else asked
+    return "float32" if asked == "auto" and config.model.device == "cpu" and not use_native(config.model) else asked
 
 
 def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Model:
@@ -393,6 +395,8 @@ def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Mo
             load_format=config.model.load_format,
             seed=config.model.seed,
             progress=progress,
+            quantization=config.model.quantization,
+            native=use_native(config.model),
         )
 
 

@@ -64,28 +64,28 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def check_memory(
-    name: str, weights: Mapping[str, int], dtype: str, tiers: Mapping[str, float], available: int | None
+    name: str, weights: Mapping[str, int], precision: str, tiers: Mapping[str, float], available: int | None
 ) -> None:
     """Raises ConfigError unless model `name` and its tiers fit into `available` bytes.
 
-    `weights`: bytes by precision in which the model can be served, `dtype` being the one asked for. `tiers`: GiB that
-    are asked for by flag, from the one to give up last to the one to give up first.
+    `weights`: bytes by the flag of a precision in which the model can be served, `precision` being the one asked for.
+    `tiers`: GiB that are asked for by flag, from the one to give up last to the one to give up first.
     """
-    needed = weights[dtype] + sum(tiers.values()) * GIB + SPARE_BYTES
+    needed = weights[precision] + sum(tiers.values()) * GIB + SPARE_BYTES
     if available is None or needed <= available:
         return
     asked = "".join(f" + {flag} {size:g}" for flag, size in tiers.items() if size)
     raise ConfigError(
-        f"model {name} does not fit: weights {_gib(weights[dtype])} GiB in {dtype}{asked} + {_gib(SPARE_BYTES)} GiB to "
-        f"work in = {_gib(needed)} GiB needed, {_gib(available)} GiB available; "
-        f"{_advice(weights, dtype, tiers, available - SPARE_BYTES)}",
+        f"model {name} does not fit: weights {_gib(weights[precision])} GiB with {precision}{asked} + "
+        f"{_gib(SPARE_BYTES)} GiB to work in = {_gib(needed)} GiB needed, {_gib(available)} GiB available; "
+        f"{_advice(weights, precision, tiers, available - SPARE_BYTES)}",
         param="kv.device_gib",
     )
 
 
-def _advice(weights: Mapping[str, int], dtype: str, tiers: Mapping[str, float], room: int) -> str:
+def _advice(weights: Mapping[str, int], precision: str, tiers: Mapping[str, float], room: int) -> str:
     """What fits into `room` bytes: less of the tiers, or another precision."""
-    left_gib = max(0.0, (room - weights[dtype]) / GIB)
+    left_gib = max(0.0, (room - weights[precision]) / GIB)
     fitting: dict[str, float] = {}
     for flag, size in tiers.items():
         fitting[flag] = min(size, left_gib)
@@ -95,7 +95,7 @@ def _advice(weights: Mapping[str, int], dtype: str, tiers: Mapping[str, float], 
         return f"{' '.join(less)} fits"
     for other, size in weights.items():
         if size + LEAST_GIB * GIB <= room:
-            return f"--dtype {other} leaves room: {_gib(size)} GiB of weights"
+            return f"{other} leaves room: {_gib(size)} GiB of weights"
     return "take a smaller model or a larger machine"
 
 

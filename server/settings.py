@@ -75,6 +75,7 @@ Gib = Annotated[float, BeforeValidator(parse_gib)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 Count = Annotated[int, BeforeValidator(parse_count)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_parse_dtype)]
+Quantization = Literal["none", "int8", "int8-g32", "int4-g32"]
 KvDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8"], BeforeValidator(_parse_dtype)]
 AdminKeys = Annotated[tuple[str, ...], BeforeValidator(_parse_list), AfterValidator(_no_blank)]
 ApiKeys = Annotated[AdminKeys, AfterValidator(_weighted)]
@@ -97,7 +98,8 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Annotated[Dtype, COMMON] = Field(
-        default="auto", description="Precision of weights and arithmetic; auto: the checkpoint's own, float32 on a CPU."
+        default="auto",
+        description="Precision of weights; auto: the checkpoint's own, but float32 where torch computes on a CPU.",
     )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto",
@@ -128,7 +130,16 @@ class ModelConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="Seeds dummy weights and the sampling of requests that name no seed of their own."
     )
+    quantization: Annotated[Quantization, COMMON] = Field(
+        default="none",
+        description="Weights of linear layers, made at load from any checkpoint: int8 with a scale for each output, "
+        "int8-g32 and int4-g32 with one for each 32 weights; needs the native kernels.",
+    )
     device: Annotated[Literal["cpu", "cuda"], COMMON] = Field(default="cpu", description="Where the model runs.")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="What computes on a CPU: the native kernels, or torch; auto: native where they were built.",
+    )
     attention: str = Field(default="auto", description="Attention backend; auto: the best one for the device.")
     threads: int | None = Field(
         default=None,

@@ -19,6 +19,7 @@ BENCHES = {
     "clients": "server.bench.clients:run",
     "grid": "server.bench.grid:run",
     "isolation": "server.bench.isolation:run",
+    "quality": "server.bench.quality:run",
     "scale": "server.bench.scale:run",
     "soak": "server.bench.soak:run",
     "split": "server.bench.split:run",

@@ -36,7 +36,7 @@ from server.bench.report import Report, quantile
 
 ROUNDS = 3
 PHASE_S = 5.0
-EVERY_S = 0.04
+EVERY_S = 0.02
 """Between two requests of the polite client."""
 GOAL = 1.2
 ATTACKERS = 2

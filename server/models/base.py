@@ -19,6 +19,35 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 and returns [tokens, heads * head_dim]. Called once for each layer, in order."""
 
 
+class Parameter(Protocol):
+    """Where the values of a checkpoint's tensor go: a view into a torch tensor, or rows of a packed matrix."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def nbytes(self) -> int: ...
+    def numel(self) -> int: ...
+    def copy_(self, values: Tensor, /) -> Any:
+        """Takes the values, of the same shape and any float dtype."""
+        ...
+
+
+class Parts(Protocol):
+    """What a decoder is made of; `layers.TorchParts` says what each does. `dtype`: of the cache, unless another is
+    asked for."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device | str: ...
+    def linear(self, inputs: int, outputs: int, bias: bool = False) -> Any: ...
+    def gated(self, inputs: int, inner: int, bias: bool = False) -> Any: ...
+    def table(self, entries: int, size: int) -> Any: ...
+    def norm(self, size: int, eps: float) -> Any: ...
+    def heads(self, geometry: ModelGeometry, eps: float, *, norm: bool) -> Any: ...
+    def angles(self, rotary: Any, positions: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class Model(Protocol):
     """A decoder-only language model. Device thread only, once loaded."""
 
@@ -26,12 +55,12 @@ class Model(Protocol):
     dtype: torch.dtype
 
     @classmethod
-    def build(cls, config: Any, dtype: torch.dtype, device: torch.device | str) -> Self:
+    def build(cls, config: Any, parts: Parts) -> Self:
         """A model with uninitialised parameters from a transformers config. ConfigError for what it cannot do."""
         ...
 
-    def parameters(self) -> Mapping[str, Tensor]:
-        """Checkpoint tensor name -> where its values go: a view into a parameter. Together they cover all."""
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Checkpoint tensor name -> where its values go. Together they cover all."""
         ...
 
     def fused(self) -> Mapping[str, Sequence[str]]:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from server.errors import ConfigError
-from server.models.base import Attend
-from server.models.layers import Linear, RMSNorm, Rotary, rotate, silu_gate
+from server.models.base import Attend, Parameter, Parts
+from server.models.layers import Rotary
 from server.types import ModelGeometry
 
 
@@ -75,46 +74,47 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
 class Layer:
     """Parameters of one decoder layer."""
 
-    __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "output", "qk_gain", "qkv")
+    __slots__ = ("attention_norm", "down", "gate_up", "heads", "mlp_norm", "output", "qkv")
 
-    def __init__(self, spec: DecoderSpec, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, spec: DecoderSpec, parts: Parts) -> None:
         g = spec.geometry
-        self.attention_norm = RMSNorm(g.hidden, spec.norm_eps, dtype, device)
-        self.qkv = Linear(g.hidden, (g.heads + 2 * g.kv_heads) * g.head_dim, spec.qkv_bias, dtype, device)
-        self.output = Linear(g.heads * g.head_dim, g.hidden, spec.output_bias, dtype, device)
-        self.mlp_norm = RMSNorm(g.hidden, spec.norm_eps, dtype, device)
-        self.gate_up = Linear(g.hidden, 2 * spec.inner, spec.mlp_bias, dtype, device)
-        self.down = Linear(spec.inner, g.hidden, spec.mlp_bias, dtype, device)
-        # One gain per channel for queries and one for keys, expanded over heads so that both are normed at once.
-        self.qk_gain = torch.empty(2, g.head_dim, dtype=dtype, device=device) if spec.qk_norm else None
+        self.attention_norm = parts.norm(g.hidden, spec.norm_eps)
+        self.qkv = parts.linear(g.hidden, (g.heads + 2 * g.kv_heads) * g.head_dim, spec.qkv_bias)
+        self.heads = parts.heads(g, spec.norm_eps, norm=spec.qk_norm)
+        self.output = parts.linear(g.heads * g.head_dim, g.hidden, spec.output_bias)
+        self.mlp_norm = parts.norm(g.hidden, spec.norm_eps)
+        self.gate_up = parts.gated(g.hidden, spec.inner, spec.mlp_bias)
+        self.down = parts.linear(spec.inner, g.hidden, spec.mlp_bias)
 
 
 class Decoder:
     """A `Model`. A family is a subclass that says how a config becomes a spec."""
 
-    def __init__(self, spec: DecoderSpec, rotary: Rotary, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, spec: DecoderSpec, rotary: Rotary, parts: Parts) -> None:
         g = spec.geometry
-        self.spec, self.geometry, self.dtype, self.rotary = spec, g, dtype, rotary
-        self.embedding = torch.empty(g.vocab, g.hidden, dtype=dtype, device=device)
-        self.layers = [Layer(spec, dtype, device) for _ in range(g.layers)]
-        self.norm = RMSNorm(g.hidden, spec.norm_eps, dtype, device)
-        self.head = Linear(g.hidden, g.vocab, False, dtype, "meta" if spec.tied_embeddings else device)
-        if spec.tied_embeddings:
-            self.head.weight = self.embedding
+        self.spec, self.geometry, self.dtype, self.rotary, self._parts = spec, g, parts.dtype, rotary, parts
+        self.head = parts.linear(g.hidden, g.vocab)
+        self.embedding = self.head if spec.tied_embeddings else parts.table(g.vocab, g.hidden)
+        self.layers = [Layer(spec, parts) for _ in range(g.layers)]
+        self.norm = parts.norm(g.hidden, spec.norm_eps)
 
     @staticmethod
     def read_config(config: Any) -> DecoderSpec:
         raise NotImplementedError
 
     @classmethod
-    def build(cls, config: Any, dtype: torch.dtype, device: torch.device | str) -> Self:
+    def build(cls, config: Any, parts: Parts) -> Self:
         spec = cls.read_config(config)
-        return cls(spec, Rotary(config, spec.geometry.head_dim, device), dtype, device)
+        return cls(spec, Rotary(config, spec.geometry.head_dim, parts.device), parts)
 
-    def parameters(self) -> Mapping[str, Tensor]:
-        named = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
+    def parameters(self) -> Mapping[str, Parameter]:
+        vocab = self.geometry.vocab
+        named: dict[str, Parameter] = {
+            "model.embed_tokens.weight": self.embedding.part(0, vocab),
+            "model.norm.weight": self.norm.weight,
+        }
         if not self.spec.tied_embeddings:
-            named["lm_head.weight"] = self.head.weight
+            named["lm_head.weight"] = self.head.part(0, vocab)
         for index, layer in enumerate(self.layers):
             named.update(self._layer_parameters(f"model.layers.{index}.", layer))
         return named
@@ -128,7 +128,7 @@ class Decoder:
                     stacks[f"model.layers.{index}.{whole}_proj.{kind}"] = [f"{block}{p}_proj.{kind}" for p in parts]
         return stacks
 
-    def _layer_parameters(self, prefix: str, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    def _layer_parameters(self, prefix: str, layer: Layer) -> Iterator[tuple[str, Parameter]]:
         g = self.geometry
         widths = {"q": g.heads * g.head_dim, "k": g.kv_heads * g.head_dim, "v": g.kv_heads * g.head_dim}
         inner = {"gate": self.spec.inner, "up": self.spec.inner}
@@ -138,51 +138,35 @@ class Decoder:
         yield from _stacked(prefix + "self_attn.", layer.output, {"o": g.hidden})
         yield from _stacked(prefix + "mlp.", layer.gate_up, inner)
         yield from _stacked(prefix + "mlp.", layer.down, {"down": g.hidden})
-        if layer.qk_gain is not None:
-            yield prefix + "self_attn.q_norm.weight", layer.qk_gain[0]
-            yield prefix + "self_attn.k_norm.weight", layer.qk_gain[1]
+        if layer.heads.gain is not None:
+            yield prefix + "self_attn.q_norm.weight", layer.heads.gain[0]
+            yield prefix + "self_attn.k_norm.weight", layer.heads.gain[1]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, wanted: Tensor) -> Tensor:
-        x = F.embedding(tokens, self.embedding)  # [tokens, hidden]
-        cos, sin = self.rotary.angles(positions, self.dtype)
+        x = self.embedding.rows(tokens)  # [tokens, hidden]
+        cos, sin = self._parts.angles(self.rotary, positions)
         last = self.geometry.layers - 1
         for index, layer in enumerate(self.layers):
-            attended = self._attention(index, layer, x, cos, sin, attend)
-            if (
-                index == last
-            ):  # past the last cache write only the wanted rows matter: a prefill chunk saves most of a layer
+            attended = attend(index, *layer.heads(layer.qkv(layer.attention_norm(x)), cos, sin))
+            # Past the last cache write only the wanted rows matter: a prefill chunk saves most of a layer.
+            if index == last:
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
-            x = x + layer.output(attended)
-            x = x + layer.down(silu_gate(layer.gate_up(layer.mlp_norm(x))))
+            x = layer.output.add_to(attended, x)
+            x = layer.down.add_to(layer.gate_up(layer.mlp_norm(x)), x)
         return self.norm(x)
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         return self.head(states).float()
 
-    def _attention(self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        g = self.geometry
-        qkv = layer.qkv(layer.attention_norm(x)).view(-1, g.heads + 2 * g.kv_heads, g.head_dim)
-        qk, v = qkv[:, : g.heads + g.kv_heads], qkv[:, g.heads + g.kv_heads :]
-        if layer.qk_gain is not None:
-            qk = self._qk_norm(qk, layer.qk_gain)
-        qk = rotate(qk, cos, sin)
-        return attend(index, qk[:, : g.heads], qk[:, g.heads :], v)
 
-    def _qk_norm(self, qk: Tensor, gain: Tensor) -> Tensor:
-        g = self.geometry
-        normed = F.rms_norm(qk, (g.head_dim,), None, self.spec.norm_eps)
-        normed[:, : g.heads].mul_(gain[0])
-        normed[:, g.heads :].mul_(gain[1])
-        return normed
-
-
-def _stacked(prefix: str, linear: Linear, widths: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
-    """Views of a fused linear's rows, under the names of the projections they hold."""
+def _stacked(prefix: str, linear: Any, widths: Mapping[str, int]) -> Iterator[tuple[str, Parameter]]:
+    """Places of a fused linear's rows, under the names of the projections they hold."""
     start = 0
     for name, width in widths.items():
-        yield f"{prefix}{name}_proj.weight", linear.weight[start : start + width]
-        if linear.bias is not None:
-            yield f"{prefix}{name}_proj.bias", linear.bias[start : start + width]
+        yield f"{prefix}{name}_proj.weight", linear.part(start, width)
+        bias = linear.bias_part(start, width)
+        if bias is not None:
+            yield f"{prefix}{name}_proj.bias", bias
         start += width

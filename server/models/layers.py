@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.errors import ConfigError
+from server.types import ModelGeometry
 
 
 class Linear:
@@ -29,6 +31,35 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, in] -> [tokens, out]."""
         return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, x: Tensor, onto: Tensor) -> Tensor:
+        """`onto + self(x)`, [tokens, out]; `onto` may be written to."""
+        return onto + self(x)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """W as a table: [n] -> [n, in]."""
+        return F.embedding(ids, self.weight)
+
+    def part(self, first: int, outputs: int) -> Tensor:
+        """Where the weights of some outputs go, [outputs, in]."""
+        return self.weight[first : first + outputs]
+
+    def bias_part(self, first: int, outputs: int) -> Tensor | None:
+        """Likewise their biases, [outputs]; None where there are none."""
+        return None if self.bias is None else self.bias[first : first + outputs]
+
+
+class Gated(Linear):
+    """silu(gate) * up of one matrix [gate | up]: x [tokens, in] -> [tokens, inner]."""
+
+    __slots__ = ()
+
+    def __init__(self, inputs: int, inner: int, bias: bool, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(inputs, 2 * inner, bias, dtype, device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = super().__call__(x).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
 class RMSNorm:
@@ -45,6 +76,64 @@ class RMSNorm:
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
+class Heads:
+    """From a fused projection to queries, keys and values: the norms on queries and keys, where there are any, and the
+    rotation by position. `gain` [2, head_dim]: of queries and of keys."""
+
+    __slots__ = ("eps", "gain", "head_dim", "heads", "kv_heads")
+
+    def __init__(self, geometry: ModelGeometry, eps: float, dtype: torch.dtype, device: torch.device | str,
+                 *, norm: bool) -> None:  # fmt: skip
+        self.heads, self.kv_heads, self.head_dim = geometry.heads, geometry.kv_heads, geometry.head_dim
+        self.eps = eps
+        self.gain = torch.empty(2, self.head_dim, dtype=dtype, device=device) if norm else None
+
+    def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [tokens, (heads + 2 kv_heads) * head_dim], which may be written to, and the parts' `angles` of the tokens
+        -> q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]."""
+        rotated = self.heads + self.kv_heads
+        split = qkv.view(-1, rotated + self.kv_heads, self.head_dim)
+        qk = split[:, :rotated]
+        if self.gain is not None:  # both are normed at once
+            qk = F.rms_norm(qk, (self.head_dim,), None, self.eps)
+            qk[:, : self.heads].mul_(self.gain[0])
+            qk[:, self.heads :].mul_(self.gain[1])
+        qk = rotate(qk, cos, sin)
+        return qk[:, : self.heads], qk[:, self.heads :], split[:, rotated:]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchParts:
+    """Parts whose parameters are torch tensors of one dtype, in which they compute, too."""
+
+    dtype: torch.dtype
+    device: torch.device | str
+
+    def linear(self, inputs: int, outputs: int, bias: bool = False) -> Linear:
+        return Linear(inputs, outputs, bias, self.dtype, self.device)
+
+    def gated(self, inputs: int, inner: int, bias: bool = False) -> Gated:
+        return Gated(inputs, inner, bias, self.dtype, self.device)
+
+    def table(self, entries: int, size: int) -> Linear:
+        """Rows that are looked up and no more."""
+        return self.linear(size, entries)
+
+    def norm(self, size: int, eps: float) -> RMSNorm:
+        return RMSNorm(size, eps, self.dtype, self.device)
+
+    def heads(self, geometry: ModelGeometry, eps: float, *, norm: bool) -> Heads:
+        return Heads(geometry, eps, self.dtype, self.device, norm=norm)
+
+    def angles(self, rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin as `rotate` takes them, [tokens, 1, head_dim] each."""
+        cos, sin = rotary.angles(positions)
+        return (
+            torch.cat((cos, cos), dim=-1)[:, None, :].to(self.dtype),
+            torch.cat((-sin, sin), dim=-1)[:, None, :].to(self.dtype),
+        )
+
+
 class Rotary:
     """Rotary position embedding, half-split form (channel i is paired with channel i + head_dim / 2).
 
@@ -56,29 +145,18 @@ class Rotary:
         frequencies, self.amplitude = rope_frequencies(config, head_dim)
         self.frequencies = frequencies.to(device)  # fp32 [head_dim / 2], radians per token
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of every position, [tokens, 1, head_dim] each: what `rotate` takes."""
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position, fp32 [tokens, head_dim / 2] each."""
         angle = positions.to(torch.float32)[:, None] * self.frequencies
         cos, sin = angle.cos(), angle.sin()
-        if self.amplitude != 1.0:
-            cos, sin = cos * self.amplitude, sin * self.amplitude
-        return (
-            torch.cat((cos, cos), dim=-1)[:, None, :].to(dtype),
-            torch.cat((-sin, sin), dim=-1)[:, None, :].to(dtype),
-        )
+        return (cos, sin) if self.amplitude == 1.0 else (cos * self.amplitude, sin * self.amplitude)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates every head of x [tokens, heads, head_dim] by `Rotary.angles` of its token."""
+    """Rotates every head of x [tokens, heads, head_dim] by what `TorchParts.angles` gives for its token."""
     half = x.shape[-1] // 2
     swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
     return swapped.mul_(sin).addcmul_(x, cos)
-
-
-def silu_gate(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for `gate_up` = [gate | up], [tokens, 2 * inner] -> [tokens, inner]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:

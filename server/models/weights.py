@@ -31,7 +31,8 @@ from torch import Tensor
 
 from server.errors import ConfigError
 from server.models import MODELS
-from server.models.base import Model
+from server.models.base import Model, Parameter, Parts
+from server.models.layers import TorchParts
 from server.registry import resolve
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -44,6 +45,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+QUANTIZATIONS = ("int8", "int8-g32", "int4-g32")
+"""Formats that the native kernels make of any checkpoint's weights."""
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 IGNORED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$|\.masked_bias$")
@@ -147,34 +150,55 @@ def load_model(
     load_format: LoadFormat = "auto",
     seed: int = 0,
     progress: Progress | None = None,
+    quantization: str = "none",
+    native: bool = False,
 ) -> Model:
     """Loads the checkpoint in `folder` into a new model on `device`.
 
-    `dtype="auto"` is the checkpoint's own. On a CPU without bf16/fp16 arithmetic half-precision matrix products are
-    many times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows.
+    `dtype="auto"` is the checkpoint's own. `native`: computed by the native kernels, which must be there; only they
+    know a `quantization`. In torch, on a CPU without bf16/fp16 arithmetic, half-precision matrix products are many
+    times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows.
     `load_format="dummy"` reads only config.json and fills the parameters with random values that depend on `seed`.
     """
     config = load_config(folder)
     cls = model_class(config.to_dict())
     report = progress or (lambda done, total: None)
     if load_format == "dummy":
-        model = cls.build(config, _dtype(dtype, config, ()), device)
+        model = cls.build(config, _parts(_dtype(dtype, config, ()), device, quantization, native))
         fill_random(model.parameters(), seed, report)
         return model
     files = checkpoint_files(folder)
-    model = cls.build(config, _dtype(dtype, config, files), device)
+    model = cls.build(config, _parts(_dtype(dtype, config, files), device, quantization, native))
     _fill(model, files, report)
     return model
 
 
-def weights_bytes(folder: Path, dtype: DTypeName, load_format: LoadFormat) -> tuple[str, dict[str, int]]:
-    """The precision that `load_model` would take, and what the weights would need in each. Reads no weights."""
+def _parts(dtype: torch.dtype, device: torch.device | str, quantization: str, native: bool) -> Parts:
+    if not native:
+        return TorchParts(dtype, device)
+    from server.models.native import NativeParts  # needs the library, which may not have been built
+
+    return NativeParts(dtype, quantization)
+
+
+def weights_bytes(
+    folder: Path, dtype: DTypeName, load_format: LoadFormat, quantization: str = "none", native: bool = False
+) -> tuple[str, dict[str, int]]:
+    """The flag of the precision that `load_model` would take, and what the weights would need in each. Reads no
+    weights, and takes no memory for them."""
     config = load_config(folder)
     chosen = _dtype(dtype, config, () if load_format == "dummy" else checkpoint_files(folder))
-    model = model_class(config.to_dict()).build(config, chosen, "meta")
-    elements = sum(weight.numel() for weight in model.parameters().values())
-    (name,) = (name for name, known in DTYPES.items() if known == chosen)
-    return name, {name: elements * known.itemsize for name, known in DTYPES.items()}
+    cls = model_class(config.to_dict())
+
+    def needed(kind: torch.dtype, quantised: str) -> int:
+        model = cls.build(config, _parts(kind, "meta", quantised, native))
+        return sum(weight.nbytes for weight in model.parameters().values())
+
+    sizes = {f"--dtype {name}": needed(kind, "none") for name, kind in DTYPES.items()}
+    if native:
+        sizes |= {f"--quantization {name}": needed(chosen, name) for name in QUANTIZATIONS}
+    (name,) = (name for name, kind in DTYPES.items() if kind == chosen)
+    return f"--dtype {name}" if quantization == "none" else f"--quantization {quantization}", sizes
 
 
 def checkpoint_files(folder: Path) -> Sequence[Path]:
@@ -285,7 +309,7 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _split(
-    name: str, tensor: Tensor, fused: Mapping[str, Sequence[str]], targets: Mapping[str, Tensor]
+    name: str, tensor: Tensor, fused: Mapping[str, Sequence[str]], targets: Mapping[str, Parameter]
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter, values) pairs of one checkpoint tensor: itself, or the parts stacked in it along the first axis."""
     parts = fused.get(name)
@@ -317,7 +341,7 @@ def _missing(names: Sequence[str]) -> str:
 
 
 @torch.inference_mode()
-def fill_random(parameters: Mapping[str, Tensor], seed: int, report: Progress) -> None:
+def fill_random(parameters: Mapping[str, Parameter], seed: int, report: Progress) -> None:
     """Fills parameters with seeded values under which activations and logits stay of order one.
 
     Matrices are uniform with standard deviation 1 / sqrt(inputs), gains are one, biases small. One generator for all,
@@ -328,11 +352,11 @@ def fill_random(parameters: Mapping[str, Tensor], seed: int, report: Progress) -
     done = 0
     for name in sorted(parameters):
         target = parameters[name]
-        if target.ndim == 1 and name.endswith("norm.weight"):
-            target.fill_(1.0)
+        values = torch.empty(target.shape)
+        if values.ndim == 1 and name.endswith("norm.weight"):
+            target.copy_(values.fill_(1.0))
         else:
-            bound = math.sqrt(3.0 / target.shape[-1]) if target.ndim > 1 else 0.1
-            values = target if target.device.type == "cpu" else torch.empty(target.shape, dtype=target.dtype)
+            bound = math.sqrt(3.0 / values.shape[-1]) if values.ndim > 1 else 0.1
             target.copy_(values.uniform_(-bound, bound, generator=generator))
         done += target.nbytes
         report(done, total)

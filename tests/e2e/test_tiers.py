@@ -173,7 +173,7 @@ def test_a_full_disk(tmp_path: Path, truth: list[str]) -> None:
         (disk / "others").write_bytes(bytes(6 * 2**20))
         assert ask(daemon, [*PROMPTS, *OTHERS])[0] == truth
         assert ask(daemon, PROMPTS)[0] == truth[:6]
-        assert daemon.metric("terrace_ssd_io_errors_total") > 0
+        Wait().until(lambda: daemon.metric("terrace_ssd_io_errors_total") > 0, "the shortage to be counted")
         assert "the SSD tier does not fit and takes what there is: " in daemon.said()
         assert daemon.metric("terrace_requests_finished_total") == len(truth) + 6
         assert daemon.stop(signal.SIGTERM) == 0

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
+from server.kernels.native import load
 from server.models import MODELS
-from server.models.weights import load_model
+from server.models.weights import DTypeName, load_model
 from tests.numeric.conftest import Checkpoint
 from tests.numeric.families import FAMILIES, VARIANTS, VOCAB, Paged
 
@@ -32,17 +33,53 @@ def test_every_family_in_the_dict_is_compared() -> None:
     assert set(MODELS) == compared
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+native = pytest.mark.skipif(load() is None, reason="the native kernels were not built: no C compiler")
+PRECISE = [("torch", "cpu"), ("torch", "reference"), pytest.param("native", "native", marks=native)]
+"""Parts of the model and attention that compute in fp32 with fp32 weights."""
+
+
+@pytest.mark.parametrize(("parts", "backend"), PRECISE)
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
-def test_logits(checkpoint: Checkpoint, name: str, backend: str) -> None:
+def test_logits(checkpoint: Checkpoint, name: str, parts: str, backend: str) -> None:
     """Logits of a 150-token text (longer than any window here) equal transformers', fed whole or in chunks."""
     folder, reference = checkpoint(name)
     tokens = random_tokens(150, seed=3)
     expected = reference_logits(reference, tokens)
-    paged = Paged(load_model(folder), backend)
+    paged = Paged(load_model(folder, native=parts == "native"), backend)
     for chunk in (len(tokens), 64, 7):
         difference = (paged.logits(tokens, chunk) - expected).abs().max()
         assert difference <= TOLERANCE * expected.std()
+
+
+@native
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_depend_on_the_sequence_alone(checkpoint: Checkpoint, name: str, dtype: DTypeName) -> None:
+    """With the native parts and attention, logits have the same bits however a text is cut into chunks, and beside
+    whatever else is computed."""
+    folder, _ = checkpoint(name)
+    model = load_model(folder, dtype=dtype, native=True)
+    texts = [random_tokens(length, seed=length) for length in (150, 90, 1, 33)]
+    alone = [Paged(model, "native").logits(text, len(text)) for text in texts]
+    for chunk in (64, 7, 1):
+        for text, whole in zip(texts, alone, strict=True):
+            assert torch.equal(Paged(model, "native").logits(text, chunk), whole)
+    paged = Paged(model, "native")
+    together = paged.step([(row, 0, text) for row, text in enumerate(texts)], everywhere=True)
+    assert torch.equal(together, torch.cat(alone))
+
+
+@native
+@pytest.mark.parametrize(("quantization", "loss"), [("int8", 0.1), ("int8-g32", 0.1), ("int4-g32", 0.6)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_quantised_weights(checkpoint: Checkpoint, name: str, quantization: str, loss: float) -> None:
+    """Logits of quantised weights are off by the weights' rounding: a part of the logits' own spread."""
+    folder, reference = checkpoint(name)
+    tokens = random_tokens(100, seed=4)
+    exact = reference_logits(reference, tokens)
+    model = load_model(folder, quantization=quantization, native=True)
+    off = (Paged(model, "native").logits(tokens, 33) - exact).square().mean().sqrt() / exact.std()
+    assert 0 < off <= loss
 
 
 @pytest.mark.parametrize("name", FAMILIES)

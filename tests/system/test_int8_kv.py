@@ -12,7 +12,7 @@ import pytest
 import server.demo
 from server.bench.placing import prefer_loading
 from server.build import Daemon, build
-from server.config import load_config
+from server.config import ModelConfig, load_config
 from server.demo.corpus import example
 from server.engine import GenerateSpec
 from server.errors import ConfigError
@@ -94,9 +94,19 @@ async def test_the_tiers_give_it_back(tmp_path: Path, questions: list[list[int]]
 
 def test_a_backend_that_cannot_hold_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the setting and the way out, with the native kernels and without."""
-    with pytest.raises(ConfigError, match=r"kv_dtype int8 needs the attention backend 'native'; or use --kv-dtype bf"):
+    with pytest.raises(ConfigError, match=r"needs the attention backend 'native', not 'cpu': .* --kv-dtype bfloat16"):
         build(load_config({"kv.kv_dtype": "int8", "model.attention": "cpu"}, environ={}))
     monkeypatch.setattr(choice, "load", lambda: None)
-    assert choice.choose_backend("auto", "auto") == "cpu"
-    with pytest.raises(ConfigError, match="were not built"):
-        choice.choose_backend("auto", "int8")
+    assert choice.choose_backend("auto", "auto", native=choice.use_native(ModelConfig())) == "cpu"
+    with pytest.raises(ConfigError, match="install with a C compiler"):
+        build(load_config({"kv.kv_dtype": "int8"}, environ={}))
+
+
+@pytest.mark.parametrize("asked", [{"kernels": "native"}, {"quantization": "int8"}])
+def test_kernels_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]) -> None:
+    """What needs the native kernels says so where they were not built, and where torch is asked for beside it."""
+    with pytest.raises(ConfigError, match="needs the native CPU kernels"):
+        choice.use_native(ModelConfig.model_validate({"device": "cuda", **asked}))
+    monkeypatch.setattr(choice, "load", lambda: None)
+    with pytest.raises(ConfigError, match="a C compiler when Terrace is installed"):
+        choice.use_native(ModelConfig.model_validate(asked))

@@ -86,7 +86,7 @@ async def test_a_warm_start_is_shown(tmp_path: Path, prompts: list[list[int]]) -
         assert model[0] == "float32"
         assert int(model[1]) > 100_000
         weights, kv = (page.value("device_memory_bytes", kind) for kind in ("weights", "kv"))
-        assert weights == 4 * int(model[1])
+        assert 1 <= weights / (4 * int(model[1])) < 1.02  # packed weights are filled up to whole panels
         assert kv == page.value("kv_capacity_bytes", DEVICE)
 
 

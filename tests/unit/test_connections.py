@@ -6,14 +6,16 @@ import asyncio
 import json
 import resource
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
 import uvicorn
 
-from server.api.connections import SPARE_FILES, may_connect
+from server.api.connections import ENDS_A_TURN, SPARE_FILES, TURN_S, Deadlines, may_connect
 from server.config import Config, ModelConfig, ServerConfig
 from server.process import http_config
 from tests.unit.api_fake import FakeEngine, make_app
@@ -137,6 +139,59 @@ async def test_with_none_idle_the_new_one_is_told_to_come_again() -> None:
         writer.close()
         for _, other in busy:
             other.close()
+
+
+@dataclass(eq=False)
+class Opened:
+    """Of a connection, what `Deadlines` uses."""
+
+    loop: ScriptedLoop
+
+
+class ScriptedLoop:
+    """Time that stands still until the next timer: of a loop, what `Deadlines` uses."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, seconds: float, call: Callable[..., None], *arguments: object) -> object:
+        self.timers.append((self.now + seconds, partial(call, *arguments)))
+        return object()
+
+    def turn(self) -> None:
+        """Up to the one timer that is set, and what it does."""
+        [(self.now, call)] = self.timers
+        self.timers.clear()
+        call()
+
+
+def test_connections_that_are_late_together_end_over_several_turns() -> None:
+    """A thousand that were opened at once: no turn of the loop ends more than a few, all of them are ended, the oldest
+    first, and those that got on are not."""
+    loop = ScriptedLoop()
+    connections: list[Any] = [Opened(loop) for _ in range(1000)]
+    ended: list[int] = []
+    deadlines = Deadlines(10.0, lambda connection: ended.append(connections.index(connection)))
+    for connection in connections:
+        deadlines.start(connection)
+    for connection in connections[::2]:
+        deadlines.stop(connection)
+    loop.now = 3.0
+    deadlines.start(connections[1])  # its next request: the time begins anew
+    turns = []
+    while loop.timers and loop.timers[0][0] < 13.0:
+        before = len(ended)
+        loop.turn()
+        turns.append(len(ended) - before)
+    assert ended == list(range(3, 1000, 2))
+    assert max(turns) <= ENDS_A_TURN
+    assert loop.now < 10.0 + 2 * TURN_S * len(turns)
+    loop.turn()
+    assert (ended[-1], loop.timers, loop.now) == (1, [], 13.0)
 
 
 def test_as_many_as_files_may_be_open() -> None:

@@ -10,10 +10,10 @@ import pytest
 from server.errors import ConfigError
 from server.room import GIB, SPARE_BYTES, available_bytes, check_disk, check_memory, disk_gib, taking
 
-WEIGHTS = {"float32": 16 * GIB, "bfloat16": 8 * GIB}
+WEIGHTS = {"--dtype float32": 16 * GIB, "--dtype bfloat16": 8 * GIB}
 
 
-def said(available_gib: float, dtype: str = "float32", **tiers: float) -> str:
+def said(available_gib: float, dtype: str = "--dtype float32", **tiers: float) -> str:
     """What is said of tiers that are asked for; empty where all fits."""
     flags = {f"--{name}-gib": size for name, size in tiers.items()}
     try:
@@ -28,7 +28,7 @@ def test_what_fits_is_let_through() -> None:
     spare = SPARE_BYTES / GIB
     assert said(18 + spare, device=1, dram=1) == ""
     assert said(18 + spare - 0.001, device=1, dram=1) != ""
-    check_memory("m", WEIGHTS, "float32", {"--device-gib": 1e6}, None)
+    check_memory("m", WEIGHTS, "--dtype float32", {"--device-gib": 1e6}, None)
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ def test_the_nearest_that_fits_is_named_and_fits(available_gib: float, tiers: di
     """DRAM gives way first, then the device tier, then precision; whoever takes the advice is let in."""
     message = said(available_gib, **tiers)
     assert message.endswith(f"{available_gib:.3g} GiB available; {advice}")
-    assert f"weights 16 GiB in float32 + --device-gib {tiers['device']}" in message
+    assert f"weights 16 GiB with --dtype float32 + --device-gib {tiers['device']}" in message
     words = advice.split()
     taken = {words[i][2:-4]: float(words[i + 1]) for i in range(0, len(words) - 1, 2) if words[i].endswith("-gib")}
     if taken:
         assert said(available_gib, **(tiers | taken)) == ""
     if words[0] == "--dtype":
-        assert said(available_gib, words[1], device=0.01) == ""
+        assert said(available_gib, " ".join(words[:2]), device=0.01) == ""
 
 
 def test_memory_is_what_machine_and_group_leave(tmp_path: Path) -> None:

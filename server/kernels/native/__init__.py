@@ -1,8 +1,7 @@
 """The library of CPU kernels: found, loaded, and its functions as Python sees them.
 
 Built with the package (setup.py) where there is a C compiler; without it `load` returns None and everything runs in
-torch. ctypes releases the interpreter's lock during a call. Torch is imported first: its OpenMP library is then the one
-that the kernels use too, so that there is one pool of threads.
+torch. ctypes releases the interpreter's lock during a call.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 import importlib.util
 import logging
 
-import torch  # its OpenMP library first
+import torch
 
 log = logging.getLogger("terrace")
 
@@ -27,7 +26,6 @@ FUNCTIONS = {
     "terrace_read": (_P, _N, _P, _I),
     "terrace_rmsnorm": (_P, _P, _F, _P, _N, _N, _I),
     "terrace_qk_rope": (_P, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I),
-    "terrace_silu_gate": (_P, _P, _N, _N, _I),
     "terrace_argmax": (_P, _P, _N, _N, _I),
     "terrace_attention_plan": (_P,),
     "terrace_attend": (_P, _N, _N, *(_P, _N, _N) * 3, _P),

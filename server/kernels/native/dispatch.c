@@ -75,11 +75,6 @@ EXPORT void terrace_qk_rope(float *qkv, const float *q_gain, const float *k_gain
     chosen->qk_rope(qkv, q_gain, k_gain, eps, cos, sin, tokens, heads, kv_heads, head_dim, threads);
 }
 
-/* out [rows, inner] = silu(gate) * up of gate_up [rows, 2 * inner]. */
-EXPORT void terrace_silu_gate(const float *gate_up, float *out, int64_t rows, int64_t inner, int threads) {
-    chosen->silu_gate(gate_up, out, rows, inner, threads);
-}
-
 /* best [rows]: index of the greatest of each row of x [rows, size], the lowest among equals. NaN counts as -inf; 0 where
  * nothing is left. */
 EXPORT void terrace_argmax(const float *x, int64_t *best, int64_t rows, int64_t size, int threads) {
@@ -102,7 +97,7 @@ EXPORT int64_t terrace_matrix_bytes(const struct matrix *m) {
 }
 
 EXPORT int64_t terrace_linear_scratch(const struct matrix *m, int64_t rows, int threads) {
-    const int64_t packed = (rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE) + TILE; /* a tile may be filled up with zeros */
+    const int64_t packed = (rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE) + AMX_ROWS; /* a tile may be filled up with zeros */
     return packed * matrix_depth(m) * 4 + threads * (int64_t)THREAD_BYTES + 64;
 }
 

@@ -1,7 +1,7 @@
 /* What the library offers. Plain C, raw pointers, no Python and no torch: `__init__.py` is the other side.
  *
- * All calls that take `threads` split their work over that many threads of OpenMP's pool, which is torch's too. Nothing is
- * allocated and nothing is kept between calls. Nobody may write an argument meanwhile.
+ * All calls that take `threads` split their work over that many threads (pool.h). Nothing is allocated and nothing but idle
+ * threads is kept between calls. Nobody may write an argument meanwhile.
  */
 #ifndef TERRACE_KERNELS_H
 #define TERRACE_KERNELS_H
@@ -53,7 +53,6 @@ struct kernels {
     void (*rmsnorm)(const float *x, const float *gain, float eps, float *y, int64_t rows, int64_t size, int threads);
     void (*qk_rope)(float *qkv, const float *q_gain, const float *k_gain, float eps, const float *cos, const float *sin,
                     int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int threads);
-    void (*silu_gate)(const float *gate_up, float *out, int64_t rows, int64_t inner, int threads);
     void (*argmax)(const float *x, int64_t *best, int64_t rows, int64_t size, int threads);
     void (*attention_plan)(struct attention *step);
     void (*attend)(const struct attention *step, int64_t layer, int64_t window, const struct vectors *q,

@@ -21,7 +21,7 @@
 enum {
     PANEL = 16,
     GROUP = 32,
-    TILE = 16,           /* rows of x in a tile of AMX; other instruction sets have smaller ones */
+    AMX_ROWS = 16,           /* rows of x in a tile of AMX; other instruction sets have smaller ones */
     ROWS_AT_ONCE = 2048, /* rows of x that are packed at once */
     BLOCK_BYTES = 16384, /* of one panel's weights between two visits to the sums: two panels fit the first-level cache */
     CHUNK_ROWS = 512,    /* of x, whose values of a block's inputs and whose sums with */

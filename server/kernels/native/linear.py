@@ -72,7 +72,6 @@ class PackedLinear:
         if library is None:
             raise RuntimeError("the native kernels are not there: see the log for why")
         self.inputs, self.outputs, self.format, self.gated = inputs, outputs, format, gated
-        self.threads = torch.get_num_threads()
         self._library, self._linear = library, library.terrace_linear
         self._workspace = workspace or Workspace()
         lanes = -(-outputs // PANEL) * PANEL * (2 if gated else 1)
@@ -80,10 +79,10 @@ class PackedLinear:
         self._address = ctypes.addressof(self._matrix)
         self._panels = _zeros(library.terrace_matrix_bytes(self._address))
         self._scales = _zeros(lanes * 4) if format == "int8" else None
-        self._bias = _zeros(lanes * 4).view(torch.float32) if bias else None
+        self.bias = _zeros(lanes * 4).view(torch.float32) if bias else None
         self._matrix.panels = self._panels.data_ptr()
         self._matrix.scales = None if self._scales is None else self._scales.data_ptr()
-        self._matrix.bias = None if self._bias is None else self._bias.data_ptr()
+        self._matrix.bias = None if self.bias is None else self.bias.data_ptr()
 
     @property
     def rows_of_weights(self) -> int:
@@ -93,7 +92,7 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(part.nbytes for part in (self._panels, self._scales, self._bias) if part is not None)
+        return sum(part.nbytes for part in (self._panels, self._scales, self.bias) if part is not None)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -102,7 +101,7 @@ class PackedLinear:
 
     def copy(self, other: PackedLinear) -> None:
         """Takes over the weights, and the bias, of a layer of the same shape and format."""
-        for mine, its in zip((self._panels, self._scales, self._bias), (other._panels, other._scales, other._bias)):
+        for mine, its in zip((self._panels, self._scales, self.bias), (other._panels, other._scales, other.bias)):
             if mine is not None and its is not None:
                 mine.copy_(its)
 
@@ -115,16 +114,16 @@ class PackedLinear:
             weights = weights.contiguous()
         source, stride = SOURCES[weights.dtype], weights.stride(0)
         address = weights.data_ptr()
-        self._library.terrace_pack(self._address, address, source, stride, first, rows, self.threads)
+        self._library.terrace_pack(self._address, address, source, stride, first, rows, torch.get_num_threads())
 
     def fill_bias(self, first: int, bias: Tensor) -> None:
         """Entries `first`, `first` + 1, ... of the bias, in the order of W's rows."""
-        assert self._bias is not None, "a layer without bias"
+        assert self.bias is not None, "a layer without bias"
         row = torch.arange(first, first + len(bias))
         if self.gated:  # gates and ups alternate by panel
             up, output = row // self.outputs, row % self.outputs
             row = (output // PANEL * 2 + up) * PANEL + output % PANEL
-        self._bias[row] = bias.float()
+        self.bias[row] = bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, inputs] -> y [rows, outputs]."""
@@ -141,7 +140,7 @@ class PackedLinear:
         self._run(x, y, 1)
 
     def _run(self, x: Tensor, y: Tensor, add: int) -> None:
-        rows, threads, matrix = x.shape[0], self.threads, self._address
+        rows, threads, matrix = x.shape[0], torch.get_num_threads(), self._address
         scratch = self._workspace.reserve(self._library.terrace_linear_scratch(matrix, rows, threads))
         self._linear(matrix, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), rows, add, scratch, threads)
 
@@ -149,7 +148,9 @@ class PackedLinear:
         """Rows `ids` (int64 [count]) of W as the kernels see them, fp32 [count, inputs]: embeddings."""
         y = torch.empty(len(ids), self.inputs)
         ids = ids.contiguous()
-        self._library.terrace_rows(self._address, ids.data_ptr(), len(ids), y.data_ptr(), self.inputs, self.threads)
+        self._library.terrace_rows(
+            self._address, ids.data_ptr(), len(ids), y.data_ptr(), self.inputs, torch.get_num_threads()
+        )
         return y
 
 

@@ -1,4 +1,4 @@
-"""The row kernels as functions of tensors: norms, rotation of queries and keys, the gate, the most likely token.
+"""The row kernels as functions of tensors: norms, rotation of queries and keys, the most likely token.
 
 All take and give fp32 on the CPU, contiguous, and use torch's number of threads. A row's bits depend on that row alone.
 Each needs the library (`load`), but for `argmax`, which asks torch where there is none.
@@ -37,14 +37,6 @@ def qk_rope(
         qkv.data_ptr(), q_gain, k_gain, eps, cos.data_ptr(), sin.data_ptr(),
         tokens, heads, kv_heads, head_dim, torch.get_num_threads(),
     )  # fmt: skip
-
-
-def silu_gate(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for `gate_up` = [gate | up], [rows, 2 * inner] -> [rows, inner]."""
-    rows, width = gate_up.shape
-    out = torch.empty(rows, width // 2)
-    _library().terrace_silu_gate(gate_up.data_ptr(), out.data_ptr(), rows, width // 2, torch.get_num_threads())
-    return out
 
 
 def argmax(x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Other CPU servers beside this one: installing, starting and measuring them."""

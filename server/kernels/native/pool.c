@@ -1,0 +1,133 @@
+#define _GNU_SOURCE
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <unistd.h>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+
+enum { SPINS = 1000 }; /* looks at the next job before a thread goes to sleep, or lets others run: some 50 us */
+
+/* What is being done. `ticket`: the number of the job, and in the lower half the next piece that nobody has taken. A thread
+ * that read `task` of one job and `ticket` of the next takes nothing: its exchange fails, or the numbers differ. */
+static struct {
+    _Alignas(64) _Atomic uint64_t ticket;
+    _Alignas(64) _Atomic int64_t done;
+    _Alignas(64) _Atomic uint32_t job; /* the ticket's upper half; what sleeping threads wait to change */
+    _Atomic int sleeping;
+    _Atomic(pool_task *) task;
+    _Atomic(void *) work;
+    _Atomic int64_t count;
+    _Atomic int threads;
+} pool;
+
+static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER;
+static int started; /* threads beside callers'; under `busy` */
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void wait_for_change(uint32_t job) {
+#if defined(__linux__)
+    syscall(SYS_futex, &pool.job, FUTEX_WAIT_PRIVATE, job, NULL, NULL, 0);
+#else
+    (void)job;
+    usleep(200);
+#endif
+}
+
+static void wake_all(void) {
+#if defined(__linux__)
+    syscall(SYS_futex, &pool.job, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
+#endif
+}
+
+/* Takes pieces of the job until there are no more. */
+static void take_part(uint32_t job, int thread) {
+    for (uint64_t ticket = atomic_load(&pool.ticket); (uint32_t)(ticket >> 32) == job;) {
+        pool_task *task = atomic_load(&pool.task);
+        void *work = atomic_load(&pool.work);
+        const int64_t index = (int64_t)(uint32_t)ticket;
+        if (index >= atomic_load(&pool.count)) return;
+        if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) continue;
+        task(work, index, thread);
+        atomic_fetch_add(&pool.done, 1);
+        ticket = atomic_load(&pool.ticket);
+    }
+}
+
+static void *help(void *place) {
+    const int thread = (int)(intptr_t)place;
+    uint32_t seen = 0;
+    for (;;) {
+        uint32_t job = atomic_load(&pool.job);
+        for (int spin = 0; job == seen && spin < SPINS; spin++) {
+            relax();
+            job = atomic_load(&pool.job);
+        }
+        if (job == seen) {
+            atomic_fetch_add(&pool.sleeping, 1);
+            wait_for_change(seen);
+            atomic_fetch_sub(&pool.sleeping, 1);
+            continue;
+        }
+        seen = job;
+        if (thread < atomic_load(&pool.threads)) take_part(job, thread);
+    }
+    return NULL;
+}
+
+static void start(int threads) {
+    pthread_attr_t attributes;
+    pthread_t id;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    for (; started < threads - 1; started++)
+        if (pthread_create(&id, &attributes, help, (void *)(intptr_t)(started + 1))) break;
+    pthread_attr_destroy(&attributes);
+}
+
+/* A child has none of its parent's threads. */
+static void forget(void) {
+    static const pthread_mutex_t open = PTHREAD_MUTEX_INITIALIZER;
+    busy = open;
+    started = 0;
+}
+
+void pool_run(pool_task *task, void *work, int64_t count, int threads) {
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads > count) threads = (int)count;
+    if (threads < 2 || pthread_mutex_trylock(&busy)) {
+        for (int64_t index = 0; index < count; index++) task(work, index, 0);
+        return;
+    }
+    start(threads);
+    const uint32_t job = atomic_load(&pool.job) + 1;
+    atomic_store(&pool.ticket, (uint64_t)(job - 1) << 32 | UINT32_MAX); /* nothing to take while the job is written */
+    atomic_store(&pool.done, 0);
+    atomic_store(&pool.task, task);
+    atomic_store(&pool.work, work);
+    atomic_store(&pool.count, count);
+    atomic_store(&pool.threads, threads);
+    atomic_store(&pool.ticket, (uint64_t)job << 32);
+    atomic_store(&pool.job, job);
+    if (atomic_load(&pool.sleeping)) wake_all();
+    take_part(job, 0);
+    for (int spin = 1; atomic_load(&pool.done) < count; spin++)
+        if (spin % SPINS) relax();
+        else sched_yield(); /* whoever has the last piece may need this core */
+    pthread_mutex_unlock(&busy);
+}
+
+__attribute__((constructor)) static void at_load(void) { pthread_atfork(NULL, NULL, forget); }
