@@ -36,7 +36,7 @@ from server.engine import Engine
 from server.errors import ConfigError
 from server.explain import Explanations
 from server.kernels.attention import BACKENDS
-from server.kernels.choice import choose_backend, use_native
+from server.kernels.choice import choose_backend, computed_by, use_native
 from server.kernels.int8 import SCALE_BYTES
 from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
@@ -234,8 +234,8 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
     name = model_name(config)
     metrics = Metrics(name, _facts(config, model, kv_dtype, max_model_len))
-    precisions = [str(model.dtype), str(kv_dtype), config.model.quantization]
-    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=precisions)
+    kinds = [str(model.dtype), str(kv_dtype), config.model.quantization, computed_by(config.model), backend]
+    identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=kinds)
     with startup.timed("host_alloc"):
         tiers, specs = _lower_tiers(config, layout, arena, identity, metrics, disk)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)

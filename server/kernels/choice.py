@@ -6,7 +6,7 @@ from typing import Protocol
 
 from server.errors import ConfigError
 from server.kernels.attention import INT8_BACKENDS
-from server.kernels.native import load
+from server.kernels.native import load, select
 
 
 class Wanted(Protocol):
@@ -33,6 +33,13 @@ def use_native(wanted: Wanted) -> bool:
                 param=f"model.{param}",
             )
     return found
+
+
+def computed_by(wanted: Wanted) -> str:
+    """The kernels and their instruction set, in a word or two. Others round otherwise: what they left in a cache is not
+    what these would compute, to the bit."""
+    library = load()
+    return f"native {select(library, 'auto')}" if library is not None and use_native(wanted) else "torch"
 
 
 def choose_backend(asked: str, kv_dtype: str, *, native: bool) -> str:

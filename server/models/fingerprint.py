@@ -89,7 +89,8 @@ def random_digest(seed: int) -> bytes:
 def fingerprint(
     weights: bytes, config: Mapping[str, Any], layout: BlockLayout, *, dtypes: Sequence[str], codec: str = "raw"
 ) -> bytes:
-    """32 bytes: root of all block hashes and name of the cache's directory. `dtypes`: of the model and of its KV."""
+    """32 bytes: root of all block hashes and name of the cache's directory. `dtypes`: of the model and of its KV,
+    and whatever else decides how they are rounded."""
     relevant = {key: value for key, value in config.items() if key not in IRRELEVANT}
     canonical = json.dumps(relevant, sort_keys=True, default=str)
     parts = (FORMAT, weights.hex(), canonical, repr(layout), *dtypes, codec)

@@ -17,8 +17,6 @@ from server.kernels.native.rows import qk_rope, rms_norm
 from server.models.layers import Rotary
 from server.types import ModelGeometry
 
-FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
 
 @dataclass(frozen=True, slots=True)
 class PackedRows:
@@ -130,7 +128,7 @@ class NativeParts:
         return NativeLinear(inputs, inner, self._format, bias=bias, gated=True, workspace=self.workspace)
 
     def table(self, entries: int, size: int) -> NativeLinear:
-        return NativeLinear(size, entries, FORMATS[self.dtype], workspace=self.workspace)
+        return NativeLinear(size, entries, self._plain, workspace=self.workspace)
 
     def norm(self, size: int, eps: float) -> NativeNorm:
         return NativeNorm(size, eps)
@@ -143,4 +141,8 @@ class NativeParts:
 
     @property
     def _format(self) -> str:
-        return FORMATS[self.dtype] if self.quantization == "none" else self.quantization
+        return self._plain if self.quantization == "none" else self.quantization
+
+    @property
+    def _plain(self) -> str:
+        return str(self.dtype).removeprefix("torch.")

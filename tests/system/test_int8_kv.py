@@ -110,3 +110,14 @@ def test_kernels_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(choice, "load", lambda: None)
     with pytest.raises(ConfigError, match="a C compiler when Terrace is installed"):
         choice.use_native(ModelConfig.model_validate(asked))
+
+
+@pytest.mark.skipif(choice.load() is None, reason="the native kernels were not built: no C compiler")
+def test_other_kernels_have_another_cache() -> None:
+    """Torch does not find blocks of the native kernels, which round otherwise; the same choice finds them again."""
+    asked = ({"kernels": "native"}, {"kernels": "torch"}, {"kernels": "native"})
+    first, other, again = (choice.computed_by(ModelConfig.model_validate(one)) for one in asked)
+    assert (first, other) == (again, "torch")
+    roots = [build(load_config({f"model.{key}": value for key, value in one.items()}, environ={})).engine.kv.root("")
+             for one in asked[:2]]  # fmt: skip
+    assert roots[0] != roots[1]

@@ -13,11 +13,12 @@ import mmap
 import torch
 from torch import Tensor
 
+from server.kernels import native
 from server.kernels.native import load
 
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int8-g32": 4, "int4-g32": 5}
 """Name -> `enum format` of kernels.h. int8: a scale for each output; -g32: a bf16 scale for each 32 inputs of it."""
-SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SOURCES = {dtype: number for dtype, number in native.FORMATS.items() if dtype.is_floating_point}
 """What weights may come in."""
 PANEL = 16
 HUGE_BYTES = 2 * 2**20
