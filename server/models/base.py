@@ -1,12 +1,12 @@
 """The model seam: what the runner and the loader need from a model family.
 
 Knows tensors in, states and logits out; refuses to know requests, blocks, frames or sampling. Attention over the cache
-comes in as a function, so that a model never sees where keys and values live.
+comes in as a backend that has planned the step, so that a model never sees where keys and values live.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -14,9 +14,14 @@ from torch import Tensor
 
 from server.types import ModelGeometry
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`attend(layer, q, k, v)`: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], rotated; stores k and v
-and returns [tokens, heads * head_dim]. Called once for each layer, in order."""
+
+class Attention(Protocol):
+    """What a model sees of an `AttentionBackend`."""
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
+        """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], rotated; stores k and v and returns
+        [tokens, heads * head_dim]. Called once for each layer, in order."""
+        ...
 
 
 class Parameter(Protocol):
@@ -46,6 +51,16 @@ class Parts(Protocol):
     def norm(self, size: int, eps: float) -> Any: ...
     def heads(self, geometry: ModelGeometry, eps: float, *, norm: bool) -> Any: ...
     def angles(self, rotary: Any, positions: Tensor) -> tuple[Tensor, Tensor]: ...
+    def whole(self, decoder: Any) -> Whole | None:
+        """What computes a whole step of the decoder at once, made of its parts, where there is something that does."""
+        ...
+
+
+class Whole(Protocol):
+    """`forward` in one call. `cos`, `sin`: the parts' `angles`."""
+
+    def takes(self, attention: Attention, /) -> bool: ...
+    def __call__(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: Any, wanted: Tensor, /) -> Tensor: ...
 
 
 class Model(Protocol):
@@ -67,10 +82,11 @@ class Model(Protocol):
         """Names under which a checkpoint may carry several of `parameters()` stacked along the first axis, in order."""
         ...
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, wanted: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
         """One step over the flat batch `tokens` int64 [n] at absolute `positions` int64 [n].
 
-        `wanted` int64 [m]: the rows of the batch whose final states the caller needs, in any order.
+        `attention` has planned it. `wanted` int64 [m]: the rows of the batch whose final states the caller needs, in
+        any order.
         Returns their hidden states after the final norm, [m, hidden] of `dtype`.
         """
         ...

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from server.errors import ConfigError
-from server.models.base import Attend, Parameter, Parts
+from server.models.base import Attention, Parameter, Parts
 from server.models.layers import Rotary
 from server.types import ModelGeometry
 
@@ -97,6 +97,7 @@ class Decoder:
         self.embedding = self.head if spec.tied_embeddings else parts.table(g.vocab, g.hidden)
         self.layers = [Layer(spec, parts) for _ in range(g.layers)]
         self.norm = parts.norm(g.hidden, spec.norm_eps)
+        self._whole = parts.whole(self)
 
     @staticmethod
     def read_config(config: Any) -> DecoderSpec:
@@ -143,12 +144,14 @@ class Decoder:
             yield prefix + "self_attn.k_norm.weight", layer.heads.gain[1]
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, wanted: Tensor) -> Tensor:
-        x = self.embedding.rows(tokens)  # [tokens, hidden]
+    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
         cos, sin = self._parts.angles(self.rotary, positions)
+        if self._whole is not None and self._whole.takes(attention):
+            return self._whole(tokens, cos, sin, attention, wanted)
+        x = self.embedding.rows(tokens)  # [tokens, hidden]
         last = self.geometry.layers - 1
         for index, layer in enumerate(self.layers):
-            attended = attend(index, *layer.heads(layer.qkv(layer.attention_norm(x)), cos, sin))
+            attended = attention.run(index, *layer.heads(layer.qkv(layer.attention_norm(x)), cos, sin))
             # Past the last cache write only the wanted rows matter: a prefill chunk saves most of a layer.
             if index == last:
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)

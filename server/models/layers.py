@@ -133,6 +133,9 @@ class TorchParts:
             torch.cat((-sin, sin), dim=-1)[:, None, :].to(self.dtype),
         )
 
+    def whole(self, decoder: Any) -> None:
+        """Nothing does: torch computes part by part."""
+
 
 class Rotary:
     """Rotary position embedding, half-split form (channel i is paired with channel i + head_dim / 2).

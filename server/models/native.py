@@ -8,14 +8,19 @@ tokens before it alone: not on what else is in the batch, or on how the prompt w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from server.kernels.native.decoder import LayerParts, NativeDecoder
 from server.kernels.native.linear import SOURCES, PackedLinear, Workspace
 from server.kernels.native.rows import qk_rope, rms_norm
 from server.models.layers import Rotary
 from server.types import ModelGeometry
+
+if TYPE_CHECKING:
+    from server.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,22 @@ class NativeParts:
 
     def angles(self, rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary.angles(positions)
+
+    def whole(self, decoder: Decoder) -> NativeDecoder:
+        layers = [
+            LayerParts(
+                attention_gain=layer.attention_norm.weight,
+                qkv=layer.qkv,
+                head_gains=layer.heads.gain,
+                output=layer.output,
+                mlp_gain=layer.mlp_norm.weight,
+                gate_up=layer.gate_up,
+                down=layer.down,
+                window=window,
+            )
+            for layer, window in zip(decoder.layers, decoder.geometry.windows, strict=True)
+        ]
+        return NativeDecoder(decoder.embedding, layers, decoder.norm.weight, decoder.spec.norm_eps, self.workspace)
 
     @property
     def _format(self) -> str:

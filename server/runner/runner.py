@@ -48,7 +48,7 @@ class TorchRunner:
         batch, tokens, positions = _flatten(plan.rows)
         self._attention.plan(batch)
         wanted, spans, pools = _wanted(plan.rows, batch)
-        states = self._model.forward(tokens, positions, self._attention.run, wanted)
+        states = self._model.forward(tokens, positions, self._attention, wanted)
         logits = self._model.logits(states[: pools[0][1]] if pools else states)
         sampled, logprobs, ends = self._sample(plan.rows, logits)
         scored = [

@@ -154,7 +154,7 @@ class Paged:
         tokens = torch.tensor([token for row in rows for token in row[2]])
         positions = torch.cat([torch.arange(start, start + len(row)) for _, start, row in rows])
         wanted = torch.arange(len(tokens)) if everywhere else torch.from_numpy(bounds[1:].astype(np.int64) - 1)
-        return self.model.logits(self.model.forward(tokens, positions, self.attention.run, wanted))
+        return self.model.logits(self.model.forward(tokens, positions, self.attention, wanted))
 
     def logits(self, tokens: Sequence[int], chunk: int) -> Tensor:
         """Logits after every token of one new sequence, fed in chunks."""

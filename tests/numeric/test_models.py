@@ -136,8 +136,8 @@ def test_only_wanted_rows(checkpoint: Checkpoint) -> None:
     positions = torch.arange(12)
     paged = Paged(model)
     everything = paged.step([(0, 0, tokens.tolist())], everywhere=True)
-    again = model.logits(model.forward(tokens, positions, paged.attention.run, torch.tensor([7, 2, 11, 7])))
+    again = model.logits(model.forward(tokens, positions, paged.attention, torch.tensor([7, 2, 11, 7])))
     torch.testing.assert_close(again, everything[[7, 2, 11, 7]], rtol=0, atol=1e-5)
-    nothing = model.logits(model.forward(tokens, positions, paged.attention.run, torch.empty(0, dtype=torch.int64)))
+    nothing = model.logits(model.forward(tokens, positions, paged.attention, torch.empty(0, dtype=torch.int64)))
     assert nothing.shape == (0, VOCAB)
     assert nothing.dtype == torch.float32

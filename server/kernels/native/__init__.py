@@ -32,11 +32,13 @@ FUNCTIONS = {
     "terrace_pack": (_P, _P, _I, _N, _N, _N, _I),
     "terrace_rows": (_P, _P, _N, _P, _N, _I),
     "terrace_linear": (_P, _P, _N, _P, _N, _N, _I, _P, _I),
+    "terrace_decode": (_P,) * 5,
 }
 """Name -> argument types, as in kernels.h. Tensors go as `tensor.data_ptr()`."""
 SIZES = {
     "terrace_matrix_bytes": (_P,),
     "terrace_linear_scratch": (_P, _N, _I),
+    "terrace_decode_scratch": (_P, _P, _N),
 }
 """Likewise, of those that return a number of bytes."""
 

@@ -67,7 +67,8 @@ class NativeAttention:
             block_tokens=block_tokens,
             scale=geometry.scale,
         )
-        self._address = ctypes.addressof(self._step)
+        self.address = ctypes.addressof(self._step)
+        """Of its `struct attention`."""
         self._memory = torch.empty(0)
         self._tables: tuple[np.ndarray, ...] = ()
 
@@ -83,7 +84,7 @@ class NativeAttention:
         step.units, step.partials_at = units[0].ctypes.data, units[1].ctypes.data
         step.query_starts, step.starts, step.rows = query_starts.ctypes.data, starts.ctypes.data, batch.rows
         step.threads = torch.get_num_threads()
-        self._library.terrace_attention_plan(self._address)
+        self._library.terrace_attention_plan(self.address)
         needed = step.threads * step.desk_floats + step.partial_floats
         if self._memory.numel() < needed:
             self._memory = torch.empty(needed)
@@ -94,7 +95,7 @@ class NativeAttention:
         queries, keys, values = (x if x.dtype == torch.float32 else x.float() for x in (q, k, v))
         out = torch.empty(queries.shape[0], queries.shape[1] * queries.shape[2])
         self._library.terrace_attend(
-            self._address,
+            self.address,
             layer,
             self._windows[layer],
             queries.data_ptr(), queries.stride(0), queries.stride(1),

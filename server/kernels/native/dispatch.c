@@ -1,4 +1,5 @@
 /* The exported functions: each calls the chosen instruction set's copy. */
+#include "decoder.h"
 #include "kernels.h"
 #include "linear.h"
 
@@ -97,8 +98,7 @@ EXPORT int64_t terrace_matrix_bytes(const struct matrix *m) {
 }
 
 EXPORT int64_t terrace_linear_scratch(const struct matrix *m, int64_t rows, int threads) {
-    const int64_t packed = (rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE) + AMX_ROWS; /* a tile may be filled up with zeros */
-    return packed * matrix_depth(m) * 4 + threads * (int64_t)THREAD_BYTES + 64;
+    return linear_scratch(m, rows, threads);
 }
 
 EXPORT void terrace_pack(const struct matrix *m, const void *source, int source_format, int64_t stride, int64_t first,
@@ -113,4 +113,13 @@ EXPORT void terrace_rows(const struct matrix *m, const int64_t *rows, int64_t co
 EXPORT void terrace_linear(const struct matrix *m, const float *x, int64_t x_stride, float *y, int64_t y_stride,
                            int64_t rows, int add, void *scratch, int threads) {
     chosen->linear(m, x, x_stride, y, y_stride, rows, add, scratch, threads);
+}
+
+EXPORT int64_t terrace_decode_scratch(const struct decoder *d, const struct attention *step, int64_t count) {
+    return decoder_desks(d, step, count).floats * 4;
+}
+
+EXPORT void terrace_decode(const struct decoder *d, const struct attention *step, const struct fed *in, float *states,
+                           void *scratch) {
+    chosen->decode(d, step, in, states, scratch);
 }

@@ -46,6 +46,29 @@ struct attention {
     int64_t *units, *partials_at;        /* [rows + 1] each */
 };
 
+/* A decoder: pre-norm layers of attention and a gated MLP, as many as the attention has. */
+struct decoder {
+    const struct matrix *embedding;
+    const struct decoder_layer *layers;
+    const float *gain; /* of the last norm, [hidden] */
+    int64_t hidden;
+    float eps;
+};
+struct decoder_layer {
+    const float *attention_gain, *mlp_gain; /* [hidden] */
+    const float *q_gain, *k_gain;           /* [head_dim], or NULL: these are not normed */
+    const struct matrix *qkv, *output, *gate_up, *down;
+    int64_t window;
+};
+
+/* What one step feeds a decoder beside the attention's rows: tokens [n], the cosines and sines of their positions
+ * [n, head_dim / 2], and which of them the caller wants the states of: places [count] in the batch. */
+struct fed {
+    const int64_t *tokens, *wanted;
+    const float *cos, *sin;
+    int64_t count;
+};
+
 /* One instruction set's copies. */
 struct kernels {
     const char *isa;
@@ -62,6 +85,7 @@ struct kernels {
     void (*unpack)(const struct matrix *m, const int64_t *rows, int64_t count, float *y, int64_t stride, int threads);
     void (*linear)(const struct matrix *m, const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t rows,
                    int add, void *scratch, int threads);
+    void (*decode)(const struct decoder *d, const struct attention *step, const struct fed *in, float *states, void *scratch);
 };
 
 extern const struct kernels kernels_baseline, kernels_avx2, kernels_avx512;
@@ -92,5 +116,13 @@ EXPORT void terrace_rows(const struct matrix *m, const int64_t *rows, int64_t co
  * y and x do not overlap. `scratch`: terrace_linear_scratch bytes, which nobody else uses meanwhile. */
 EXPORT void terrace_linear(const struct matrix *m, const float *x, int64_t x_stride, float *y, int64_t y_stride,
                            int64_t rows, int add, void *scratch, int threads);
+
+/* Bytes of scratch that terrace_decode needs after attention's plan; never less for more tokens. */
+EXPORT int64_t terrace_decode_scratch(const struct decoder *d, const struct attention *step, int64_t count);
+
+/* states [count, hidden], after the last norm, of the wanted tokens: a whole step. With the same bits as its parts, called
+ * one by one. */
+EXPORT void terrace_decode(const struct decoder *d, const struct attention *step, const struct fed *in, float *states,
+                           void *scratch);
 
 #endif

@@ -45,6 +45,12 @@ static inline int64_t panel_bytes(int format, int64_t depth) {
     }
 }
 
+/* Bytes of scratch for so many rows and threads. */
+static inline int64_t linear_scratch(const struct matrix *m, int64_t rows, int threads) {
+    const int64_t packed = (rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE) + AMX_ROWS; /* a tile may be filled up with zeros */
+    return packed * matrix_depth(m) * 4 + threads * (int64_t)THREAD_BYTES + 64;
+}
+
 /* What four bits stand for, as bf16: these values times 2^-127, in this order:
  *     -126, -91, -70, -53, -38, -25, -13, -2, 8, 19, 31, 45, 60, 78, 101, 127
  * Found by Lloyd's iteration over groups of 32 values (normal, Laplace and Student's t), each with the scale that suits it

@@ -77,8 +77,9 @@ class PackedLinear:
         self._workspace = workspace or Workspace()
         lanes = -(-outputs // PANEL) * PANEL * (2 if gated else 1)
         self._matrix = _Matrix(inputs=inputs, outputs=outputs, format=FORMATS[format], gated=gated)
-        self._address = ctypes.addressof(self._matrix)
-        self._panels = _zeros(library.terrace_matrix_bytes(self._address))
+        self.address = ctypes.addressof(self._matrix)
+        """Of its `struct matrix`."""
+        self._panels = _zeros(library.terrace_matrix_bytes(self.address))
         self._scales = _zeros(lanes * 4) if format == "int8" else None
         self.bias = _zeros(lanes * 4).view(torch.float32) if bias else None
         self._matrix.panels = self._panels.data_ptr()
@@ -115,7 +116,7 @@ class PackedLinear:
             weights = weights.contiguous()
         source, stride = SOURCES[weights.dtype], weights.stride(0)
         address = weights.data_ptr()
-        self._library.terrace_pack(self._address, address, source, stride, first, rows, torch.get_num_threads())
+        self._library.terrace_pack(self.address, address, source, stride, first, rows, torch.get_num_threads())
 
     def fill_bias(self, first: int, bias: Tensor) -> None:
         """Entries `first`, `first` + 1, ... of the bias, in the order of W's rows."""
@@ -141,7 +142,7 @@ class PackedLinear:
         self._run(x, y, 1)
 
     def _run(self, x: Tensor, y: Tensor, add: int) -> None:
-        rows, threads, matrix = x.shape[0], torch.get_num_threads(), self._address
+        rows, threads, matrix = x.shape[0], torch.get_num_threads(), self.address
         scratch = self._workspace.reserve(self._library.terrace_linear_scratch(matrix, rows, threads))
         self._linear(matrix, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), rows, add, scratch, threads)
 
@@ -150,7 +151,7 @@ class PackedLinear:
         y = torch.empty(len(ids), self.inputs)
         ids = ids.contiguous()
         self._library.terrace_rows(
-            self._address, ids.data_ptr(), len(ids), y.data_ptr(), self.inputs, torch.get_num_threads()
+            self.address, ids.data_ptr(), len(ids), y.data_ptr(), self.inputs, torch.get_num_threads()
         )
         return y
 

@@ -1,0 +1,48 @@
+/* Where a decoder's intermediate results lie in its scratch, and how the rows of a batch are dealt out. */
+#ifndef TERRACE_DECODER_H
+#define TERRACE_DECODER_H
+
+#include "linear.h"
+
+#ifndef CHUNK_OF
+#define CHUNK_OF 256
+#endif
+enum { ROWS_EACH = CHUNK_OF };
+
+/* Offsets in floats, each a multiple of a cache line. `rows`: of the batch, or wanted if those are more; `chunk`: those
+ * that one thread takes through a layer by itself, or all, which then share each matrix. */
+struct desks_of_decoder {
+    int64_t rows, chunk, workers, hidden, qkv, attended, workers_at, worker_floats, normed, inner, linear, floats;
+};
+
+static inline int64_t whole_lines(int64_t floats) { return (floats + 15) & ~(int64_t)15; }
+
+static inline struct desks_of_decoder decoder_desks(const struct decoder *d, const struct attention *a, int64_t count) {
+    const int64_t batch = a->query_starts[a->rows], rows = batch > count ? batch : count;
+    const int64_t heads = a->heads * (int64_t)a->head_dim, width = heads + 2 * a->kv_heads * (int64_t)a->head_dim;
+    struct desks_of_decoder at = {.rows = rows, .chunk = rows, .workers = 1};
+    if (rows >= a->threads * (int64_t)ROWS_EACH / 2) {
+        const int64_t rounds = (rows + a->threads * ROWS_EACH - 1) / (a->threads * ROWS_EACH);
+        at.chunk = (rows + rounds * a->threads - 1) / (rounds * a->threads);
+        at.workers = a->threads;
+    }
+    int64_t inner = 0, linear = 0;
+    for (const struct decoder_layer *l = d->layers; l < d->layers + a->layers; l++) {
+        const struct matrix *const all[] = {l->qkv, l->output, l->gate_up, l->down};
+        for (int i = 0; i < 4; i++) {
+            const int64_t bytes = linear_scratch(all[i], at.chunk, a->threads);
+            linear = bytes > linear ? bytes : linear;
+        }
+        inner = l->gate_up->outputs > inner ? l->gate_up->outputs : inner;
+    }
+    at.qkv = whole_lines(2 * rows * d->hidden); /* behind the hidden states and the wanted ones of them */
+    at.attended = at.qkv + whole_lines(rows * width);
+    at.workers_at = at.attended + 2 * whole_lines(rows * heads);
+    at.inner = whole_lines(at.chunk * d->hidden);
+    at.linear = at.inner + whole_lines((at.chunk + AMX_ROWS) * inner);
+    at.worker_floats = at.linear + whole_lines(linear / 4);
+    at.floats = at.workers_at + at.workers * at.worker_floats;
+    return at;
+}
+
+#endif

@@ -1,0 +1,108 @@
+"""A step of a whole decoder in one call of the library, which gives up the interpreter's lock all the while.
+
+What the parts do one by one (`PackedLinear`, `rms_norm`, `qk_rope`, `NativeAttention`), with the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.kernels.native import load
+from server.kernels.native.attention import NO_WINDOW, NativeAttention
+from server.kernels.native.linear import PackedLinear, Workspace
+
+
+class _Layer(ctypes.Structure):
+    """`struct decoder_layer` of kernels.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("attention_gain", "mlp_gain", "q_gain", "k_gain", "qkv", "output", "gate_up", "down")
+        ),
+        ("window", ctypes.c_int64),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    """`struct decoder` of kernels.h."""
+
+    _fields_ = (
+        ("embedding", ctypes.c_void_p),
+        ("layers", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
+        ("hidden", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Fed(ctypes.Structure):
+    """`struct fed` of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "wanted", "cos", "sin")),
+        ("count", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """One layer: gains fp32 [hidden] and, where queries and keys are normed, [2, head_dim]."""
+
+    attention_gain: Tensor
+    qkv: PackedLinear
+    head_gains: Tensor | None
+    output: PackedLinear
+    mlp_gain: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+    window: int | None
+
+
+class NativeDecoder:
+    """`layers` between the table `embedding` and the last norm's `gain` [hidden]. Device thread only."""
+
+    def __init__(
+        self, embedding: PackedLinear, layers: Sequence[LayerParts], gain: Tensor, eps: float, workspace: Workspace
+    ) -> None:
+        library = load()
+        assert library is not None, "packed parts without the library"
+        self._library, self._workspace = library, workspace
+        self._alive = embedding, tuple(layers), gain
+        self._layers = (_Layer * len(layers))(*map(_layer, layers))
+        self._decoder = _Decoder(embedding.address, ctypes.addressof(self._layers), gain.data_ptr(), len(gain), eps)
+        self._address = ctypes.addressof(self._decoder)
+
+    def takes(self, attention: object) -> bool:
+        """Whether it can attend: the native backend alone, the others are Python."""
+        return isinstance(attention, NativeAttention)
+
+    def __call__(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: NativeAttention, wanted: Tensor) -> Tensor:
+        """int64 `tokens` [n] with the angles of their positions, fp32 [n, head_dim / 2], in a step that `attention` has
+        planned -> states of the `wanted` ones, int64 [m], after the last norm: fp32 [m, hidden]."""
+        states = torch.empty(len(wanted), self._decoder.hidden)
+        step = attention.address
+        fed = _Fed(tokens.data_ptr(), wanted.data_ptr(), cos.data_ptr(), sin.data_ptr(), len(wanted))
+        scratch = self._workspace.reserve(self._library.terrace_decode_scratch(self._address, step, len(wanted)))
+        self._library.terrace_decode(self._address, step, ctypes.addressof(fed), states.data_ptr(), scratch)
+        return states
+
+
+def _layer(parts: LayerParts) -> _Layer:
+    gains = parts.head_gains
+    return _Layer(
+        parts.attention_gain.data_ptr(),
+        parts.mlp_gain.data_ptr(),
+        None if gains is None else gains[0].data_ptr(),
+        None if gains is None else gains[1].data_ptr(),
+        parts.qkv.address,
+        parts.output.address,
+        parts.gate_up.address,
+        parts.down.address,
+        NO_WINDOW if parts.window is None else parts.window,
+    )

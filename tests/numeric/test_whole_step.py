@@ -1,0 +1,97 @@
+"""A step in one call of the library has the bits of the same step part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config
+
+from server.kernels.native import load
+from server.models.base import Attention
+from server.models.weights import load_model
+from tests.numeric.conftest import Checkpoint
+from tests.numeric.families import BASE, FAMILIES, VARIANTS, Paged
+from tests.numeric.test_models import random_tokens
+from tests.unit.native import instruction_sets, selected
+
+pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels were not built: no C compiler")
+
+FORMATS = [("float32", "none"), ("bfloat16", "none"), ("float16", "none"), ("float32", "int8"), ("float32", "int4-g32")]
+STEPS = {
+    "one token": [1],
+    "few rows": [1, 1, 1],
+    "a tile": [1] * 14,
+    "more than a tile": [20, 1, 1, 18],
+    "chunks": [130, 1, 290, 1, 1, 77],
+}
+
+
+class PartByPart:
+    """An attention backend that the library does not know."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
+        return self._attention.run(layer, q, k, v)
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def states_of(folder: Path, dtype: str, quantization: str, *, whole: bool) -> Iterator[Tensor]:
+    """Of every step in STEPS, one after the other: logits of all its tokens, states of some of them, one twice."""
+    model: Any = load_model(
+        folder, dtype=cast(Any, dtype), quantization=quantization, native=True, load_format="dummy", seed=5
+    )
+    paged = Paged(model, "native", kv_dtype=torch.bfloat16)
+    forward, some = model.forward, []
+
+    def once(tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
+        taken = attention if whole else PartByPart(attention)
+        last = len(tokens) - 1
+        some.append(forward(tokens, positions, taken, torch.tensor([last, 0, last])))
+        return cast(Tensor, forward(tokens, positions, taken, wanted))
+
+    model.forward = once
+    for step, lengths in enumerate(STEPS.values()):
+        rows = [(row, 0, random_tokens(length, seed=row + step)) for row, length in enumerate(lengths)]
+        yield paged.step(rows, everywhere=True)
+        yield some.pop()
+
+
+def assert_the_same(folder: Path, dtype: str, quantization: str) -> None:
+    apart, whole = (states_of(folder, dtype, quantization, whole=way) for way in (False, True))
+    for one, other in zip(apart, whole, strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize(("dtype", "quantization"), FORMATS)
+def test_formats(tmp_path: Path, threads: int, isa: str, dtype: str, quantization: str) -> None:
+    """On every instruction set; an inner width that does not fill its tiles is computed another way."""
+    for inner in (96, 80):
+        folder = tmp_path / str(inner)
+        config = Qwen3Config(**{**BASE, "intermediate_size": inner, "head_dim": 32, "attention_bias": True})
+        config.architectures = ["Qwen3ForCausalLM"]
+        config.save_pretrained(folder)
+        with selected(isa):
+            assert_the_same(folder, dtype, quantization)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
+def test_families(checkpoint: Checkpoint, name: str) -> None:
+    """Biases, norms of heads, windows, scaled rotations, tied embeddings."""
+    folder, _ = checkpoint(name)
+    assert_the_same(folder, "bfloat16", "none")
