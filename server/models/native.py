@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.kernels.native.decoder import LayerParts, NativeDecoder
 from server.kernels.native.linear import SOURCES, PackedLinear, Workspace
-from server.kernels.native.rows import qk_rope, rms_norm
+from server.kernels.native.rows import angles, qk_rope, rms_norm
 from server.models.layers import Rotary
 from server.types import ModelGeometry
 
@@ -142,7 +142,7 @@ class NativeParts:
         return NativeHeads(geometry, eps, norm=norm)
 
     def angles(self, rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary.angles(positions)
+        return angles(positions, rotary.frequencies, rotary.amplitude)
 
     def whole(self, decoder: Decoder) -> NativeDecoder:
         layers = [

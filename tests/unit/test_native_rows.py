@@ -42,6 +42,21 @@ def test_norms(name: str, count: int, size: int, seed: int) -> None:
     assert ((ours - exact).abs() <= exact.abs() * (size / 2 + 6) * EPSILON).all()
 
 
+@settings(max_examples=15)
+@given(
+    positions=st.lists(st.integers(0, 2**20), min_size=1, max_size=9),
+    half=st.sampled_from([1, 10, 64]),
+    amplitude=st.sampled_from([1.0, 1.37]),
+)
+def test_angles(positions: list[int], half: int, amplitude: float) -> None:
+    """cos and sin of the rounded product, to a unit in the last place of 1, at the end of a long context too."""
+    frequencies = 1e4 ** -(torch.arange(half) / half)
+    cos, sin = rows.angles(torch.tensor(positions), frequencies, amplitude)
+    angle = (torch.tensor(positions).float()[:, None] * frequencies).double()
+    assert ((cos - angle.cos() * amplitude).abs() <= 4 * EPSILON).all()
+    assert ((sin - angle.sin() * amplitude).abs() <= 4 * EPSILON).all()
+
+
 def turned(x: Tensor, angle: Tensor, amplitude: float) -> Tensor:
     """x [tokens, heads, head_dim], angle [tokens, head_dim / 2]; fp64, as complex numbers."""
     half = x.shape[-1] // 2

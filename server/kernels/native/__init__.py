@@ -26,6 +26,7 @@ FUNCTIONS = {
     "terrace_read": (_P, _N, _P, _I),
     "terrace_rmsnorm": (_P, _P, _F, _P, _N, _N, _I),
     "terrace_qk_rope": (_P, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I),
+    "terrace_angles": (_P, _P, _F, _P, _P, _N, _N, _I),
     "terrace_argmax": (_P, _P, _N, _N, _I),
     "terrace_attention_plan": (_P,),
     "terrace_attend": (_P, _N, _N, *(_P, _N, _N) * 3, _P),

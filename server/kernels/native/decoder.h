@@ -4,10 +4,19 @@
 
 #include "linear.h"
 
-#ifndef CHUNK_OF
-#define CHUNK_OF 256
-#endif
-enum { ROWS_EACH = CHUNK_OF };
+enum {
+    CHUNK_MOST = 256, /* rows: what a thread makes of them fits its second-level cache */
+    CHUNK_LEAST = 96, /* fewer do not pay for reading the weights anew */
+    CHUNKS_EACH = 2,  /* for each thread at least, where there are rows enough: threads are not equally fast */
+};
+
+/* In how many chunks rows are dealt out; 1: all threads share each matrix. */
+static inline int64_t chunks_of(int64_t rows, int threads) {
+    const int64_t most = rows / CHUNK_LEAST, least = (rows + CHUNK_MOST - 1) / CHUNK_MOST;
+    const int64_t wanted = most < CHUNKS_EACH * threads ? most : CHUNKS_EACH * threads;
+    if (most < threads) return 1;
+    return least > wanted ? least : wanted;
+}
 
 /* Offsets in floats, each a multiple of a cache line. `rows`: of the batch, or wanted if those are more; `chunk`: those
  * that one thread takes through a layer by itself, or all, which then share each matrix. */
@@ -21,11 +30,8 @@ static inline struct desks_of_decoder decoder_desks(const struct decoder *d, con
     const int64_t batch = a->query_starts[a->rows], rows = batch > count ? batch : count;
     const int64_t heads = a->heads * (int64_t)a->head_dim, width = heads + 2 * a->kv_heads * (int64_t)a->head_dim;
     struct desks_of_decoder at = {.rows = rows, .chunk = rows, .workers = 1};
-    if (rows >= a->threads * (int64_t)ROWS_EACH / 2) {
-        const int64_t rounds = (rows + a->threads * ROWS_EACH - 1) / (a->threads * ROWS_EACH);
-        at.chunk = (rows + rounds * a->threads - 1) / (rounds * a->threads);
-        at.workers = a->threads;
-    }
+    const int64_t chunks = chunks_of(rows, a->threads);
+    if (chunks > 1) at.chunk = (rows + chunks - 1) / chunks, at.workers = a->threads;
     int64_t inner = 0, linear = 0;
     for (const struct decoder_layer *l = d->layers; l < d->layers + a->layers; l++) {
         const struct matrix *const all[] = {l->qkv, l->output, l->gate_up, l->down};

@@ -76,6 +76,12 @@ EXPORT void terrace_qk_rope(float *qkv, const float *q_gain, const float *k_gain
     chosen->qk_rope(qkv, q_gain, k_gain, eps, cos, sin, tokens, heads, kv_heads, head_dim, threads);
 }
 
+/* cos and sin [rows, half] of positions [rows] times frequencies [half], times the amplitude. */
+EXPORT void terrace_angles(const int64_t *positions, const float *frequencies, float amplitude, float *cos, float *sin,
+                           int64_t rows, int64_t half, int threads) {
+    chosen->angles(positions, frequencies, amplitude, cos, sin, rows, half, threads);
+}
+
 /* best [rows]: index of the greatest of each row of x [rows, size], the lowest among equals. NaN counts as -inf; 0 where
  * nothing is left. */
 EXPORT void terrace_argmax(const float *x, int64_t *best, int64_t rows, int64_t size, int threads) {

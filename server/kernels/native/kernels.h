@@ -76,6 +76,8 @@ struct kernels {
     void (*rmsnorm)(const float *x, const float *gain, float eps, float *y, int64_t rows, int64_t size, int threads);
     void (*qk_rope)(float *qkv, const float *q_gain, const float *k_gain, float eps, const float *cos, const float *sin,
                     int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int threads);
+    void (*angles)(const int64_t *positions, const float *frequencies, float amplitude, float *cos, float *sin, int64_t rows,
+                   int64_t half, int threads);
     void (*argmax)(const float *x, int64_t *best, int64_t rows, int64_t size, int threads);
     void (*attention_plan)(struct attention *step);
     void (*attend)(const struct attention *step, int64_t layer, int64_t window, const struct vectors *q,

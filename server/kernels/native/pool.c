@@ -2,7 +2,6 @@
 #include "pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <unistd.h>
@@ -19,6 +18,8 @@ enum { SPINS = 1000 }; /* looks at the next job before a thread goes to sleep, o
 static struct {
     _Alignas(64) _Atomic uint64_t ticket;
     _Alignas(64) _Atomic int64_t done;
+    _Atomic uint32_t over; /* goes up when a job's last piece is done; what a caller waits to change */
+    _Atomic int waiting;
     _Alignas(64) _Atomic uint32_t job; /* the ticket's upper half; what sleeping threads wait to change */
     _Atomic int sleeping;
     _Atomic(pool_task *) task;
@@ -38,18 +39,20 @@ static inline void relax(void) {
 #endif
 }
 
-static void wait_for_change(uint32_t job) {
+static void wait_for_change(_Atomic uint32_t *of, uint32_t seen) {
 #if defined(__linux__)
-    syscall(SYS_futex, &pool.job, FUTEX_WAIT_PRIVATE, job, NULL, NULL, 0);
+    syscall(SYS_futex, of, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
 #else
-    (void)job;
+    (void)of, (void)seen;
     usleep(200);
 #endif
 }
 
-static void wake_all(void) {
+static void wake_all(_Atomic uint32_t *of) {
 #if defined(__linux__)
-    syscall(SYS_futex, &pool.job, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
+    syscall(SYS_futex, of, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
+#else
+    (void)of;
 #endif
 }
 
@@ -59,10 +62,14 @@ static void take_part(uint32_t job, int thread) {
         pool_task *task = atomic_load(&pool.task);
         void *work = atomic_load(&pool.work);
         const int64_t index = (int64_t)(uint32_t)ticket;
-        if (index >= atomic_load(&pool.count)) return;
+        const int64_t count = atomic_load(&pool.count);
+        if (index >= count) return;
         if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) continue;
         task(work, index, thread);
-        atomic_fetch_add(&pool.done, 1);
+        if (atomic_fetch_add(&pool.done, 1) + 1 == count) {
+            atomic_fetch_add(&pool.over, 1);
+            if (atomic_load(&pool.waiting)) wake_all(&pool.over);
+        }
         ticket = atomic_load(&pool.ticket);
     }
 }
@@ -78,7 +85,7 @@ static void *help(void *place) {
         }
         if (job == seen) {
             atomic_fetch_add(&pool.sleeping, 1);
-            wait_for_change(seen);
+            wait_for_change(&pool.job, seen);
             atomic_fetch_sub(&pool.sleeping, 1);
             continue;
         }
@@ -105,6 +112,18 @@ static void forget(void) {
     started = 0;
 }
 
+/* Others have the last pieces. If that takes long, somebody else has the core of one of them: whoever sleeps gives that
+ * thread his own. */
+static void wait_until_done(int64_t count) {
+    for (int spin = 0; atomic_load(&pool.done) < count && spin < SPINS; spin++) relax();
+    while (atomic_load(&pool.done) < count) {
+        atomic_store(&pool.waiting, 1);
+        const uint32_t seen = atomic_load(&pool.over);
+        if (atomic_load(&pool.done) < count) wait_for_change(&pool.over, seen);
+        atomic_store(&pool.waiting, 0);
+    }
+}
+
 void pool_run(pool_task *task, void *work, int64_t count, int threads) {
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (threads > count) threads = (int)count;
@@ -122,11 +141,9 @@ void pool_run(pool_task *task, void *work, int64_t count, int threads) {
     atomic_store(&pool.threads, threads);
     atomic_store(&pool.ticket, (uint64_t)job << 32);
     atomic_store(&pool.job, job);
-    if (atomic_load(&pool.sleeping)) wake_all();
+    if (atomic_load(&pool.sleeping)) wake_all(&pool.job);
     take_part(job, 0);
-    for (int spin = 1; atomic_load(&pool.done) < count; spin++)
-        if (spin % SPINS) relax();
-        else sched_yield(); /* whoever has the last piece may need this core */
+    wait_until_done(count);
     pthread_mutex_unlock(&busy);
 }
 

@@ -1,4 +1,4 @@
-"""The row kernels as functions of tensors: norms, rotation of queries and keys, the most likely token.
+"""The row kernels as functions of tensors: norms, angles, rotation of queries and keys, the most likely token.
 
 All take and give fp32 on the CPU, contiguous, and use torch's number of threads. A row's bits depend on that row alone.
 Each needs the library (`load`), but for `argmax`, which asks torch where there is none.
@@ -37,6 +37,21 @@ def qk_rope(
         qkv.data_ptr(), q_gain, k_gain, eps, cos.data_ptr(), sin.data_ptr(),
         tokens, heads, kv_heads, head_dim, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def angles(positions: Tensor, frequencies: Tensor, amplitude: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of `positions` int64 [tokens] times `frequencies` [half], times `amplitude`: [tokens, half] each.
+
+    torch has these too, but gives 500 numbers to a team of threads, of which one then looks for more for a while: a
+    quarter of a core in a server that decodes.
+    """
+    tokens, half = len(positions), len(frequencies)
+    cos, sin = torch.empty(tokens, half), torch.empty(tokens, half)
+    _library().terrace_angles(
+        positions.data_ptr(), frequencies.data_ptr(), amplitude, cos.data_ptr(), sin.data_ptr(),
+        tokens, half, torch.get_num_threads(),
+    )  # fmt: skip
+    return cos, sin
 
 
 def argmax(x: Tensor) -> Tensor:
