@@ -18,6 +18,11 @@ from server.errors import BodyTooLarge, InvalidRequest
 
 BODY_TIMEOUT_S = 60.0
 """A body that takes longer is a stuck or hostile client; 8 MiB in a minute is 1.1 Mbit/s."""
+UNPACED_BYTES = 128 * 2**10
+"""Of a body, read as fast as it comes: prompts of some 30,000 tokens."""
+PACE_S = 0.002
+"""Between two later pieces of it, of 64 KiB or a few times that. Each holds up the loop a little: whoever sends much
+must not take every turn of it."""
 DISCARD_BYTES = 64 * 2**20
 """How much of an over-long body is read and dropped, so that the client sees the 413 and not a reset connection."""
 DISCARD_TIMEOUT_S = 10.0
@@ -96,6 +101,8 @@ async def _read(receive: Receive, limits: BodyLimits) -> bytes:
             parts.clear()
             await discard(receive, size, more=more)
             raise _too_many_bytes(limits) if size > limits.bytes else _too_many_values(limits)
+        if more and size > UNPACED_BYTES:
+            await asyncio.sleep(PACE_S)
     return b"".join(parts)
 
 

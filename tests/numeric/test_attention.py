@@ -18,8 +18,8 @@ TOLERANCE = 2e-6
 """Absolute, for values of order one: fp32 arithmetic over contexts of up to some thousand tokens. It holds for every
 arena dtype, because the oracle sees the values as the arena rounds them and every backend computes in fp32."""
 TOLERANCE_BF16 = 4e-3
-"""Where the native kernels have AMX, they round weights to bf16 if the arena is. That it costs no more than this rounding
-is asked in tests/unit/test_native_attention.py."""
+"""Where the native kernels have AMX, they round weights to bf16 if the arena is. That it costs no more than that is
+asked in tests/unit/test_native_attention.py."""
 
 MIXED = [(5, 1), (0, 9), (16, 8), (15, 1), (7, 30), (0, 1), (64, 1), (31, 2)]
 """Decode rows and prefill chunks; contexts that end inside, at the end of and at the start of a block of 8."""

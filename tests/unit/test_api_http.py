@@ -371,6 +371,34 @@ async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed() -> Non
             assert refused(answer, 413)["code"] == "too_many_values"
 
 
+async def test_a_large_body_leaves_turns_of_the_loop_to_others() -> None:
+    """Between pieces of a body beyond the first others run, however fast it comes; a short body is read at once."""
+
+    async def turns(pieces: int) -> int:
+        counted, over = 0, False
+
+        async def count() -> None:
+            nonlocal counted
+            while not over:
+                counted += 1
+                await asyncio.sleep(0)
+
+        async def receive() -> dict[str, Any]:
+            nonlocal pieces
+            pieces -= 1
+            return {"type": "http.request", "body": b"x" * 2**16, "more_body": pieces > 0}
+
+        other = asyncio.create_task(count())
+        scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+        await bodies.read_json_body(scope, receive, bodies.BodyLimits(2**24, 100))
+        over = True
+        await other
+        return counted
+
+    assert await turns(2) <= 1
+    assert await turns(12) > 10
+
+
 @given(
     st.recursive(
         st.text('a"\\\\,[]{}\n', max_size=6), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
