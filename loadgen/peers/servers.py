@@ -40,9 +40,9 @@ NICE = ("nice", "-n", "5")
 TERRACE_FLAGS = {
     "fp32": ("--dtype", "float32"),
     "bf16": ("--dtype", "bfloat16"),
-    "int8": ("--dtype", "float32", "--quantization", "int8"),
+    "int8": ("--dtype", "bfloat16", "--quantization", "int8"),
 }
-TERRACE_KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 4}
+TERRACE_KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}
 """Of one value, with these flags."""
 LOWER_TIERS = {"dram": 1, "ssd": 4}
 """As multiples of the first."""
@@ -190,7 +190,7 @@ def vllm(model: Model) -> Start:
 TCMALLOC = (Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),)
 """Where Debian puts it: vLLM advises it."""
 CONTENDERS = (
-    Contender("Terrace", {"fp32": "float32", "bf16": "bfloat16", "int8": "float32"}, terrace, terrace_version),
+    Contender("Terrace", {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}, terrace, terrace_version),
     Contender("llama.cpp", dict.fromkeys(PRECISIONS, "float16"), llama_cpp, lambda: installed("llama.cpp")),
     Contender("openvino", dict.fromkeys(PRECISIONS, "uint8"), openvino, lambda: installed("openvino")),
     Contender("vllm", {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}, vllm, lambda: installed("vllm")),
