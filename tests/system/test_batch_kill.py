@@ -11,9 +11,9 @@ from tests.system.batch_kill import run
 
 def test_kill_9_in_a_batch(tmp_path: Path):
     """After three kills every line is exactly once in the output, with its own answer, and no commit came undone."""
-    report = run(tmp_path, lines=60, kills=3, seed=1)
+    report = run(tmp_path, lines=240, kills=3, seed=1)
     assert report.problems == []
-    assert report.completed == 60
+    assert report.completed == 240
     assert max(report.resumed) > 0
 
 
