@@ -2,6 +2,7 @@
 
     python -m loadgen.peers install [NAME ...]     # all of them by default; minutes and gigabytes
     python -m loadgen.peers list
+    python -m loadgen.peers table                  # of the kept results
     python -m loadgen.peers --shape 125m --precision bf16
 
 Exit codes: 0 done, 1 a goal was missed, 2 what was asked for cannot work.
@@ -15,6 +16,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -48,12 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadgen.peers", description="CPU servers side by side.")
-    actions = parser.add_subparsers(required=True, metavar="run|install|list")
+    actions = parser.add_subparsers(required=True, metavar="run|install|list|table")
     add = actions.add_parser("install", help="install peers under .peers/")
     add.add_argument("names", nargs="*", metavar="NAME", help=f"[all] {', '.join(INSTALLERS)}")
     add.add_argument("--torch-index", metavar="URL", help="package index for torch alone, such as PyTorch's for CPUs")
     add.set_defaults(run=_install)
     actions.add_parser("list", help="which are installed").set_defaults(run=_list)
+    table = actions.add_parser("table", help="of the kept results, as loadgen/README.md has it")
+    table.set_defaults(run=_table)
     run = actions.add_parser("run", help="measure (this word may be left out)")
     run.add_argument("--only", default="", metavar="NAMES", help="these peers, with commas between [all]")
     run.add_argument("--shape", default="125m", choices=SHAPES, help="[125m]")
@@ -86,6 +90,17 @@ def _list(args: argparse.Namespace) -> int:
     for name in INSTALLERS:
         print(f"{name:14} {installed(name) or 'missing'}")
     return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    del args
+    print(side_by_side.summary(kept()))
+    return 0
+
+
+def kept() -> list[dict[str, Any]]:
+    """The results in the repository."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("cpu-peers-*.json"))]
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -312,6 +312,26 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(result))])
 
 
+def summary(results: Sequence[Mapping[str, Any]]) -> str:
+    """What has a goal, of several results, as a table for the documentation."""
+    lines = ["| | weights | Terrace | best peer | times as good | goal |", "|---|---|---|---|---|---|"]
+    for load, figure in _with_goals(results[0]):
+        for result in results:
+            for other, same in _with_goals(result):
+                if (other, same["key"]) != (load, figure["key"]):
+                    continue
+                best, ours = same["best_peer"], next(iter(same["medians"].values()))
+                theirs = "-" if best is None else f"{number(same['medians'][best])} {best}"
+                cells = (f"{load}: {same['title']}, {same['unit']}", f"{result['shape']}, {result['precision']}",
+                         number(ours), theirs, _ratio(same).replace(f" x {best}", ""), _goal(same))  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_goals(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(load["name"], f) for load in result["loads"] for f in load["figures"] if f["goal"] is not None]
+
+
 def show(result: Mapping[str, Any], console: Console) -> None:
     """The same for the terminal."""
     table = Table(title=title(result), title_justify="left")

@@ -356,3 +356,13 @@ def test_no_stack_is_left_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", running.port), timeout=5):
         pass
+
+
+def test_the_documentation_has_the_table_of_the_kept_results() -> None:
+    """`python -m loadgen.peers table` makes it; every figure with a goal is in it, missed ones too."""
+    page = (command.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    results = command.kept()
+    table = side_by_side.summary(results)
+    assert table in page
+    goals = [figure for result in results for load in result["loads"] for figure in load["figures"] if figure["goal"]]
+    assert table.count(" x: met") + table.count("**missed**") == len(goals) > 0
