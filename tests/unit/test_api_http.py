@@ -413,3 +413,13 @@ def test_what_is_in_strings_is_told_apart_wherever_a_piece_ends(value: Any) -> N
         for start in range(0, len(body), size):
             count.add(body[start : start + size])
         assert count.values == sum(plain.count(mark) for mark in b",{[")
+
+
+def test_counting_ends_when_there_are_too_many() -> None:
+    """All of a piece is counted up to the limit, and little of it beyond."""
+    for values, pieces in ((1000, 1), (100_000, 1), (100_000, 3)):
+        count = bodies.ValueCount()
+        body = b"[" * values
+        for start in range(0, len(body), -(-len(body) // pieces)):
+            count.add_until(40_000, body[start : start + -(-len(body) // pieces)])
+        assert count.values == values if values <= 40_000 else 40_000 < count.values <= 40_000 + bodies.SLICE_BYTES
