@@ -59,6 +59,7 @@ def states_of(folder: Path, dtype: str, quantization: str, *, whole: bool) -> It
 
     def once(tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
         taken = attention if whole else PartByPart(attention)
+        assert model._whole.takes(taken) == whole
         last = len(tokens) - 1
         some.append(forward(tokens, positions, taken, torch.tensor([last, 0, last])))
         return cast(Tensor, forward(tokens, positions, taken, wanted))

@@ -21,14 +21,17 @@ static inline int64_t chunks_of(int64_t rows, int threads) {
 /* Offsets in floats, each a multiple of a cache line. `rows`: of the batch, or wanted if those are more; `chunk`: those
  * that one thread takes through a layer by itself, or all, which then share each matrix. */
 struct desks_of_decoder {
-    int64_t rows, chunk, workers, hidden, qkv, attended, workers_at, worker_floats, normed, inner, linear, floats;
+    int64_t rows, chunk, workers, qkv, attended, workers_at, worker_floats, inner, linear, floats;
 };
 
+static inline int64_t heads_width(const struct attention *a) { return a->heads * (int64_t)a->head_dim; }
+static inline int64_t qkv_width(const struct attention *a) {
+    return heads_width(a) + 2 * a->kv_heads * (int64_t)a->head_dim;
+}
 static inline int64_t whole_lines(int64_t floats) { return (floats + 15) & ~(int64_t)15; }
 
 static inline struct desks_of_decoder decoder_desks(const struct decoder *d, const struct attention *a, int64_t count) {
     const int64_t batch = a->query_starts[a->rows], rows = batch > count ? batch : count;
-    const int64_t heads = a->heads * (int64_t)a->head_dim, width = heads + 2 * a->kv_heads * (int64_t)a->head_dim;
     struct desks_of_decoder at = {.rows = rows, .chunk = rows, .workers = 1};
     const int64_t chunks = chunks_of(rows, a->threads);
     if (chunks > 1) at.chunk = (rows + chunks - 1) / chunks, at.workers = a->threads;
@@ -42,8 +45,8 @@ static inline struct desks_of_decoder decoder_desks(const struct decoder *d, con
         inner = l->gate_up->outputs > inner ? l->gate_up->outputs : inner;
     }
     at.qkv = whole_lines(2 * rows * d->hidden); /* behind the hidden states and the wanted ones of them */
-    at.attended = at.qkv + whole_lines(rows * width);
-    at.workers_at = at.attended + 2 * whole_lines(rows * heads);
+    at.attended = at.qkv + whole_lines(rows * qkv_width(a));
+    at.workers_at = at.attended + 2 * whole_lines(rows * heads_width(a));
     at.inner = whole_lines(at.chunk * d->hidden);
     at.linear = at.inner + whole_lines((at.chunk + AMX_ROWS) * inner);
     at.worker_floats = at.linear + whole_lines(linear / 4);

@@ -42,8 +42,8 @@ def qk_rope(
 def angles(positions: Tensor, frequencies: Tensor, amplitude: float) -> tuple[Tensor, Tensor]:
     """cos and sin of `positions` int64 [tokens] times `frequencies` [half], times `amplitude`: [tokens, half] each.
 
-    torch has these too, but gives 500 numbers to a team of threads, of which one then looks for more for a while: a
-    quarter of a core in a server that decodes.
+    torch has these too, but gives even 500 numbers to a team of threads, of which one then spins for a while: in a
+    server that decodes, all the time.
     """
     tokens, half = len(positions), len(frequencies)
     cos, sin = torch.empty(tokens, half), torch.empty(tokens, half)
