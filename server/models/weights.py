@@ -1,18 +1,21 @@
 """From a folder or hub id to a loaded model: finds the files, checks them, and streams tensors into the parameters.
 
 Tensors are read one at a time from memory-mapped safetensors straight into (slices of) the fused parameters, so the
-peak is the model plus one tensor. Whatever is wrong with the checkpoint is a ConfigError that names the culprit and
-says what to do; a tensor that the model has no place for is one too: a model that ignores weights answers wrongly.
+peak is the model plus one tensor. Those of a quantised checkpoint become floats on the way (`quantized.py`). Whatever
+is wrong with the checkpoint is a ConfigError that names the culprit and says what to do; a tensor that the model has no
+place for is one too: a model that ignores weights answers wrongly.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +36,10 @@ from server.errors import ConfigError
 from server.models import MODELS
 from server.models.base import Model, Parameter, Parts
 from server.models.layers import TorchParts
+from server.models.quantized import Scheme, float_tensors, scheme_of
 from server.registry import resolve
+
+log = logging.getLogger("terrace.models")
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
@@ -115,12 +121,14 @@ def _download(model: str, revision: str | None, offline: bool, weights: bool) ->
 def load_config(folder: Path) -> Any:
     """The checkpoint's transformers config. Never runs code from the folder.
 
-    Raises ConfigError if config.json is missing, unreadable, or names an architecture that is not in `MODELS`.
+    Raises ConfigError if config.json is missing, unreadable, or names an architecture that is not in `MODELS` or a
+    quantisation that is not in `SCHEMES`.
     """
     from transformers import AutoConfig  # a second of imports that a caller with a bad path need not wait for
 
     raw = _read_json(folder / "config.json", "is it a model folder?")
     model_class(raw)
+    scheme_of(raw)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad config: each becomes the operator's one line
@@ -136,9 +144,6 @@ def model_class(raw: Mapping[str, Any]) -> type[Model]:
         names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(raw.get("model_type", ""), str(raw.get("model_type")))]
     if names[0] not in MODELS:
         raise ConfigError(f"architecture {names[0]!r} is not supported (there are: {', '.join(MODELS)})", param="model")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(f"the checkpoint is quantised ({method}); use the original float checkpoint", param="model")
     return resolve("architecture", MODELS, names[0])
 
 
@@ -157,7 +162,8 @@ def load_model(
 
     `dtype="auto"` is the checkpoint's own. `native`: computed by the native kernels, which must be there; only they
     know a `quantization`. In torch, on a CPU without bf16/fp16 arithmetic, half-precision matrix products are many
-    times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows.
+    times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows. Weights of a quantised
+    checkpoint become `dtype`, or what `quantization` makes of their values.
     `load_format="dummy"` reads only config.json and fills the parameters with random values that depend on `seed`.
     """
     config = load_config(folder)
@@ -169,8 +175,23 @@ def load_model(
         return model
     files = checkpoint_files(folder)
     model = cls.build(config, _parts(_dtype(dtype, config, files), device, quantization, native))
-    _fill(model, files, report)
+    scheme = scheme_of(config.to_dict())
+    if scheme is None:
+        _fill(model, _tensors(files), report)
+        return model
+    _log_quantised(config.to_dict(), files, model, quantization)
+    _fill(model, _float_tensors(files, scheme, {*model.parameters(), *model.fused()}), report)
     return model
+
+
+def _log_quantised(config: Mapping[str, Any], files: Sequence[Path], model: Model, quantization: str) -> None:
+    """One line that says what the weights are kept as, for whoever expects them to stay as small as their files."""
+    stored = sum(path.stat().st_size for path in files) / 2**30
+    held = sum(parameter.nbytes for parameter in model.parameters().values()) / 2**30
+    kind = str(model.dtype).removeprefix("torch.") if quantization == "none" else quantization
+    method = config["quantization_config"]["quant_method"]
+    log.info("the checkpoint is quantised (%s, %.2f GiB of files): its weights become %s, %.2f GiB",
+             method, stored, kind, held)  # fmt: skip
 
 
 def _parts(dtype: torch.dtype, device: torch.device | str, quantization: str, native: bool) -> Parts:
@@ -250,7 +271,7 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def _dtype(wanted: DTypeName, config: Any, files: Sequence[Path]) -> torch.dtype:
-    """The wanted dtype, else the config's, else that of the checkpoint's first tensor, else fp32."""
+    """The wanted dtype, else the config's, else that of the checkpoint's first tensor that holds floats, else fp32."""
     if wanted != "auto":
         return DTYPES[wanted]
     own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
@@ -258,8 +279,8 @@ def _dtype(wanted: DTypeName, config: Any, files: Sequence[Path]) -> torch.dtype
         own = getattr(torch, own, own)
     if own is None and files:
         with _opened(files[0]) as file:
-            stored = file.get_slice(next(iter(file.keys()))).get_dtype()
-            own = SAFETENSORS_DTYPES.get(stored, stored)
+            stored = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118 - safe_open is no mapping
+            own = next((SAFETENSORS_DTYPES[kind] for kind in stored if kind in SAFETENSORS_DTYPES), stored[0])
     own = own or torch.float32
     if own not in DTYPES.values():
         raise ConfigError(
@@ -276,12 +297,12 @@ def _opened(path: Path) -> Any:
 
 
 @torch.inference_mode()
-def _fill(model: Model, files: Sequence[Path], report: Progress) -> None:
+def _fill(model: Model, tensors: Iterable[tuple[str, Tensor]], report: Progress) -> None:
     targets, fused = dict(model.parameters()), model.fused()
     tied = "lm_head.weight" not in targets
     total = sum(target.nbytes for target in targets.values())
     done = 0
-    for name, tensor in _tensors(files):
+    for name, tensor in tensors:
         if IGNORED_TENSORS.search(name) or (tied and name == "lm_head.weight"):
             continue
         for part, values in _split(name, tensor, fused, targets):
@@ -294,6 +315,8 @@ def _fill(model: Model, files: Sequence[Path], report: Progress) -> None:
                     f"{list(target.shape)}",
                     param="model",
                 )
+            if not values.is_floating_point() or values.itemsize == 1:
+                raise ConfigError(_codes_alone(name, values), param="model")
             target.copy_(values)
             done += target.nbytes
             report(done, total)
@@ -306,6 +329,14 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 yield name, file.get_tensor(name)
+
+
+def _float_tensors(files: Sequence[Path], scheme: Scheme, places: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """`_tensors` of a quantised checkpoint: what belongs to one layer may lie in several files."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(_opened(path)) for path in files]
+        place = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        yield from float_tensors(place, lambda name: place[name].get_tensor(name), scheme, places)
 
 
 def _split(
@@ -332,6 +363,11 @@ def _unplaced(name: str, model: Model) -> str:
         f"tensor {name} has no place in the model that config.json describes: config and weights are not of the same "
         "model, or this variant is not supported"
     )
+
+
+def _codes_alone(name: str, values: Tensor) -> str:
+    kind = str(values.dtype).removeprefix("torch.")
+    return f"tensor {name} is of {kind}, and neither the checkpoint nor config.json has scales or a method for it"
 
 
 def _missing(names: Sequence[str]) -> str:

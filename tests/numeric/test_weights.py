@@ -191,10 +191,10 @@ def test_unsupported_architecture(folder: Path) -> None:
     refuses(folder, "LlamaForSequenceClassification")
 
 
-def test_quantised_checkpoint(folder: Path) -> None:
-    """Quantised weights are refused by method, not misread."""
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    refuses(folder, "quantised", "gptq")
+def test_unsupported_quantisation(folder: Path) -> None:
+    """A method that quantised the checkpoint and is not known is answered with those that are."""
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    refuses(folder, "bitsandbytes", "awq, compressed-tensors, fp8, gptq")
 
 
 @pytest.mark.parametrize(("changes", "words"), [
