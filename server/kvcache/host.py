@@ -2,7 +2,8 @@
 
 Anonymous memory, page-aligned (so that O_DIRECT reads and writes go straight into it), huge pages advised, one block
 per frame. With each frame it keeps a label: which block the bytes are, and their checksum, made when they arrived. A
-block leaves for another tier only if label and bytes still agree. Torch-free; any thread, one at a time per frame.
+block leaves for another tier only if label and bytes still agree. Whoever copies to and from a CUDA device has the
+memory pinned. Torch-free; any thread, one at a time per frame.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import mmap
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import xxhash
 
+from server.errors import ConfigError
 from server.types import BlockHash, FrameId, TierFault
 
 PREFAULT_SLAB_BYTES = 64 * 2**20
@@ -28,6 +31,24 @@ HELD_BYTES = 128 * 1024
 waiting for it again costs a busy process several times that."""
 MADV_POPULATE_WRITE = 23
 """Linux 5.14 and later; not in Python's mmap module."""
+PIN_BYTES = 8 * 2**30
+"""Memory is pinned in ranges of at most this size (or one frame): a start can be interrupted between two, and the
+message says how far it came."""
+GIB = 2**30
+REFUSALS = {
+    "label": "does not hold the block that was asked for",
+    "payload": "changed since it was filled",
+}
+"""Why a block may not leave a frame."""
+
+
+class Pins(Protocol):
+    """Page-locks memory for a device's DMA engines. `address` and `size` in bytes, on page edges; raises OSError."""
+
+    def pin(self, address: int, size: int) -> None: ...
+    def unpin(self, address: int) -> None:
+        """The whole range that `pin` was given at `address`."""
+        ...
 
 
 def checksum(data: memoryview) -> bytes:
@@ -59,6 +80,10 @@ class HostArena:
         self.corrupt: Counter[str] = Counter()
         """Blocks that did not leave for the device: `label` (the frame held something else), `payload`."""
         self._counting = threading.Lock()
+        self._pins: Pins | None = None
+        self.edges: list[int] = []
+        """Addresses where pinned ranges begin, each on the edge of a frame; empty while nothing is pinned. One copy of
+        a device must not cross such an edge."""
         self._memmove = _held_memmove() if block_bytes <= HELD_BYTES else ctypes.memmove
 
     def prefault(self) -> None:
@@ -69,6 +94,34 @@ class HostArena:
                 self._pages.madvise(MADV_POPULATE_WRITE, start, length)
             except OSError:  # an older kernel: touch every page
                 np.frombuffer(self._pages, np.uint8, length, start)[:: mmap.PAGESIZE] = 0
+
+    def register(self, pins: Pins) -> None:
+        """Pin all memory, after `prefault`. Raises ConfigError, with nothing pinned, where the system does not allow
+        it. Blocking, for seconds perhaps."""
+        assert not self.edges, "the arena is pinned once"
+        # A page that a child shares is copied at the next write: the device would go on with the old one.
+        self._pages.madvise(mmap.MADV_DONTFORK)
+        self._pins = pins
+        step = max(1, PIN_BYTES // self.stride) * self.stride
+        for start in range(0, len(self._pages), step):
+            try:
+                pins.pin(self.address + start, min(step, len(self._pages) - start))
+            except OSError as error:
+                self.unregister()
+                raise ConfigError(
+                    f"dram_gib: only {start / GIB:.3g} of {len(self._pages) / GIB:.3g} GiB could be pinned for CUDA "
+                    f"({error}); lower --dram-gib, or raise the limit on locked memory (ulimit -l) and the memory of "
+                    "the control group",
+                    param="kv.dram_gib",
+                ) from error
+            self.edges.append(self.address + start)
+
+    def unregister(self) -> None:
+        """Undo `register`, when nothing moves any more; a process that ends without it can hang for a while. Nothing to
+        do where nothing is pinned. Raises OSError; called again, it goes on with the next range."""
+        while self.edges:
+            assert self._pins is not None, "what is pinned was pinned by somebody"
+            self._pins.unpin(self.edges.pop())
 
     def view(self, frame: FrameId) -> memoryview:
         """The block in `frame`: `block_bytes` writable bytes."""
@@ -100,6 +153,13 @@ class HostArena:
         label = self._labels[frame]
         return label[1] if label is not None and label[0] == hash else None
 
+    def verify(self, frame: FrameId, hash: BlockHash) -> TierFault | None:
+        """A fault unless `frame` holds block `hash`, its bytes unchanged since they arrived."""
+        digest = self.digest_of(frame, hash)
+        if digest is None:
+            return self._refused("label", frame)
+        return None if checksum(self.view(frame)) == digest else self._refused("payload", frame)
+
     # --- copies to and from other memory -----------------------------------------------------------------------------
 
     def take_in(self, frame: FrameId, hash: BlockHash, source: int) -> None:
@@ -112,15 +172,14 @@ class HostArena:
         holds something else or its bytes have changed since they arrived."""
         digest = self.digest_of(frame, hash)
         if digest is None:
-            return self._refused("label", f"host frame {frame} does not hold the block that was asked for")
-        if self._copy(frame, target, self.frame_address(frame)) != digest:
-            return self._refused("payload", f"host frame {frame} changed since it was filled")
-        return None
+            return self._refused("label", frame)
+        same = self._copy(frame, target, self.frame_address(frame)) == digest
+        return None if same else self._refused("payload", frame)
 
-    def _refused(self, kind: str, detail: str) -> TierFault:
+    def _refused(self, kind: str, frame: FrameId) -> TierFault:
         with self._counting:
             self.corrupt[kind] += 1
-        return TierFault("corrupt", detail)
+        return TierFault("corrupt", f"host frame {frame} {REFUSALS[kind]}")
 
     def _copy(self, frame: FrameId, target: int, source: int) -> bytes:
         """Copy one block, of which `frame` is one end; the checksum of what is in `frame` then. Piece by piece: the sum

@@ -15,6 +15,7 @@ from server.kvcache.tiers import TIERS
 from server.kvcache.tiers.base import Tier
 from server.registry import resolve
 from server.types import Note
+from tests.fake_device import FakeDevice
 from tests.system.ssd_store import BLOCK_BYTES, Block, fill, holds, make_store
 
 HOST_FRAMES = 24
@@ -25,7 +26,12 @@ def _device(host: HostArena, folder: Path) -> Tier:
     return resolve("tier", TIERS, "device")(torch.zeros(32, BLOCK_BYTES, dtype=torch.uint8), host)
 
 
-MAKE: dict[str, Make] = {"device": _device, "ssd": lambda host, folder: make_store(folder, host)}
+def _cuda(host: HostArena, folder: Path) -> Tier:
+    device = FakeDevice(32, host, free=True)
+    return resolve("tier", TIERS, "cuda")(device.arena, host, device.up, device.down, lambda: 0.0)
+
+
+MAKE: dict[str, Make] = {"device": _device, "cuda": _cuda, "ssd": lambda host, folder: make_store(folder, host)}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TIERS = {
     "device": "server.kvcache.tiers.device:DeviceTier",
+    "cuda": "server.kvcache.tiers.cuda:CudaTier",
     "ssd": "server.kvcache.tiers.ssd:SsdTier",
 }
 """Tier name -> its class, resolved when needed: a machine without an SSD directory never imports that tier."""
