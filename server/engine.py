@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal, Self
 
-from server.errors import InvalidRequest, NotReady, Overloaded, StepFailed
+from server.errors import DeviceLost, InvalidRequest, NotReady, Overloaded, StepFailed
 from server.explain import Explanations
 from server.kvcache import audit
 from server.kvcache.hashing import extend_hashes
@@ -31,11 +31,8 @@ from server.recorder import Ended, Recorder
 from server.scheduler.request import Request, explained, request_from
 from server.scheduler.scheduler import Scheduler
 from server.types import (
-    DEVICE,
-    DRAM,
     ONLINE,
     ORDINARY,
-    SSD,
     BlockHash,
     FinishReason,
     KvReport,
@@ -44,6 +41,7 @@ from server.types import (
     ServiceClass,
     SpanReport,
     StepPlan,
+    StepResult,
     StepRunner,
     TierFault,
     TierName,
@@ -56,6 +54,9 @@ IDLE_AUDIT_S = 1.0
 """How long the daemon must be idle before it audits its books; once per idle period."""
 IDLE_AUDIT_FRAMES = 4096
 """An audit costs 5 us per frame on the loop thread: larger caches (20 ms and more) are not audited in production."""
+
+LEAD_S = 0.002
+"""How long before its end, as far as that can be foreseen, a step is followed by the next: planning takes less."""
 
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
 
@@ -83,6 +84,16 @@ class EngineSnapshot:
     kv: KvReport
     waiting_by_reason: Mapping[str, int]
     preemptions: Mapping[str, int]
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that was handed to the device. `since_s`: when it was, or when the one before it was committed."""
+
+    plan: StepPlan
+    kind: str
+    since_s: float
+    work: asyncio.Future[StepResult]
 
 
 class Stream:
@@ -166,6 +177,7 @@ class Engine:
         prefix_caching: bool = True,
         prefetch: bool = True,
         flush_s: float = 0.0,
+        lead_s: float = LEAD_S,
         nonce: str = "",
         recorder: Recorder | None = None,
         explanations: Explanations | None = None,
@@ -182,6 +194,7 @@ class Engine:
         self._prefix_caching = prefix_caching
         self._prefetch = prefetch
         self._flush_s = flush_s
+        self._lead_s = lead_s
         self._nonce = nonce
         self._recorder = recorder
         self.explanations = explanations or Explanations(0, 0.0)
@@ -193,7 +206,10 @@ class Engine:
         self._next_id = 0
         self._failure: BaseException | None = None
         self._audited = True
-        self._stepping = self._move_due = self._prefilling = False
+        self._step: _Step | None = None
+        self._decode_s = inf
+        """How long the last step took, if it only decoded."""
+        self._move_due = self._prefilling = False
         self._progress_s = clock()
         self._stalled: tuple[str, float] | None = None
         """Why nothing can run although there is work, and since when that was counted."""
@@ -323,11 +339,11 @@ class Engine:
             while not self._drained():
                 if self._failure is not None:
                     raise self._failure
-                plan = self.scheduler.plan(self._clock())
-                self._prefilling = plan is not None and any(len(row.tokens) > 1 for row in plan.rows)
-                self._move()  # after the plan, which sends for blocks and may wait for them
-                if plan is not None:
-                    await self._step(plan)
+                if self._step is None:
+                    self._step = self._begin(self.scheduler.plan(self._clock()))
+                    self._move()  # after the plan, which sends for blocks and may wait for them
+                if self._step is not None:
+                    self._step = await self._finish(self._step)
                 elif self.scheduler.idle:
                     await self._rest()
                 else:
@@ -414,7 +430,7 @@ class Engine:
 
     def _move_soon(self) -> None:
         """While a step runs, blocks move on all the same: what lands, or is asked for, makes others start."""
-        if self._stepping:
+        if self._step is not None:
             self._move_again()
 
     def _move_again(self) -> None:
@@ -430,24 +446,47 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - nobody else would see it here
                 self._broke(error)
 
-    async def _step(self, plan: StepPlan) -> None:
-        planned_s = self._clock()
-        self._stepping = True
+    def _begin(self, plan: StepPlan | None) -> _Step | None:
+        """Hand the plan, if there is one, to the device."""
+        if plan is None:
+            return None
+        kind = _kind(plan)
+        self._prefilling = kind != "decode"
+        return _Step(plan, kind, self._clock(), asyncio.ensure_future(self._runner.run(plan)))
+
+    async def _finish(self, step: _Step) -> _Step | None:
+        """Wait for the step and commit it. The step after it, if that was clear before: it runs by now."""
+        following = await self._follow(step)
         try:
-            result = await self._runner.run(plan)
+            result = await step.work
+        except DeviceLost:
+            raise
         except Exception as error:  # the device's error, whatever it is: those in the step fail, the daemon goes on
             log.exception("a step failed; its requests end with an error")
             message = error.message if isinstance(error, StepFailed) else f"the step failed: {type(error).__name__}"
-            self._deliver(self.scheduler.fail(plan, message, self._clock()), self._clock())
-            return
-        finally:
-            self._stepping = False
-            self._progress_s = self._clock()
-        now = self._clock()
-        self._deliver(self.scheduler.commit(plan, result, now), now)
-        busy_s = result.finished_s - result.started_s
-        self.kv.planner.step.observe(StepWork.of(plan.rows), busy_s)
-        self._metrics.step(_kind(plan), busy_s, plan.tokens, self._clock() - planned_s - busy_s)
+            now = self._progress_s = self._clock()
+            self._deliver(self.scheduler.fail(step.plan, message, now), now)
+            return following
+        now = self._progress_s = self._clock()
+        self._deliver(self.scheduler.commit(step.plan, result, now), now)
+        busy_s, work = result.finished_s - result.started_s, StepWork.of(step.plan.rows)
+        self.kv.planner.step.observe(work, busy_s)
+        ended_s = self._clock()
+        self._metrics.step(step.kind, busy_s, work.tokens, ended_s - step.since_s - busy_s)
+        self._decode_s = busy_s if step.kind == "decode" else inf
+        if following is not None:
+            following.since_s = ended_s
+        return following
+
+    async def _follow(self, step: _Step) -> _Step | None:
+        """Shortly before a step of decodes ends, hand over the one after it, where that is clear already: the device
+        need not wait for the commit between the two. Not earlier: who comes meanwhile would wait for both."""
+        if step.kind != "decode":
+            return None
+        left_s = step.since_s + self._decode_s - self._lead_s - self._clock()
+        if left_s > 0:
+            await asyncio.wait((step.work,), timeout=left_s)
+        return None if step.work.done() else self._begin(self.scheduler.plan_ahead())
 
     def _landed(self, transfer_id: int, fault: TierFault | None) -> None:
         if fault is not None:
@@ -503,7 +542,7 @@ class Engine:
             return
         stream.last_token_s = now
         if event.token is not None:
-            self._metrics.first_token(now - request.arrival_s, _deepest(request))
+            self._metrics.first_token(now - request.arrival_s, request.deepest)
         looks_up = self._prefix_caching and request.looks_up
         self._metrics.prompt_done(
             request.prompt_tokens,
@@ -536,7 +575,7 @@ class Engine:
                 tpot_s,
                 request.prompt_tokens,
                 request.generated,
-                _met(request.service, failed, first_s - request.arrival_s, tpot_s),
+                request.service.met(first_s - request.arrival_s, tpot_s, failed=failed),
             )
         )
         if self.explanations.wanted:
@@ -545,23 +584,6 @@ class Engine:
         if self._recorder is not None:
             prompt = request.tokens[: request.prompt_tokens]
             self._recorder.record(Ended(request.arrival_s, request.root, prompt, request.generated, request.service))
-
-
-def _met(service: ServiceClass, failed: bool, ttft_s: float, tpot_s: float | None) -> dict[str, bool]:
-    """By target that an online request has: was it met? Who left before a first token was late has seen no target
-    missed."""
-    targets = service.targets
-    met: dict[str, bool] = {}
-    if not service.background and targets.ttft_s < inf:
-        met["ttft"] = not failed and ttft_s <= targets.ttft_s
-    if not service.background and targets.tpot_s < inf:
-        met["tpot"] = not failed and (tpot_s is None or tpot_s <= targets.tpot_s)
-    return met
-
-
-def _deepest(request: Request) -> str:
-    """The slowest tier that gave this request a block, or `none`."""
-    return next((tier for tier in (SSD, DRAM, DEVICE) if request.served.get(tier)), "none")
 
 
 def _kind(plan: StepPlan) -> str:

@@ -114,6 +114,14 @@ class StepFailed(TerraceError):
     code = "step_failed"
 
 
+class DeviceLost(TerraceError):
+    """The device answers with an error even when nothing is asked of it: after an illegal access, say, every call of
+    this process fails. Only a new process helps, so the daemon ends.
+    """
+
+    code = "device_lost"
+
+
 class GrammarStuck(InvalidRequest):
     """The rest of the request bars all that its grammar allows, or to follow the grammar costs too much."""
 

@@ -8,7 +8,7 @@ any of these after making it; the three that a step makes per row are not frozen
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
@@ -205,6 +205,12 @@ class SamplingParams:
     pooling: Pooling | None = None
     grammar: Grammar | None = None
 
+    @property
+    def needs_history(self) -> bool:
+        """The choice of a token depends on those before it by more than the model."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalties or self.bad_sequences or self.grammar is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -255,6 +261,16 @@ class ServiceClass:
     background: bool = False
     targets: Targets = NO_TARGETS
 
+    def met(self, ttft_s: float, tpot_s: float | None, *, failed: bool) -> dict[str, bool]:
+        """By target that a request of it has, if it is not in the background: was it met? One that `failed` met none;
+        who left before a first token was late has seen no target missed."""
+        met: dict[str, bool] = {}
+        if not self.background and self.targets.ttft_s < inf:
+            met["ttft"] = not failed and ttft_s <= self.targets.ttft_s
+        if not self.background and self.targets.tpot_s < inf:
+            met["tpot"] = not failed and (tpot_s is None or tpot_s <= self.targets.tpot_s)
+        return met
+
 
 ONLINE = ServiceClass()
 
@@ -270,7 +286,8 @@ class CacheLimit:
 
 @dataclass(slots=True)
 class SampleSpec:
-    """Sample one token after this row. `history` is every token before it; never mutated while a step runs.
+    """Sample one token after this row. `history` is every token before it; it does not change while the step runs, but
+    that of a row that follows another step grows by the token it is fed: `params.needs_history` is false there.
 
     `position` is the index that the sampled token will have: with `params.seed` it names the random draw, so the same
     seed gives the same token whatever else is in the batch and however often the request was preempted.
@@ -293,6 +310,7 @@ class StepRow:
     `frames` is an int32 view of the request's block table, covering at least `start + len(tokens)` tokens.
     `prompt_logprobs`: number of alternatives wanted for every *following prompt token* of the fed ones, or None; then
     `targets` are the tokens that follow each fed token (one shorter when the prompt ends in this row).
+    `follows`: `tokens` is one placeholder, for the token that the step before this one samples for this request.
     """
 
     request_id: RequestId
@@ -303,6 +321,7 @@ class StepRow:
     prompt_logprobs: int | None = None
     targets: array[int] | None = None
     pool: Pool | None = None
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,13 +368,18 @@ class StepResult:
 
 
 class StepRunner(Protocol):
-    """Runs plans one at a time. Real: one device thread; simulated: an oracle model on the virtual clock.
+    """Runs plans in the order in which they come. Real: one device thread; simulated: an oracle model on the virtual
+    clock.
 
-    The caller guarantees: frames of the plan stay reserved until `run` returns or raises. The runner guarantees: it
-    returns only when the step no longer touches any frame. It raises `StepFailed` when the step produced nothing.
+    The caller guarantees: frames of the plan stay reserved until what `run` gives is done; at most one plan comes while
+    another runs. The runner guarantees: it is done only when the step no longer touches any frame. `StepFailed` is
+    raised when the step produced nothing; then a step with rows that follow it fails, too.
     """
 
-    async def run(self, plan: StepPlan) -> StepResult: ...
+    def run(self, plan: StepPlan) -> Awaitable[StepResult]:
+        """Starts with the plan at once, not when it is awaited."""
+        ...
+
     async def aclose(self) -> None: ...
 
 

@@ -22,8 +22,11 @@ BACKENDS: dict[str, str] = {
     "reference": "server.kernels.reference:ReferenceAttention",
     "cpu": "server.kernels.cpu:CpuAttention",
     "native": "server.kernels.native.attention:NativeAttention",
+    "flashinfer": "server.kernels.flashinfer:FlashInferAttention",
+    "sdpa": "server.kernels.cpu:CpuAttention",
 }
-"""Name -> "module:Class" for `server.registry.resolve`. A class is built as `Class(arena, geometry)`."""
+"""Name -> "module:Class" for `server.registry.resolve`. A class is built as `Class(arena, geometry)`. `sdpa` is what
+`cpu` does, on the arena's device: for a GPU that FlashInfer cannot serve."""
 
 INT8_BACKENDS = frozenset({"reference", "native"})
 """Those that take an int8 arena, see `server.kernels.int8`."""
@@ -51,6 +54,15 @@ class AttentionBatch:
     def tokens(self) -> int:
         return int(self.query_starts[-1])
 
+    def places(self, block_tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Where the fed tokens go: the frame of each and its offset there, int32 [tokens] each."""
+        lengths = np.diff(self.query_starts)
+        positions = np.arange(self.tokens, dtype=np.int32) + np.repeat(self.starts - self.query_starts[:-1], lengths)
+        blocks, offsets = np.divmod(positions, np.int32(block_tokens))
+        bounds = self.query_starts.tolist()
+        frames = [table[blocks[a:b]] for table, a, b in zip(self.frames, bounds, bounds[1:], strict=False)]
+        return np.concatenate(frames), offsets
+
 
 class AttentionBackend(Protocol):
     """Causal (optionally sliding-window) grouped-query attention over a paged arena. Device thread only.
@@ -60,10 +72,13 @@ class AttentionBackend(Protocol):
     row depends on no other row of the batch (but for float rounding), and bytes of a frame beyond the row's context
     (stale, infinite, NaN) never reach it. Sliding-window layers read no block that lies wholly outside the window, so
     frames of such blocks may hold anything.
+
+    One whose steps may be captured also has `graph(rows)`: see `server.kernels.flashinfer`.
     """
 
     def __init__(self, arena: Tensor, geometry: ModelGeometry) -> None:
-        """`arena`: [frames, layers, 2, kv_heads, block_tokens, head_dim], float32, bfloat16, float16; of some int8."""
+        """`arena`: [frames, layers, 2, kv_heads, block_tokens, head_dim], float32, bfloat16, float16; of some int8.
+        `flashinfer` takes no float32, but float8_e4m3fn."""
 
     def plan(self, batch: AttentionBatch) -> None:
         """Prepares what all layers of this step share."""

@@ -9,6 +9,9 @@ not taken.
 
 Arithmetic is fp32 whatever the arena's dtype: half-precision matrix products are many times slower than fp32 on CPUs
 without hardware for them, and the conversion rides on a copy that is made anyway.
+
+All that holds on a GPU, too, where this stands in for FlashInfer: right, but not fast. Masks are laid out anew on their
+way there, because torch's kernels for GPUs take none whose rows overlap.
 """
 
 from __future__ import annotations
@@ -77,15 +80,14 @@ class _Chunk:
 
 
 class CpuAttention:
-    """See `AttentionBackend`. The arena must be on the CPU; results are those of fp32 arithmetic on its values."""
+    """See `AttentionBackend`. On the arena's device; results are those of fp32 arithmetic on the arena's values."""
 
     def __init__(self, arena: Tensor, geometry: ModelGeometry) -> None:
         _, layers, _, kv_heads, block_tokens, head_dim = arena.shape
-        assert arena.device.type == "cpu", f"the cpu backend cannot read an arena on {arena.device}"
         assert arena.is_contiguous(), "the arena must be one contiguous, block-major tensor"
         assert arena.dtype.is_floating_point, f"the cpu backend cannot read {arena.dtype}"
         assert (layers, kv_heads, head_dim) == (geometry.layers, geometry.kv_heads, geometry.head_dim), "other model"
-        self._geometry = geometry
+        self._geometry, self._device = geometry, arena.device
         self._group = geometry.heads // kv_heads
         self._block_tokens = block_tokens
         self._plane_rows = 2 * kv_heads  # (block, head) places of one layer in one frame
@@ -94,10 +96,10 @@ class CpuAttention:
         self._places = [places[layer * self._plane_rows :] for layer in range(layers)]
         vectors = arena.view(-1, head_dim)
         self._vectors = [vectors[layer * self._plane_rows * block_tokens :] for layer in range(layers)]
-        self._scratch = torch.empty(0, dtype=arena.dtype)
-        self._scratch_fp32 = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=arena.dtype, device=arena.device)
+        self._scratch_fp32 = torch.empty(0, device=arena.device)
         self._kv_bytes = 2 * block_tokens * head_dim * 4  # of one block and KV head
-        self._store = torch.empty(0, dtype=torch.int64)
+        self._store = torch.empty(0, dtype=torch.int64, device=arena.device)
         self._parts: dict[int | None, list[_Decode | _Chunk]] = {}
 
     def plan(self, batch: AttentionBatch) -> None:
@@ -110,7 +112,7 @@ class CpuAttention:
         new = torch.cat((k, v), dim=1).view(-1, g.head_dim)  # [tokens * 2 * kv_heads, head_dim]
         vectors.index_copy_(0, self._store, new if new.dtype == vectors.dtype else new.to(vectors.dtype))
         queries = q.to(torch.float32).unflatten(1, (g.kv_heads, self._group))
-        out = torch.empty(queries.shape, dtype=q.dtype)  # [tokens, kv_heads, group, head_dim]
+        out = torch.empty(queries.shape, dtype=q.dtype, device=q.device)  # [tokens, kv_heads, group, head_dim]
         for part in self._parts[g.windows[layer]]:
             kv = self._gather(layer, part)
             if isinstance(part, _Decode):
@@ -126,12 +128,12 @@ class CpuAttention:
         places = self._places[layer]
         size = len(part.gather) * places.shape[1]
         if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=places.dtype)
+            self._scratch = torch.empty(size, dtype=places.dtype, device=self._device)
         gathered = self._scratch[:size]
         torch.index_select(places, 0, part.gather, out=gathered.view(-1, places.shape[1]))
         if places.dtype != torch.float32:
             if self._scratch_fp32.numel() < size:
-                self._scratch_fp32 = torch.empty(size)
+                self._scratch_fp32 = torch.empty(size, device=self._device)
             gathered = self._scratch_fp32[:size].copy_(gathered)
         return gathered.view(part.shape)
 
@@ -158,14 +160,10 @@ class CpuAttention:
 
     def _store_index(self, batch: AttentionBatch) -> Tensor:
         """Places of the step's K and V vectors in layer 0, int64 [tokens * 2 * kv_heads], K heads before V heads."""
-        lengths = np.diff(batch.query_starts)
-        positions = np.arange(batch.tokens) + np.repeat(batch.starts - batch.query_starts[:-1], lengths)
-        blocks, offsets = np.divmod(positions, self._block_tokens)
-        bounds = batch.query_starts.tolist()
-        frames = np.concatenate([f[blocks[a:b]] for f, a, b in zip(batch.frames, bounds, bounds[1:], strict=False)])
+        frames, offsets = batch.places(self._block_tokens)
         first = frames.astype(np.int64) * (self._geometry.layers * self._plane_rows)
         places = first[:, None] + np.arange(self._plane_rows)
-        return torch.from_numpy((places * self._block_tokens + offsets[:, None]).ravel())
+        return self._sent((places * self._block_tokens + offsets[:, None]).ravel())
 
     def _divide(self, batch: AttentionBatch, window: int | None) -> Iterator[_Decode | _Chunk]:
         rows = [self._row(batch, row, window) for row in range(batch.rows)]
@@ -220,13 +218,20 @@ class CpuAttention:
         first = table * (self._geometry.layers * self._plane_rows)
         head = np.arange(heads.start, heads.stop)[:, None]
         keys = first[:, None, :] + head
-        return torch.from_numpy(np.stack((keys, keys + self._geometry.kv_heads)).ravel())
+        return self._sent(np.stack((keys, keys + self._geometry.kv_heads)).ravel())
+
+    def _sent(self, index: Index) -> Tensor:
+        return torch.from_numpy(index).to(self._device)
+
+    def _mask(self, bias: Tensor) -> Tensor:
+        """As it is on a CPU; dense elsewhere."""
+        return bias.to(self._device, memory_format=torch.contiguous_format)
 
     def _chunk_parts(self, row: _Row, window: int | None) -> Iterator[_Chunk]:
         table = row.frames[None, :]
         blocks, queries = table.shape[1], row.last - row.first
         whole = row.start == 0 and (window is None or window >= row.context)  # nothing before it, nothing out of sight
-        bias = None if whole else _reversed_bias(queries, row.context, window)
+        bias = None if whole else self._mask(_reversed_bias(queries, row.context, window))
         for heads in self._head_slices(1, blocks):
             shape = (2, heads.stop - heads.start, blocks * self._block_tokens, self._geometry.head_dim)
             index = self._gather_index(table, heads)
@@ -246,21 +251,21 @@ class CpuAttention:
         if not alike:
             token = np.arange(blocks * self._block_tokens)
             hidden = (token < oldest[:, None]) | (token >= context[:, None])
-            bias = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), float("-inf"))[:, None, None, keys]
+            bias = torch.from_numpy(np.where(hidden, np.float32("-inf"), np.float32(0)))
+            bias = self._mask(bias[:, None, None, keys])
         for heads in self._head_slices(len(rows), blocks):
             width = heads.stop - heads.start
             shape = (2, len(rows), width, blocks * self._block_tokens, self._geometry.head_dim)
             if not alike:
                 garbage = np.broadcast_to((token >= context[:, None])[None, :, None, :], shape[:-1])
-                stale = torch.from_numpy(np.flatnonzero(garbage))
-            yield _Decode(_tokens(rows), heads, self._gather_index(table, heads), shape, keys, bias, stale)
+                stale = self._sent(np.flatnonzero(garbage))
+            yield _Decode(self._tokens(rows), heads, self._gather_index(table, heads), shape, keys, bias, stale)
 
-
-def _tokens(rows: Sequence[_Row]) -> slice | Tensor:
-    first = rows[0].first
-    if all(row.first == first + place for place, row in enumerate(rows)):
-        return slice(first, first + len(rows))
-    return torch.tensor([row.first for row in rows])
+    def _tokens(self, rows: Sequence[_Row]) -> slice | Tensor:
+        first = rows[0].first
+        if all(row.first == first + place for place, row in enumerate(rows)):
+            return slice(first, first + len(rows))
+        return self._sent(np.array([row.first for row in rows]))
 
 
 def _reversed_bias(queries: int, keys: int, window: int | None) -> Tensor:

@@ -328,8 +328,7 @@ class KVManager:
     def grow(self, lease: Lease, tokens: int) -> bool:
         """Make room for `tokens` tokens in all; False, and nothing changed, when the device cannot hold them."""
         start = len(lease.table)
-        wanted = self.layout.blocks_for(tokens) - start
-        if wanted <= 0:
+        if (wanted := self.layout.blocks_for(tokens) - start) <= 0:
             return True
         frames = self.device.take(wanted)
         if frames is None:
@@ -345,8 +344,9 @@ class KVManager:
                 self.device.unhold(lease.tail.pop(position)[0])
         return True
 
-    def seal(self, lease: Lease, hashes: Sequence[BlockHash], full: int) -> None:
-        """The first `full` blocks of `lease` are computed to their last token: name them by `hashes` and share them."""
+    def seal(self, lease: Lease, hashes: Sequence[BlockHash], full: int, *, in_step: bool = False) -> None:
+        """The first `full` blocks of `lease` are computed: name them by `hashes` and share them. `in_step`: a step
+        reads the table as it is, so no block is exchanged."""
         device = self.device
         for position in range(lease.sealed, full):
             value, frame = hashes[position], lease.table[position]
@@ -357,12 +357,12 @@ class KVManager:
                 device.file(frame, value, parent, position, ready=True, hits=hits, owner=lease.owner)
                 device.transient[frame] = lease.retention.transient
                 self.traffic.spill(value)
-            elif device.ready[twin]:  # somebody else was first: hold theirs, give ours up
+            elif device.ready[twin] and not in_step:  # somebody else was first: hold theirs, give ours up
                 device.hold(twin)
                 device.give_back((frame,))
                 lease.table.replace(position, twin)
             else:
-                return  # on its way up: sealing is tried again at the next block
+                return  # theirs is on its way up, or ours is being read: sealing is tried again at the next block
             lease.sealed = position + 1
 
     def asked(self, hashes: Sequence[BlockHash], now: float) -> None:

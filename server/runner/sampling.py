@@ -17,12 +17,17 @@ position), through the inverse CDF. Where logits are equal the lowest id goes fi
 row without top_k/top_p has no sort; one with them ranks 512 tokens, and more only where those do not hold `top_p` of
 the mass. Penalties touch the tokens a request has seen, not the vocabulary. With 152k tokens on one CPU core, per row:
 argmax 0.4 ms, plain draw 1.3 ms, top_p within the first 512 tokens 2.5 ms.
+
+**No look at the device.** `choose` and `describe` give tensors and leave it to the caller when to read them. What goes
+up from the host goes through `put`, which need not wait; a `BlindSampler` lets nothing that was computed decide what is
+computed next, so that the host runs ahead of its device.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +54,11 @@ LOWEST_ALLOWED = -1e30
 """Logit of what a grammar allows and the model rules out: above what the grammar bars, whatever penalties follow."""
 LOWEST_LOGPROB = -9999.0
 """Stands for log(0), which JSON cannot carry."""
+
+Put = Callable[[npt.NDArray[Any]], Tensor]
+"""From the host to where the logits are, without waiting. The array is given away: nobody uses it afterwards."""
+Way = Callable[[Tensor, Sequence[SampleSpec], Put], Tensor]
+"""How tokens are chosen: (logits [rows, vocab], which may be written to, specs, put) -> tokens int64 [rows]."""
 
 _INDEX_MASK = (1 << INDEX_BITS) - 1
 _MASK64 = (1 << 64) - 1
@@ -79,6 +89,11 @@ def _order_keys(x: Tensor) -> Tensor:
     return ordered.to(torch.int64) * (1 << INDEX_BITS) + descending
 
 
+def _best(x: Tensor, count: int) -> Tensor:
+    """Ids int64 [rows, count] of the greatest of x [rows, vocab], in order."""
+    return _order_keys(x).topk(count, sorted=True).indices
+
+
 def _weights(x: Tensor) -> Tensor:
     """int64 weights [rows, vocab] proportional to exp(x), the greatest 2^40; x has its maximum at 0."""
     return (x.clamp(min=NO_WEIGHT).exp() * float(1 << WEIGHT_BITS)).to(torch.int64)
@@ -94,14 +109,22 @@ def _invert(weights: Tensor, draws: Tensor) -> Tensor:
     return torch.searchsorted(running, threshold.unsqueeze(-1), right=True).squeeze(-1)
 
 
+def _chunk_rows(vocab: int) -> int:
+    return max(1, CHUNK_ELEMENTS // vocab)
+
+
 def _row_chunks(rows: Sequence[int], vocab: int) -> Iterator[Sequence[int]]:
-    step = max(1, CHUNK_ELEMENTS // vocab)
+    step = _chunk_rows(vocab)
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
 
 
-def _column(values: Iterable[float], like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor(list(values), dtype=dtype, device=like.device).unsqueeze(-1)
+def _index(values: Sequence[int], put: Put) -> Tensor:
+    return put(np.array(values, np.int64))
+
+
+def _column(values: Iterable[float], put: Put, dtype: npt.DTypeLike = np.float64) -> Tensor:
+    return put(np.array(list(values), dtype)).unsqueeze(-1)
 
 
 class _SeenTokens:
@@ -148,21 +171,30 @@ class _SeenTokens:
         self.consumed = len(spec.history)
 
 
+class Described(NamedTuple):
+    """Of n tokens: their log-probabilities, and so many of the most likely alternatives as any of them asks for."""
+
+    tokens: Tensor  # int64 [n]
+    logprobs: Tensor  # fp32 [n]
+    ranks: Tensor  # int64 [n]
+    best: Tensor  # int64 [n, most]
+    best_logprobs: Tensor  # fp32 [n, most]
+
+
 class Sampler:
     """Device thread only. Keeps the penalty counts and grammar states of live requests, nothing else between calls."""
 
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, vocab: int, put: Put = torch.from_numpy) -> None:
         assert 0 < vocab < _INDEX_MASK, f"vocabulary of {vocab} tokens does not fit the order key"
         self.vocab = vocab
+        self._put = put
         self._seen: dict[RequestId, _SeenTokens] = {}
         self._matchers = Matchers(vocab)
 
     # -- public ---------------------------------------------------------------------------------------------------
 
-    def sample(
-        self, logits: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]
-    ) -> list[tuple[int, TokenLogprobs | None]]:
-        """One token per row, with its log-probabilities where the spec asks. logits: fp32 [rows, vocab], only read.
+    def choose(self, logits: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> Tensor:
+        """One token per row, int64 [rows]. logits: fp32 [rows, vocab], only read.
 
         Row i belongs to `request_ids[i]` and `specs[i]`; a request appears in at most one row. NaN counts as -inf; a
         row with no finite logit yields token 0.
@@ -171,32 +203,28 @@ class Sampler:
         assert logits.shape == (rows, self.vocab), f"logits {tuple(logits.shape)}, wanted {(rows, self.vocab)}"
         assert logits.dtype == torch.float32, f"logits are {logits.dtype}, wanted float32"
         assert len(request_ids) == rows, f"{len(request_ids)} request ids for {rows} rows"
-        if rows == 0:
-            return []
         worked = [i for i, spec in enumerate(specs) if spec.params.temperature >= GREEDY_BELOW or _edits(spec)]
         if not worked:
-            chosen = argmax(logits)
-        else:
-            chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
-            plain = sorted(set(range(rows)).difference(worked))
-            if plain:
-                chosen[plain] = argmax(logits[plain])
-            for chunk in _row_chunks(worked, self.vocab):
-                chosen[chunk] = self._choose(logits[chunk], [request_ids[i] for i in chunk], [specs[i] for i in chunk])
-        tokens: list[int] = chosen.tolist()
-        found: list[TokenLogprobs | None] = [None] * rows
-        wanting = [i for i, spec in enumerate(specs) if spec.params.logprobs is not None]
-        if wanting:
-            tops = [specs[i].params.logprobs or 0 for i in wanting]
-            entries = self._logprobs(logits, wanting, [tokens[i] for i in wanting], tops)
-            for i, entry in zip(wanting, entries, strict=True):
-                found[i] = entry
-        return list(zip(tokens, found, strict=True))
+            return argmax(logits)
+        chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
+        plain = sorted(set(range(rows)).difference(worked))
+        if plain:
+            places = _index(plain, self._put)
+            chosen[places] = argmax(logits.index_select(0, places))
+        for chunk in _row_chunks(worked, self.vocab):
+            places = _index(chunk, self._put)
+            part = logits.index_select(0, places)
+            chosen[places] = self._choose(part, [request_ids[i] for i in chunk], [specs[i] for i in chunk])
+        return chosen
 
-    def prompt_logprobs(self, logits: Tensor, targets: Sequence[int], top: int) -> list[TokenLogprobs]:
-        """Log-probability, rank and `top` best alternatives of `targets[i]` under row i. logits: fp32 [n, vocab]."""
-        assert logits.shape == (len(targets), self.vocab), f"logits {tuple(logits.shape)} for {len(targets)} targets"
-        return self._logprobs(logits, range(len(targets)), targets, [top] * len(targets))
+    def describe(self, logits: Tensor, tokens: Tensor, most: int) -> Described:
+        """Log-probability and rank of token i under row i, and the `most` best alternatives. logits: fp32 [n, vocab],
+        only read; tokens: int64 [n], n at least 1."""
+        assert logits.shape == (len(tokens), self.vocab), f"logits {tuple(logits.shape)} for {len(tokens)} tokens"
+        step, most = _chunk_rows(self.vocab), min(most, self.vocab)
+        pieces = zip(logits.split(step), tokens.split(step), strict=True)
+        parts = [self._describe(raw, chosen, most) for raw, chosen in pieces]
+        return parts[0] if len(parts) == 1 else Described(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def advance(
         self, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec], tokens: Sequence[int]
@@ -216,26 +244,31 @@ class Sampler:
         """Tokens [rows] of rows that need more than an argmax. x: a private copy of their logits."""
         x = x.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
         self._edit(x, request_ids, specs)
-        chosen = torch.empty(len(specs), dtype=torch.int64, device=x.device)
-        groups: dict[Callable[[Tensor, Sequence[SampleSpec]], Tensor], list[int]] = {}
+        groups: dict[Way, list[int]] = {}
         for i, spec in enumerate(specs):
             groups.setdefault(self._way(spec.params), []).append(i)
+        if len(groups) == 1:
+            return next(iter(groups))(x, specs, self._put)
+        chosen = torch.empty(len(specs), dtype=torch.int64, device=x.device)
         for way, members in groups.items():
-            part = x if len(members) == len(specs) else x[members]
-            chosen[members] = way(part, [specs[i] for i in members])
+            places = _index(members, self._put)
+            chosen[places] = way(x.index_select(0, places), [specs[i] for i in members], self._put)
         return chosen
 
-    def _way(self, params: SamplingParams) -> Callable[[Tensor, Sequence[SampleSpec]], Tensor]:
+    def _way(self, params: SamplingParams) -> Way:
         if params.temperature < GREEDY_BELOW:
             return _most_likely
-        return _draw_ranked if 0 < params.top_k < self.vocab or params.top_p < 1.0 else _draw
+        return self._by_rank(params) if 0 < params.top_k < self.vocab or params.top_p < 1.0 else _draw
+
+    def _by_rank(self, params: SamplingParams) -> Way:
+        return _draw_stepwise
 
     def _edit(self, x: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> None:
         """Apply what is allowed, grammars, bias, min_tokens, bad sequences and penalties in place, from bias on each as
         one scatter over its tokens. x: [rows, vocab]."""
         for i, spec in enumerate(specs):
             if spec.params.allowed_token_ids:
-                allowed = _index([token for token in spec.params.allowed_token_ids if token < self.vocab], x)
+                allowed = _index([token for token in spec.params.allowed_token_ids if token < self.vocab], self._put)
                 kept = x[i, allowed]
                 x[i] = -torch.inf
                 x[i, allowed] = kept
@@ -243,7 +276,7 @@ class Sampler:
         biased = [(i, t, b) for i, s in enumerate(specs) for t, b in s.params.logit_bias.items() if 0 <= t < self.vocab]
         if biased:
             rows, tokens, values = zip(*biased, strict=True)
-            x[_index(rows, x), _index(tokens, x)] += torch.tensor(values, dtype=x.dtype, device=x.device)
+            x[_index(rows, self._put), _index(tokens, self._put)] += self._put(np.array(values, np.float32))
         barred = [
             (i, t)
             for i, s in enumerate(specs)
@@ -255,7 +288,7 @@ class Sampler:
         ]
         if barred:
             rows, tokens = zip(*barred, strict=True)
-            x[_index(rows, x), _index(tokens, x)] = -torch.inf
+            x[_index(rows, self._put), _index(tokens, self._put)] = -torch.inf
         penalised = [i for i, spec in enumerate(specs) if _penalises(spec.params)]
         if penalised:
             self._penalise(x, penalised, [request_ids[i] for i in penalised], [specs[i] for i in penalised])
@@ -266,10 +299,12 @@ class Sampler:
         if not rows:
             return set()
         barred, only_end = self._matchers.barred([request_ids[i] for i in rows], [specs[i] for i in rows])
-        part = x if len(rows) == len(specs) else x[rows]
-        part.clamp_(min=LOWEST_ALLOWED).masked_fill_(torch.from_numpy(barred).to(x.device), -torch.inf)
-        if part is not x:
-            x[rows] = part
+        if len(rows) == len(specs):
+            x.clamp_(min=LOWEST_ALLOWED).masked_fill_(self._put(barred), -torch.inf)
+        else:
+            places = _index(rows, self._put)
+            part = x.index_select(0, places).clamp_(min=LOWEST_ALLOWED)
+            x[places] = part.masked_fill_(self._put(barred), -torch.inf)
         return {i for i, only in zip(rows, only_end, strict=True) if only}
 
     def _stops(self, params: SamplingParams) -> list[int]:
@@ -285,12 +320,12 @@ class Sampler:
         lengths = [len(s.ids) for s in seen]
 
         def spread(values: Iterable[float]) -> Tensor:
-            return torch.from_numpy(np.repeat(np.fromiter(values, np.float32, len(lengths)), lengths)).to(x.device)
+            return self._put(np.repeat(np.fromiter(values, np.float32, len(lengths)), lengths))
 
-        row = torch.from_numpy(np.repeat(np.asarray(rows, np.int64), lengths)).to(x.device)
+        row = self._put(np.repeat(np.asarray(rows, np.int64), lengths))
         ids: npt.NDArray[np.int64] = np.concatenate([np.frombuffer(s.ids, np.int64) for s in seen])
-        column = torch.from_numpy(ids).to(x.device)
-        counts = torch.from_numpy(np.concatenate([np.frombuffer(s.counts, np.float32) for s in seen])).to(x.device)
+        column = self._put(ids)
+        counts = self._put(np.concatenate([np.frombuffer(s.counts, np.float32) for s in seen]))
         repetition = spread(s.params.repetition_penalty for s in specs)
         values = x[row, column]
         values = torch.where(values > 0, values / repetition, values * repetition)
@@ -308,32 +343,34 @@ class Sampler:
 
     # -- log-probabilities ----------------------------------------------------------------------------------------
 
-    def _logprobs(
-        self, logits: Tensor, rows: Sequence[int], tokens: Sequence[int], tops: Sequence[int]
-    ) -> list[TokenLogprobs]:
-        """Entry j describes `tokens[j]` under logits row `rows[j]`, with its `tops[j]` best alternatives."""
-        found: list[TokenLogprobs] = []
-        for places in _row_chunks(range(len(rows)), self.vocab):
-            raw = logits[[rows[j] for j in places]]
-            found += self._chunk_logprobs(raw, [tokens[j] for j in places], [min(tops[j], self.vocab) for j in places])
-        return found
-
-    def _chunk_logprobs(self, raw: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:
+    def _describe(self, raw: Tensor, tokens: Tensor, most: int) -> Described:
         logprobs = raw.log_softmax(-1).clamp_(min=LOWEST_LOGPROB)
-        column = _index(tokens, raw).unsqueeze(-1)
-        own = logprobs.gather(-1, column).squeeze(-1).tolist()
+        column = tokens.unsqueeze(-1)
+        own = logprobs.gather(-1, column).squeeze(-1)
         chosen = raw.gather(-1, column)
         before = torch.arange(self.vocab, device=raw.device) < column
-        ranks = ((raw > chosen) | ((raw == chosen) & before)).sum(-1).add_(1).tolist()
-        best: list[list[tuple[int, float]]] = [[] for _ in tokens]
-        if widest := max(tops):
-            ids = _order_keys(raw).topk(widest, sorted=True).indices
-            values = logprobs.gather(-1, ids)
-            best = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-        return [
-            TokenLogprobs(token, logprob, rank, tuple(alternatives[:top]))
-            for token, logprob, rank, alternatives, top in zip(tokens, own, ranks, best, tops, strict=True)
-        ]
+        ranks = ((raw > chosen) | ((raw == chosen) & before)).sum(-1).add_(1)
+        # Where no alternatives are wanted there is nothing to rank.
+        best = _best(raw, most) if most else column[:, :0]
+        return Described(tokens, own, ranks, best, logprobs.gather(-1, best))
+
+
+class BlindSampler(Sampler):
+    """A `Sampler` that never looks at what it computed: the same tokens, at the price of ranking the whole vocabulary
+    where only a look could tell that less would do. No top_k, or a large one, with top_p: a sort of 152k tokens in each
+    row, for which a GPU takes less time than its host takes to ask and be answered."""
+
+    def _by_rank(self, params: SamplingParams) -> Way:
+        return _draw_few if 0 < params.top_k <= CANDIDATES[0] else _draw_all
+
+
+def logprob_entries(found: Sequence[npt.NDArray[Any]], tops: Sequence[int]) -> list[TokenLogprobs]:
+    """What `found` says, the arrays of a `Described` on the host; the first `tops[i]` alternatives of token i."""
+    columns = (array.tolist() for array in found)
+    return [
+        TokenLogprobs(token, logprob, rank, tuple(zip(ids[:top], values[:top], strict=True)))
+        for token, logprob, rank, ids, values, top in zip(*columns, tops, strict=True)
+    ]
 
 
 def _penalises(params: SamplingParams) -> bool:
@@ -354,52 +391,48 @@ def _completing(spec: SampleSpec) -> list[int]:
     return [run[-1] for run in spec.params.bad_sequences if said[max(0, len(said) - len(run) + 1) :] == tuple(run[:-1])]
 
 
-def _index(values: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)
+# -- ways to choose ---------------------------------------------------------------------------------------------------
 
 
-# -- ways to choose: (logits [rows, vocab], specs) -> tokens [rows] ---------------------------------------------------
-
-
-def _most_likely(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _most_likely(x: Tensor, specs: Sequence[SampleSpec], put: Put) -> Tensor:
     return argmax(x)
 
 
-def _scaled(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _scaled(x: Tensor, specs: Sequence[SampleSpec], put: Put) -> Tensor:
     """Logits over temperature with their maximum at 0, so that a small temperature cannot overflow."""
     top = x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)
-    return (x - top).div_(_column((s.params.temperature for s in specs), x, x.dtype))
+    return (x - top).div_(_column((s.params.temperature for s in specs), put, np.float32))
 
 
-def _draws(specs: Sequence[SampleSpec], like: Tensor) -> Tensor:
-    draws = [uniform(spec.params.seed, spec.position) for spec in specs]
-    return torch.tensor(draws, dtype=torch.float64, device=like.device)
+def _draws(specs: Sequence[SampleSpec], put: Put) -> Tensor:
+    return put(np.array([uniform(spec.params.seed, spec.position) for spec in specs]))
 
 
-def _drop_unlikely(x: Tensor, weights: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _drop_unlikely(x: Tensor, weights: Tensor, specs: Sequence[SampleSpec], put: Put) -> Tensor:
     """min_p: weights of tokens less likely than min_p times the best (whose exponential is 1) become 0."""
     if all(spec.params.min_p == 0.0 for spec in specs):
         return weights
-    return weights * (x.exp().to(torch.float64) >= _column((spec.params.min_p for spec in specs), x))
+    return weights * (x.exp().to(torch.float64) >= _column((spec.params.min_p for spec in specs), put))
 
 
-def _draw(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _draw(x: Tensor, specs: Sequence[SampleSpec], put: Put) -> Tensor:
     """No top_k, no top_p: the inverse CDF runs in the order of ids and nothing is sorted."""
-    x = _scaled(x, specs)
-    return _invert(_drop_unlikely(x, _weights(x), specs), _draws(specs, x))
+    x = _scaled(x, specs, put)
+    return _invert(_drop_unlikely(x, _weights(x), specs, put), _draws(specs, put))
 
 
-def _draw_ranked(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """top_k, top_p: rank a few tokens of every row, then more of the rows whose nucleus may be wider.
+# top_k, top_p. A row's nucleus is the same prefix of the same order whichever way it was found, so the way cannot be
+# seen in the result.
 
-    A row's nucleus is the same prefix of the same order whichever way it was found, so the way cannot be seen in the
-    result.
-    """
-    x = _scaled(x, specs)
+
+def _draw_stepwise(x: Tensor, specs: Sequence[SampleSpec], put: Put) -> Tensor:
+    """Rank a few tokens of every row, look, then rank more of the rows whose nucleus may be wider."""
+    x = _scaled(x, specs, put)
     chosen = torch.empty(len(specs), dtype=torch.int64, device=x.device)
     left = list(range(len(specs)))
     for best in (*(n for n in CANDIDATES if n < x.shape[1]), x.shape[1]):
-        tokens, wide = _draw_from_best(x[left], [specs[i] for i in left], best)
+        part = x[left]
+        tokens, wide = _draw_from_best(part, _best(part, best), [specs[i] for i in left], put)
         chosen[left] = tokens
         left = [i for i, more in zip(left, wide.tolist(), strict=True) if more]
         if not left:
@@ -407,26 +440,40 @@ def _draw_ranked(x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     return chosen
 
 
-def _draw_from_best(x: Tensor, specs: Sequence[SampleSpec], best: int) -> tuple[Tensor, Tensor]:
-    """Draw among the `best` most likely tokens, after filters: (tokens, whether the nucleus may be wider), each [rows].
+def _draw_few(x: Tensor, specs: Sequence[SampleSpec], put: Put) -> Tensor:
+    """Every row has a top_k: rank as many as the greatest."""
+    x, widest = _scaled(x, specs, put), max(spec.params.top_k for spec in specs)
+    return _draw_from_best(x, _best(x, min(widest, x.shape[1])), specs, put)[0]
 
-    x: scaled logits [rows, vocab]. The inverse CDF runs from the most likely token down.
+
+def _draw_all(x: Tensor, specs: Sequence[SampleSpec], put: Put) -> Tensor:
+    """Rank the whole vocabulary."""
+    x = _scaled(x, specs, put)
+    # The order of the keys, without making them. + 0.0 makes -0.0 equal 0.0.
+    order = (x + 0.0).sort(dim=-1, descending=True, stable=True).indices
+    return _draw_from_best(x, order, specs, put)[0]
+
+
+def _draw_from_best(x: Tensor, ids: Tensor, specs: Sequence[SampleSpec], put: Put) -> tuple[Tensor, Tensor]:
+    """Draw among the most likely tokens, after filters: (tokens, whether the nucleus may be wider), each [rows].
+
+    x: scaled logits [rows, vocab]; ids: the tokens to draw from [rows, best], most likely first. The inverse CDF runs
+    from the most likely token down.
     """
-    vocab = x.shape[1]
-    ids = _order_keys(x).topk(best, sorted=True).indices
+    vocab, best = x.shape[1], ids.shape[1]
     ranked = x.gather(-1, ids)
     weights = _weights(ranked)
     running = weights.cumsum(-1)
     limits = [spec.params.top_k if 0 < spec.params.top_k < vocab else vocab for spec in specs]
-    limit = _column(limits, x, torch.int64)
+    limit = _column(limits, put, np.int64)
     # The mass that top_p is a share of: what top_k left, else the whole vocabulary.
     total = running.gather(-1, limit.clamp(max=best) - 1)
     if best < vocab and max(limits) == vocab:
         total = torch.where(limit == vocab, _weights(x).sum(-1, keepdim=True), total)
-    share = _column((spec.params.top_p for spec in specs), x)
+    share = _column((spec.params.top_p for spec in specs), put)
     needed = torch.where(share >= 1.0, total, (share * total.to(torch.float64)).to(torch.int64))
     kept = (running - weights < needed) & (torch.arange(best, device=x.device) < limit)
     kept[:, 0] = True  # a top_p of next to nothing still keeps the most likely token
     wide = (limit > best) & ((limit < vocab) | (running[:, -1:] < needed))
-    places = _invert(_drop_unlikely(ranked, weights * kept, specs), _draws(specs, x))
+    places = _invert(_drop_unlikely(ranked, weights * kept, specs, put), _draws(specs, put))
     return ids.gather(-1, places.unsqueeze(-1)).squeeze(-1), wide.squeeze(-1)

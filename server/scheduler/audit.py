@@ -11,7 +11,7 @@ from itertools import pairwise
 from server.kvcache.audit import InvariantViolation
 from server.scheduler.request import Request, RequestState
 from server.scheduler.scheduler import Scheduler
-from server.types import FrameId, StepRow
+from server.types import FrameId, StepPlan, StepRow
 
 
 def _require(fact: bool, message: str) -> None:
@@ -60,7 +60,8 @@ def leases_fit(scheduler: Scheduler) -> None:
         computed = request.computed_tokens
         _require(computed <= len(lease.table) * size, f"request {request.id} computed more than its blocks hold")
         _require(lease.sealed * size <= computed, f"request {request.id} sealed what is not computed")
-        _require(computed < len(request.tokens), f"request {request.id} has no token left to feed")
+        left = computed < len(request.tokens) or request.aborted
+        _require(left, f"request {request.id} has no token left to feed")
         own = [scheduler.kv.device.hashes[frame] for frame in lease.table.view()[: lease.sealed].tolist()]
         _require(own == request.hashes[: lease.sealed], f"request {request.id} holds blocks of other tokens")
 
@@ -75,10 +76,21 @@ def promises_are_kept(scheduler: Scheduler) -> None:
 
 
 def plan_is_sound(scheduler: Scheduler) -> None:
-    """A planned step keeps to its budget, has one row per live request, and writes only private frames, each once."""
-    plan = scheduler.planned
-    if plan is None:
+    """A planned step keeps to its budget, has one row per live request, and writes only private frames, each once. So
+    does the one that follows it."""
+    for plan in (scheduler.planned, scheduler.ahead):
+        if plan is not None:
+            _plan_is_sound(scheduler, plan)
+    if scheduler.planned is None:
+        _require(scheduler.ahead is None, "a step is planned to follow none")
         return
+    rows = {row.request_id for row in scheduler.planned.rows}
+    for request in scheduler.running:
+        due = request.lacking == 1 and not request.service.background
+        _require(not due or request.id in rows, f"request {request.id} decodes and is left out of a step")
+
+
+def _plan_is_sound(scheduler: Scheduler, plan: StepPlan) -> None:
     limits, size = scheduler.limits, scheduler.kv.layout.block_tokens
     _require(
         0 < plan.tokens <= limits.max_step_tokens, f"a step of {plan.tokens} tokens, {limits.max_step_tokens} allowed"
@@ -90,15 +102,24 @@ def plan_is_sound(scheduler: Scheduler) -> None:
         request = scheduler.requests.get(row.request_id)
         _require(request is not None and request.lease is not None, f"request {row.request_id} left a running step")
         assert request is not None
-        _row_fits(request, row, limits.max_chunk_tokens)
+        if row.follows:
+            _row_follows(request, row)
+        else:
+            _row_fits(request, row, limits.max_chunk_tokens)
         own = set(row.frames[row.start // size : -(-(row.start + len(row.tokens)) // size)].tolist())
         _require(not own & shared, f"request {request.id} writes a frame that is shared or free")
         _require(not own & written, f"request {request.id} writes a frame that another row writes")
         written |= own
-    rows = {row.request_id for row in plan.rows}
-    for request in scheduler.running:
-        due = request.lacking == 1 and not request.service.background
-        _require(not due or request.id in rows, f"request {request.id} decodes and is left out of a step")
+
+
+def _row_follows(request: Request, row: StepRow) -> None:
+    """It feeds the token behind those that are computed, or are being computed, and that are all but one known."""
+    name = f"request {request.id}"
+    _require(len(row.tokens) == 1, f"{name}: a row that follows feeds one token")
+    _require(row.sample is not None and row.sample.position == row.start + 1, f"{name}: it samples something else")
+    _require(len(request.tokens) - 1 <= row.start <= len(request.tokens), f"{name}: it follows something else")
+    _require(not request.params.needs_history, f"{name}: it cannot be planned without the tokens before it")
+    _own_frames(request, row)
 
 
 def _row_fits(request: Request, row: StepRow, max_chunk_tokens: int) -> None:
@@ -106,12 +127,17 @@ def _row_fits(request: Request, row: StepRow, max_chunk_tokens: int) -> None:
     _require(0 < len(row.tokens) <= max_chunk_tokens, f"{name}: a row of {len(row.tokens)} tokens")
     _require(row.start == request.computed_tokens, f"{name}: its row does not start where it stands")
     _require(row.tokens == request.tokens[row.start : end], f"{name}: its row feeds other tokens than its own")
-    assert request.lease is not None
-    frames = request.lease.table.view().tolist()
-    _require(row.frames.tolist() == frames[: len(row.frames)], f"{name}: its row names frames of others")
+    _own_frames(request, row)
     last = end == len(request.tokens) and request.generated < request.params.max_tokens
     _require((row.sample is not None) == last, f"{name}: it samples exactly after its last token")
     _require(row.sample is None or row.sample.position == end, f"{name}: it samples for the wrong position")
+
+
+def _own_frames(request: Request, row: StepRow) -> None:
+    assert request.lease is not None
+    frames = request.lease.table.view().tolist()
+    own = row.frames.tolist() == frames[: len(row.frames)]
+    _require(own, f"request {request.id}: its row names frames of others")
 
 
 INVARIANTS = (one_queue_each, limits_hold, leases_fit, promises_are_kept, plan_is_sound)

@@ -16,9 +16,13 @@ from typing import Any
 from server.explain import Explanation
 from server.kvcache.block import Lease
 from server.types import (
+    DEVICE,
+    DRAM,
     ONLINE,
     ORDINARY,
+    SSD,
     BlockHash,
+    FinishReason,
     RequestId,
     Retention,
     SamplingParams,
@@ -115,6 +119,11 @@ class Request:
         return "prefill" if self.first_token_s is None else "decode"
 
     @property
+    def deepest(self) -> str:
+        """The slowest tier that gave it a block, or `none`."""
+        return next((tier for tier in (SSD, DRAM, DEVICE) if self.served.get(tier)), "none")
+
+    @property
     def scores_prompt(self) -> bool:
         """Prompt logprobs are wanted and not complete: no prompt token may come from the cache unscored."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_tokens - 1
@@ -123,6 +132,14 @@ class Request:
     def needs_all_states(self) -> bool:
         """Every token of the prompt has to go through the model: none may come from the cache."""
         return self.scores_prompt or self.params.pooling == "mean"
+
+    def finish_reason(self, token: int) -> FinishReason | None:
+        """Why `token`, its newest, is its last; None where it goes on."""
+        if token in self.params.stop_token_ids and self.generated > self.params.min_tokens:
+            return FinishReason.STOP
+        if self.generated >= self.params.max_tokens:
+            return FinishReason.LENGTH
+        return None
 
     def hold_up(self, lease: Lease, now: float, *, waits: bool) -> float:
         """It was looked at again, and `waits` for its next block or does not: seconds of waiting since the last look. A

@@ -8,13 +8,15 @@ stay cached, so it usually finds most of them.
 Background requests get what is left: a little beside others, or steps that are short, so that whoever comes waits for
 no more than one of those.
 
-Between `plan` and `commit` the plan's requests keep their frames, whatever happens to them meanwhile.
+Between `plan` and `commit` the plan's requests keep their frames, whatever happens to them meanwhile. Where the step
+after the planned one is clear before that has ended (all decode, nobody waits), `plan_ahead` gives it, to be ready when
+the device is.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from math import ceil, inf
 from operator import attrgetter
@@ -23,7 +25,7 @@ from server.errors import GRAMMAR_STUCK, InvalidRequest, Overloaded
 from server.kvcache.block import Lease, Over
 from server.kvcache.hashing import extend_hashes
 from server.kvcache.manager import KVManager
-from server.scheduler import forecast
+from server.scheduler import displacing, feeding, forecast
 from server.scheduler.draft import Draft
 from server.scheduler.limits import Limits
 from server.scheduler.policy import SchedulingPolicy
@@ -31,9 +33,7 @@ from server.scheduler.request import Request, RequestState
 from server.types import (
     BlockHash,
     FinishReason,
-    Pool,
     RequestId,
-    SampleSpec,
     StepPlan,
     StepResult,
     StepRow,
@@ -60,15 +60,20 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.planned: StepPlan | None = None
+        self.ahead: StepPlan | None = None
+        """The step after the planned one, if that is planned, too."""
         self.queued_tokens = 0
         self.preemptions = 0
         self.spilled = 0
         """Preemptions of requests that had a copy of all they shared in a tier below."""
         self._background = 0
         self._block_tokens = kv.layout.block_tokens
+        self._broken: StepPlan | None = None
+        """A planned step that follows one that failed."""
         self._computing: dict[BlockHash, int] = {}
         self._came: list[Request] = []
-        self._planned_ids: dict[RequestId, StepRow] = {}
+        self._planned_ids: Mapping[RequestId, StepRow] = {}
+        self._ahead_ids: Mapping[RequestId, StepRow] = {}
         self._retired: list[RequestId] = []
         self._next_plan = 0
 
@@ -116,12 +121,12 @@ class Scheduler:
             )
 
     def abort(self, id: RequestId, now: float) -> None:
-        """Forget a request and free its blocks: now, or at the end of the step that it is in. Idempotent."""
+        """Forget a request and free its blocks: now, or at the end of the last step that it is in. Idempotent."""
         request = self.requests.get(id)
         if request is None or request.aborted:
             return
         request.aborted = True
-        if self.planned is None or id not in self._planned_ids:
+        if id not in self._planned_ids and id not in self._ahead_ids:
             self._finish(request, now)
 
     @property
@@ -150,11 +155,28 @@ class Scheduler:
         if not rows:
             assert not self.requests or self.kv.moving, "requests wait and nothing can ever run"
             return None
-        self._next_plan += 1
         self._planned_ids = rows
-        self.planned = StepPlan(self._next_plan, list(rows.values()), self._retired)
-        self._retired = []
+        self.planned = self._numbered(rows)
         return self.planned
+
+    def plan_ahead(self) -> StepPlan | None:
+        """The step after the planned one, if nothing has to be decided for it: all that run decode in it, and nobody
+        waits. Its rows follow those of the planned step, whose tokens are not known yet."""
+        assert self.planned is not None, "there is no step to follow"
+        assert self.ahead is None, "two steps at a time"
+        if self.waiting or self._background or len(self.running) != len(self._planned_ids):
+            return None
+        rows = feeding.rows_ahead(self.kv, self.running, self._planned_ids)
+        if not rows:
+            return None
+        self._ahead_ids = rows
+        self.ahead = self._numbered(rows)
+        return self.ahead
+
+    def _numbered(self, rows: Mapping[RequestId, StepRow]) -> StepPlan:
+        self._next_plan += 1
+        retired, self._retired = self._retired, []
+        return StepPlan(self._next_plan, list(rows.values()), retired)
 
     def _draft(self, now: float) -> dict[RequestId, StepRow]:
         draft = Draft(self.limits.max_step_tokens, self.kv.planner.step)
@@ -230,7 +252,7 @@ class Scheduler:
                 self._preempt(victim)
                 if victim is request:
                     return
-        draft.add(self._row(request, end))
+        draft.add(feeding.row_of(request, end))
 
     def _granted(self, request: Request, count: int, draft: Draft) -> int:
         """Of `count` tokens that are due, how many fit into the step's time. Who is online always gets on."""
@@ -246,7 +268,7 @@ class Scheduler:
 
     def _victim(self, needy: Request) -> Request:
         """Who gives way for `needy` to grow: one that ranks behind it, else itself. So the first in rank gets on."""
-        return self._cheapest([other for other in self._last() if other.rank > needy.rank]) or needy
+        return displacing.cheapest(self.kv, [other for other in self._last() if other.rank > needy.rank]) or needy
 
     def _meet(self, request: Request, lease: Lease, now: float) -> int:
         """Part of the prefix is on its way: take what came, and say up to which token to compute meanwhile."""
@@ -274,27 +296,6 @@ class Scheduler:
             request.served, request.missed, request.decided = lease.served, lease.missed, lease.decided
             request.landed_by_tier_s = lease.landed_by_tier_s
             request.cached_tokens = lease.served.total() * self._block_tokens
-
-    def _row(self, request: Request, end: int) -> StepRow:
-        start, tokens = request.computed_tokens, request.tokens
-        assert request.lease is not None
-        sample = None
-        if end == len(tokens) and request.generated < request.params.max_tokens:
-            sample = SampleSpec(request.params, end, request.prompt_tokens, tokens)
-        if request.params.pooling is not None:
-            pool = Pool(request.params.pooling, end == len(tokens))
-            return StepRow(request.id, tokens[start:end], start, request.lease.table.view(), pool=pool)
-        if not request.scores_prompt:
-            return StepRow(request.id, tokens[start:end], start, request.lease.table.view(), sample)
-        return StepRow(
-            request.id,
-            tokens[start:end],
-            start,
-            request.lease.table.view(),
-            sample,
-            request.params.prompt_logprobs,
-            tokens[start + 1 : min(end + 1, request.prompt_tokens)],
-        )
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks back and queue it again, at its rank."""
@@ -330,8 +331,9 @@ class Scheduler:
             if draft.full and not self.kv.would_load(self.reusable(request)):
                 return  # a request whose blocks are to be loaded may start that before its turn to compute
             while not self._place(request, promised, now):
-                displaced = self._cheapest([other for other in self._last() if self._may_displace(request, other)])
-                if displaced is None:
+                lower = [other for other in self._last() if self._may_displace(request, other)]
+                displaced = displacing.cheapest(self.kv, lower)
+                if displaced is None or displacing.room_without(self.kv, lower) - promised < request.needed_blocks:
                     return
                 draft.drop(displaced.id)
                 self._preempt(displaced)
@@ -350,18 +352,6 @@ class Scheduler:
     def _last(self) -> list[Request]:
         """Those of the running ones that nobody has to give way to: the last in rank, and who may not displace it."""
         return [other for other in self.running if not self._may_displace(other, self.running[-1])]
-
-    def _cheapest(self, candidates: Sequence[Request]) -> Request | None:
-        """Whose blocks would be back soonest for the room that they give; the last in rank of equals. Each preemption
-        that a request has suffered doubles its price, so that it is not the same one again and again."""
-        queued = self.kv.traffic.queued()
-
-        def price(request: Request) -> float:
-            assert request.lease is not None
-            seconds, frames = self.kv.price(request.lease, request.computed_tokens, queued)
-            return seconds * 2.0**request.preemptions / frames if frames else inf
-
-        return min(reversed(candidates), key=price, default=None)
 
     def _put_back(self, request: Request, done_s: float) -> bool:
         """Has the policy a later place for a request that would be done at `done_s`?"""
@@ -467,32 +457,41 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Apply a finished step: seal full blocks, append sampled tokens, end what is over. One event per new token."""
         assert self.planned is plan, "only the planned step is committed"
+        assert plan is not self._broken, "what a failed step sampled is not known"
         assert result.id == plan.id, f"step {result.id} committed, {plan.id} planned"
-        self.planned = None
+        self._next_step()
         events: list[TokenEvent] = []
         for position, row in enumerate(plan.rows):
             request = self.requests[row.request_id]
-            request.computed_tokens = row.start + len(row.tokens)
+            # Of who was aborted before the token that was fed came, it is not known.
+            request.computed_tokens = min(row.start + len(row.tokens), len(request.tokens))
             self._seal(request)
             scored = result.prompt_logprobs[position]
             if scored is not None and request.prompt_logprobs is not None:
                 request.prompt_logprobs.extend(scored)
             if request.aborted:
-                self._finish(request, now)
+                self._end(request, now)
             elif request.computed_tokens == len(request.tokens):
                 events.append(self._emit(request, result, position, now))
         return events
 
+    def _next_step(self) -> None:
+        """The planned step is over."""
+        self.planned, self.ahead = self.ahead, None
+        self._planned_ids, self._ahead_ids = self._ahead_ids, {}
+
     def fail(self, plan: StepPlan, message: str, now: float) -> list[TokenEvent]:
-        """The step produced nothing: end its requests with an error. What earlier steps sealed stays cached."""
+        """The step produced nothing: end its requests with an error. What earlier steps sealed stays cached. A step
+        that follows it has to fail, too."""
         assert self.planned is plan, "only the planned step can fail"
-        self.planned = None
+        self._next_step()
+        self._broken = self.planned
         events = []
         for row in plan.rows:
             request = self.requests[row.request_id]
             if not request.aborted:
                 events.append(TokenEvent(request.id, None, finish=FinishReason.ERROR, error=message))
-            self._finish(request, now)
+            self._end(request, now)
         return events
 
     def _seal(self, request: Request) -> None:
@@ -503,7 +502,7 @@ class Scheduler:
             return
         extend_hashes(request.hashes, request.root, request.tokens, self._block_tokens)
         before = lease.sealed
-        self.kv.seal(lease, request.hashes, full)
+        self.kv.seal(lease, request.hashes, full, in_step=request.id in self._planned_ids)
         self._unclaim(request, range(before, lease.sealed))
 
     def _emit(self, request: Request, result: StepResult, position: int, now: float) -> TokenEvent:
@@ -511,7 +510,7 @@ class Scheduler:
         finish = result.ends.get(position)
         if token is not None:
             request.tokens.append(token)
-            finish = finish or self._finish_reason(request, token)
+            finish = finish or request.finish_reason(token)
         elif finish is None:
             finish = FinishReason.LENGTH  # max_tokens == 0: the prompt alone was wanted
         if request.first_token_s is None:
@@ -522,20 +521,18 @@ class Scheduler:
             prompt_logprobs = None
         request.last_token_s = now
         if finish is not None:
-            self._finish(request, now)
+            self._end(request, now)
         error = GRAMMAR_STUCK if finish is FinishReason.ERROR else None
         pooled = result.pooled.get(position)
         return TokenEvent(request.id, token, result.logprobs[position], prompt_logprobs, finish, error, pooled)
 
-    @staticmethod
-    def _finish_reason(request: Request, token: int) -> FinishReason | None:
-        if token in request.params.stop_token_ids and request.generated > request.params.min_tokens:
-            return FinishReason.STOP
-        if request.generated >= request.params.max_tokens:
-            return FinishReason.LENGTH
-        return None
-
     # --- bookkeeping -------------------------------------------------------------------------------------------------
+
+    def _end(self, request: Request, now: float) -> None:
+        """It is over: now, or once the step that follows, which it is in already, has ended."""
+        request.aborted = True
+        if request.id not in self._planned_ids:
+            self._finish(request, now)
 
     def _finish(self, request: Request, now: float) -> None:
         del self.requests[request.id]

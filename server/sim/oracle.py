@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
-from server.errors import StepFailed
+from server.errors import DeviceLost, StepFailed
 from server.types import FinishReason, FrameId, SamplingParams, StepPlan, StepResult, StepRow, TokenLogprobs
 
 Report = Callable[[str], None]
@@ -140,47 +140,70 @@ class OracleRunner:
         self.kept: set[int] = set()
         """Requests that a device would keep state for: seen in a step and not retired since."""
         self.steps = 0
+        self.followed = 0
+        """Rows that were planned before their token was known."""
         self.failures = 0
+        self.lost: DeviceLost | None = None
+        """What the next step ends with, if the device is to be lost."""
         self._arena = arena
         self._vocab = vocab
         self._cost = cost
         self._rng = rng
         self._report = report
         self._before_step = before_step
-        self._running = False
+        self._device = asyncio.Lock()
+        self._handed = 0
+        self._sampled: dict[int, int | None] = {}
+        """What the step before sampled, by request; nothing if it failed."""
 
-    async def run(self, plan: StepPlan) -> StepResult:
-        loop = asyncio.get_running_loop()
-        if self._running:
-            self._report("two steps run at once")
-        self._running = True
+    def run(self, plan: StepPlan) -> Awaitable[StepResult]:
+        """One that comes while another runs waits for that one's end, as on a device."""
+        self._handed += 1
+        if self._handed > 2:
+            self._report("three steps are under way")
         self.kept.difference_update(plan.retired)
         self._before_step()
         self.kept.update(row.request_id for row in plan.rows)
+        return self._in_turn(plan)
+
+    async def _in_turn(self, plan: StepPlan) -> StepResult:
+        try:
+            async with self._device:
+                return await self._step(plan)
+        finally:
+            self._handed -= 1
+
+    async def _step(self, plan: StepPlan) -> StepResult:
+        loop = asyncio.get_running_loop()
         self.steps += 1
         started_s = loop.time()
-        rows = [self._forward(row) for row in plan.rows]
+        before, self._sampled = self._sampled, {}
+        rows = [self._forward(self._fed(row, before)) for row in plan.rows]
         self._tear_targets(plan)
-        try:
-            await asyncio.sleep(self._cost.base_s + self._cost.token_s * plan.tokens * self._rng.uniform(0.5, 2))
-            if self._cost.failure_every and self._rng.randrange(self._cost.failure_every) == 0:
-                self.failures += 1
-                raise self._rng.choice((StepFailed("injected"), RuntimeError("injected: out of memory")))
-        finally:
-            self._running = False
+        await asyncio.sleep(self._cost.base_s + self._cost.token_s * plan.tokens * self._rng.uniform(0.5, 2))
+        if self.lost is not None:
+            raise self.lost
+        if self._cost.failure_every and self._rng.randrange(self._cost.failure_every) == 0:
+            self.failures += 1
+            raise self._rng.choice((StepFailed("injected"), RuntimeError("injected: out of memory")))
         for row in rows:
             if self._read(row.row) != row.before:
                 self._report(f"request {row.row.request_id}: KV changed while step {plan.id} read it")
         for row in rows:
             self._write(row)
-        return StepResult(
-            plan.id,
-            [self._sample(row) for row in rows],
-            [None] * len(rows),
-            [row.scores for row in rows],
-            started_s,
-            loop.time(),
-        )
+        tokens = [self._sample(row) for row in rows]
+        self._sampled = {row.request_id: token for row, token in zip(plan.rows, tokens, strict=True)}
+        return StepResult(plan.id, tokens, [None] * len(rows), [row.scores for row in rows], started_s, loop.time())
+
+    def _fed(self, row: StepRow, before: dict[int, int | None]) -> StepRow:
+        """The row with the token that it feeds, where that comes from the step before."""
+        if not row.follows:
+            return row
+        self.followed += 1
+        token = before.get(row.request_id)
+        if token is None:
+            raise StepFailed("the step before it failed")
+        return replace(row, tokens=array("i", (token,)))
 
     async def aclose(self) -> None:
         """There is no thread to end."""
@@ -230,6 +253,7 @@ class OracleRunner:
         if spec is None:
             return None
         fed = array("i", spec.history[row.row.start :])
-        if spec.position != row.row.start + len(row.row.tokens) or fed != row.row.tokens:
+        unknown = row.row.follows and not fed  # who was aborted before the token came was not told
+        if spec.position != row.row.start + len(row.row.tokens) or (fed != row.row.tokens and not unknown):
             self._report(f"request {row.row.request_id}: what it samples from is not what was fed")
         return next_token(row.after, spec.params, spec.position, self._vocab)

@@ -277,8 +277,13 @@ class CostRunner:
         self.background_tokens = 0
         self._requests = scheduler.requests
         self._profile, self._loop, self._stalls = profile, loop, stalls
+        self._device = asyncio.Lock()
 
     async def run(self, plan: StepPlan) -> StepResult:
+        async with self._device:
+            return await self._step(plan)
+
+    async def _step(self, plan: StepPlan) -> StepResult:
         started_s = self._loop.now_s
         seconds = self._profile.step_s(StepWork.of(plan.rows))
         self.busy_s += seconds

@@ -172,6 +172,7 @@ class Scenario:
             prefix_caching=self.prefix_caching,
             prefetch=self._stream("prefetch").random() < 0.7,
             flush_s=setup.flush_s,
+            lead_s=self._stream("lead").choice((0.002, 1.0)),
             nonce=str(life),
         )
 
@@ -284,7 +285,7 @@ class Scenario:
     def _count(self) -> None:
         """What happened in one life."""
         kv, counts = self.kv, self.outcome.counts
-        counts.update(steps=self.runner.steps, step_failures=self.runner.failures)
+        counts.update(steps=self.runner.steps, step_failures=self.runner.failures, rows_ahead=self.runner.followed)
         counts.update(preemptions=self.scheduler.preemptions)
         for books in kv.levels:
             counts[f"evicted_{books.name}"] += books.evicted["capacity"]

@@ -12,6 +12,7 @@ from server.errors import ConfigError
 from server.kernels import cpu
 from server.kernels.attention import BACKENDS, AttentionBackend, AttentionBatch
 from server.registry import resolve
+from tests.numeric.flashinfer_fake import FakedFlashInfer
 from tests.numeric.oracle import Scene, geometry, scene
 
 TOLERANCE = 2e-6
@@ -25,9 +26,19 @@ MIXED = [(5, 1), (0, 9), (16, 8), (15, 1), (7, 30), (0, 1), (64, 1), (31, 2)]
 """Decode rows and prefill chunks; contexts that end inside, at the end of and at the start of a block of 8."""
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+NAMES = sorted({target: name for name, target in BACKENDS.items()}.values())
+"""One of each, where a backend has several."""
+
+
+def named(name: str) -> type[AttentionBackend]:
+    """The backend of this name, over a stand-in for FlashInfer where it takes that."""
+    cls = resolve("attention backend", BACKENDS, name)
+    return FakedFlashInfer if cls.__name__ == "FlashInferAttention" else cls
+
+
+@pytest.fixture(params=NAMES)
 def backend(request: pytest.FixtureRequest) -> type[AttentionBackend]:
-    return resolve("attention backend", BACKENDS, request.param)
+    return named(request.param)
 
 
 def attend(backend: type[AttentionBackend], it: Scene) -> torch.Tensor:
@@ -71,13 +82,13 @@ def test_block_sizes(backend: type[AttentionBackend], block_tokens: int) -> None
     block_tokens=st.sampled_from([4, 16]),
     seed=st.integers(0, 1000),
 )
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", NAMES)
 def test_any_batch(
     name: str, rows: list[tuple[int, int]], window: int | None, kv_heads: int, block_tokens: int, seed: int
 ) -> None:
     """Whatever rows come together, each gets exact attention."""
     shape = geometry(layers=1, heads=4, kv_heads=kv_heads, head_dim=8, windows=(window,))
-    check(resolve("attention backend", BACKENDS, name), scene(shape, rows, block_tokens=block_tokens, seed=seed))
+    check(named(name), scene(shape, rows, block_tokens=block_tokens, seed=seed))
 
 
 @pytest.mark.parametrize("windows", [(None,), (40,), (700,)], ids=str)
@@ -162,5 +173,26 @@ def test_bounded_scratch(monkeypatch: pytest.MonkeyPatch, scratch_bytes: int, gr
 
 def test_every_backend_is_named() -> None:
     """A misspelt backend is answered with the names there are."""
-    with pytest.raises(ConfigError, match="there are: cpu, native, reference"):
+    with pytest.raises(ConfigError, match="there are: cpu, flashinfer, native, reference, sdpa"):
         resolve("attention backend", BACKENDS, "flash")
+
+
+def test_torchs_backend_stays_on_the_arenas_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `sdpa` computes with is on the arena's device, and rows of masks do not overlap there: no kernel of a GPU
+    takes that."""
+    masks: list[torch.Tensor] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **options: object):
+        assert {tensor.device.type for tensor in (q, k, v)} == {"meta"}
+        masks.extend([] if mask is None else [mask])
+        return real(q, k, v, mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    it = scene(geometry(windows=(None, 12)), [(5, 1), (0, 9), (16, 8), (700, 1), (3, 1)])
+    attention = resolve("attention backend", BACKENDS, "sdpa")(it.arena.to("meta"), it.geometry)
+    attention.plan(it.batch)
+    q, k, v = (tensor.to("meta") for tensor in (it.q, it.k, it.v))
+    assert {attention.run(layer, q, k[layer], v[layer]).device.type for layer in range(2)} == {"meta"}
+    assert {mask.device.type for mask in masks} == {"meta"}
+    assert all(mask.stride(-1) == 1 and mask.stride(-2) in (0, mask.shape[-1]) for mask in masks)

@@ -61,6 +61,10 @@ class Client:
     scores: Sequence[TokenLogprobs] | None = None
     aborted: bool = False
 
+    @property
+    def listens(self) -> bool:
+        return not self.aborted and self.finish is None
+
 
 def waits(request: Request) -> bool:
     """Its next block is on its way from a tier below."""
@@ -198,13 +202,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.scheduler.requests)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        """A client leaves: its request is gone at once unless it is in the step that runs."""
+        """A client leaves: its request is gone at once unless it is in a step that runs, or is to follow it."""
         id = data.draw(st.sampled_from(self.live()))
         self.clients[id].aborted = True
         self.scheduler.abort(id, self.later())
         self.scheduler.abort(id, self.later())
-        planned = self.scheduler.planned
-        in_step = planned is not None and any(row.request_id == id for row in planned.rows)
+        steps = [step for step in (self.scheduler.planned, self.scheduler.ahead) if step is not None]
+        in_step = any(row.request_id == id for step in steps for row in step.rows)
         assert (id in self.scheduler.requests) == in_step
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -223,16 +227,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         taken = any(row.request_id == first.id for row in plan.rows)
         assert taken or waits(first), "the first in rank is left out of a step"
 
+    @precondition(lambda self: self.scheduler.planned is not None and self.scheduler.ahead is None)
+    @rule()
+    def plan_ahead(self) -> None:
+        """The step that follows feeds what the planned one samples, of all that have not come to their end."""
+        planned = self.scheduler.planned
+        assert planned is not None
+        ahead = self.scheduler.plan_ahead()
+        if ahead is None:
+            return
+        assert not self.scheduler.waiting, "somebody waits for a step of its own"
+        before = {row.request_id: row for row in planned.rows}
+        for row in ahead.rows:
+            sample, client = before[row.request_id].sample, self.clients[row.request_id]
+            assert row.follows
+            assert sample is not None
+            assert row.start == sample.position
+            assert not client.aborted
+            assert sample.generated + 1 < client.request.params.max_tokens, "nothing is left to sample"
+
     @rule(seconds=st.sampled_from([0.002, 0.3, 100.0]))
     def wait(self, seconds: float) -> None:
         """Time passes: loads are late or past their deadline."""
         self.now += seconds
 
-    @rule(turns=st.integers(1, 4))
-    def turns(self, turns: int) -> None:
-        """The daemon goes on for a while."""
+    @rule(turns=st.integers(1, 4), deep=st.booleans())
+    def turns(self, turns: int, deep: bool) -> None:
+        """The daemon goes on for a while; `deep`: it follows steps wherever it can, and is stopped with one planned."""
         for _ in range(turns):
-            self.turn()
+            self.turn(deep=deep)
 
     @precondition(lambda self: self.scheduler.planned is not None)
     @rule()
@@ -252,8 +275,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.clients[plan.rows[0].request_id].aborted = True
             self.scheduler.abort(plan.rows[0].request_id, self.later())
         others = set(self.scheduler.requests) - ids
-        told = {id for id in ids if not self.clients[id].aborted}
+        told = {id for id in ids if self.clients[id].listens}
         events = self.scheduler.fail(plan, "the device is gone", self.later())
+        ahead = self.scheduler.planned
+        if ahead is not None:
+            assert self.scheduler.fail(ahead, "so is its follower", self.later()) == [], "told twice"
         assert {event.request_id for event in events} == told
         assert all(event.finish is FinishReason.ERROR for event in events)
         assert set(self.scheduler.requests) == others
@@ -310,11 +336,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             audit.check(self.kv)
             check_scheduler(self.scheduler)
 
-    def turn(self) -> None:
+    def turn(self, *, deep: bool = False) -> None:
         """One turn of the engine's loop, with transfers that land at once."""
         if self.scheduler.planned is None:
             self.plan()
         self.plan_transfers()
+        if deep and self.scheduler.planned is not None and self.scheduler.ahead is None:
+            self.plan_ahead()
         if self.scheduler.planned is not None:
             self.commit()
         for transfer in self.moving:

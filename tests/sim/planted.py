@@ -128,9 +128,44 @@ BUGS = [
     Bug(
         "an abort frees frames under a running step",
         f"{SCHEDULER}.abort",
-        "id not in self._planned_ids",
+        "id not in self._planned_ids and id not in self._ahead_ids",
         "True",
         (SIM,),
+    ),
+    Bug(
+        "who is over frees frames under the step that follows",
+        f"{SCHEDULER}._end",
+        "if request.id not in self._planned_ids:",
+        "if request.id in self.requests:",
+        (SIM, STEPS),
+    ),
+    Bug(
+        "a block that a step reads is exchanged for its twin",
+        f"{SCHEDULER}._seal",
+        "in_step=request.id in self._planned_ids",
+        "in_step=False",
+        (SIM,),
+    ),
+    Bug(
+        "a step is followed although somebody has sampled the last token",
+        "scheduler.feeding:rows_ahead",
+        "request.generated + 1 >= request.params.max_tokens",
+        "request.generated >= request.params.max_tokens",
+        (STEPS,),
+    ),
+    Bug(
+        "what was aborted is sealed beyond the tokens that are known",
+        f"{SCHEDULER}.commit",
+        "min(row.start + len(row.tokens), len(request.tokens))",
+        "row.start + len(row.tokens)",
+        (SIM,),
+    ),
+    Bug(
+        "a row that follows has no room of its own",
+        "scheduler.feeding:rows_ahead",
+        "not kv.grow(lease, start + 1)",
+        "False",
+        (SIM, STEPS),
     ),
     Bug(
         "a resumed request skips a token",
@@ -151,9 +186,9 @@ BUGS = [
     ),
     Bug(
         "after a preemption the sampler's position is off",
-        f"{SCHEDULER}._row",
-        "SampleSpec(request.params, end,",
-        "SampleSpec(request.params, end + bool(request.preemptions),",
+        "scheduler.feeding:row_of",
+        "SampleSpec(params, end,",
+        "SampleSpec(params, end + bool(request.preemptions),",
         (
             SIM,
             STEPS,
@@ -210,8 +245,8 @@ BUGS = [
     Bug(
         "a failed step forgets those that left meanwhile",
         f"{SCHEDULER}.fail",
-        "        self._finish(request, now)",
-        "            self._finish(request, now)",
+        "        self._end(request, now)",
+        "            self._end(request, now)",
         (STEPS,),
     ),
     Bug(

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from server.engine import Engine, GenerateSpec
-from server.errors import NotReady
+from server.errors import DeviceLost, NotReady
 from server.kvcache.mover import Mover
 from server.kvcache.tiers.base import Move, Recovered
 from server.metrics import Metrics
@@ -18,6 +18,7 @@ from server.sim.oracle import Arena, OracleRunner, Reference, StepCost
 from server.types import DEVICE, DRAM, FinishReason, Note, SamplingParams, TierFault, TokenEvent
 from tests.property.core import Bench
 
+STEP_S = 0.1
 SPEC = GenerateSpec([1, 2, 3, 4, 5, 6, 7, 8], SamplingParams(max_tokens=3))
 OTHER = GenerateSpec([9] * 13, SamplingParams(max_tokens=1))
 
@@ -34,7 +35,7 @@ class World:
         self.landed_in: list[str] = []
         bench = Bench(frames, lower=(lower,))
         self.runner = OracleRunner(
-            Arena(frames, 2, Random(0)), 50, StepCost(0.1, token_s, failure_every=0), Random(0), self.broken.append
+            Arena(frames, 2, Random(0)), 50, StepCost(STEP_S, token_s, failure_every=0), Random(0), self.broken.append
         )
         self.metrics = Metrics("sim")
         self.engine = Engine(bench.scheduler, self.runner, Mover({DEVICE: self}), self.metrics, loop.time)
@@ -235,3 +236,40 @@ def test_a_stall_shows_while_it_lasts():
         await engine
 
     play(scene, frames=8, lower=32, token_s=1.0)
+
+
+def test_the_device_does_not_wait_for_the_commit_between_decodes():
+    """A step of decodes is handed over before the one before it has ended, but not before it is about to: who comes
+    meanwhile waits for no step more."""
+
+    async def scene(world: World, task: asyncio.Task[None]) -> None:
+        loop = asyncio.get_running_loop()
+        long = asyncio.create_task(world.ask(GenerateSpec([1, 2, 3, 4], SamplingParams(max_tokens=8))))
+        await asyncio.sleep(0.45)
+        assert world.runner.followed > 0
+        assert world.engine.scheduler.ahead is None, "a step was followed long before its end"
+        came_s = loop.time()
+        await world.ask(GenerateSpec([9, 9], SamplingParams(max_tokens=1)))
+        assert loop.time() - came_s < 3 * STEP_S, "what is left of a step, and one of its own"
+        assert len([event for event in await long if event.token is not None]) == 8
+        await world.engine.drain(10.0)
+        await task
+
+    play(scene)
+
+
+def test_a_lost_device_ends_the_engine():
+    """An error of the device that only a new process mends is not one of a step: all are told, and the engine ends."""
+
+    async def scene(world: World, task: asyncio.Task[None]) -> None:
+        asking = asyncio.create_task(world.ask(SPEC))
+        await asyncio.sleep(0.05)
+        world.runner.lost = DeviceLost("an illegal memory access was encountered")
+        last = (await asking)[-1]
+        assert last.finish is FinishReason.ERROR
+        assert last.error == "the server failed: DeviceLost"
+        with pytest.raises(DeviceLost):
+            await task
+        assert world.engine.state == "failed"
+
+    play(scene)

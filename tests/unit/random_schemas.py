@@ -19,6 +19,7 @@ from server.runner.refusal import Refused
 from server.runner.sampling import Sampler
 from server.text import Detokenizer, Tokenizer
 from server.types import Constraint, FinishReason, Grammar, JsonSchema, SampleSpec, SamplingParams
+from tests.unit.drawing import sample
 
 Schema = dict[str, Any]
 PROMPT = [3, 5, 4]
@@ -217,7 +218,7 @@ class Writer:
                 for row in live
             ]
             logits = torch.stack([self.logits(row, spec.position) for row, spec in zip(live, specs, strict=True)])
-            tokens = [token for token, _ in sampler.sample(logits, live, specs)]
+            tokens = [token for token, _ in sample(sampler, logits, live, specs)]
             ends = sampler.advance(live, specs, tokens)
             for index, (row, token) in enumerate(zip(live, tokens, strict=True)):
                 finish, counts = ends.get(index, (None, True))

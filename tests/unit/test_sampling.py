@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from server.runner import sampling
 from server.runner.sampling import Sampler, uniform
 from server.types import SampleSpec, SamplingParams
+from tests.unit.drawing import prompt_logprobs, sample
 
 Array = npt.NDArray[np.float64]
 
@@ -34,7 +35,7 @@ def at(position: int, **params: Any) -> SampleSpec:
 def draw(logits: torch.Tensor, *specs: SampleSpec) -> list[int]:
     sampler = Sampler(logits.shape[-1])
     rows = logits.expand(len(specs), -1).contiguous()
-    return [token for token, _ in sampler.sample(rows, range(len(specs)), specs)]
+    return [token for token, _ in sample(sampler, rows, range(len(specs)), specs)]
 
 
 def naive_edit(logits: Array, s: SampleSpec) -> Array:
@@ -255,9 +256,9 @@ def test_a_wide_nucleus_is_found(scale: float, filters: dict[str, Any], monkeypa
     """Ranking few candidates first and more where needed gives what a full sort gives, token for token."""
     logits = torch.randn(24, 30_000, generator=torch.Generator().manual_seed(1)) * scale
     specs = [at(50 + row, seed=row, **filters) for row in range(24)]
-    found = Sampler(30_000).sample(logits, range(24), specs)
+    found = sample(Sampler(30_000), logits, range(24), specs)
     monkeypatch.setattr(sampling, "CANDIDATES", ())
-    assert Sampler(30_000).sample(logits, range(24), specs) == found
+    assert sample(Sampler(30_000), logits, range(24), specs) == found
 
 
 @settings(max_examples=200, deadline=None)
@@ -270,7 +271,7 @@ def test_penalties_follow_a_growing_history(data: st.DataObject) -> None:
     for step in range(6):
         logits = torch.randn(32, generator=torch.Generator().manual_seed(step)) * 3
         s = SampleSpec(SamplingParams(max_tokens=9, **params), len(history), prompt, list(history))
-        ((token, _),) = sampler.sample(logits[None], [7], [s])
+        ((token, _),) = sample(sampler, logits[None], [7], [s])
         x = naive_edit(logits.double().numpy(), s)
         assert x[token] >= x.max() - 1e-4
         history += [token, *data.draw(st.lists(st.integers(0, 31), max_size=2))]
@@ -285,7 +286,7 @@ def test_a_changed_history_is_counted_anew() -> None:
 
     def take(*output: int) -> int:
         s = spec([3], list(output), temperature=0.0, presence_penalty=0.25)
-        return sampler.sample(logits, [1], [s])[0][0]
+        return sample(sampler, logits, [1], [s])[0][0]
 
     assert take(0, 1) == 2
     assert take(0) == 1
@@ -341,7 +342,7 @@ def test_there_is_always_a_token() -> None:
         {"min_p": 1.0},
     ):
         specs = [at(i, logit_bias={1: 1.0}, **params) for i in range(5)]
-        tokens = [token for token, _ in Sampler(4).sample(rows, range(5), specs)]
+        tokens = [token for token, _ in sample(Sampler(4), rows, range(5), specs)]
         assert all(0 <= token < 4 for token in tokens)
         assert tokens[2] in (0, 2)
         assert tokens[3] in (1, 3)
@@ -351,17 +352,16 @@ def test_there_is_always_a_token() -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     """A step that samples nothing is fine."""
-    assert Sampler(5).sample(torch.empty(0, 5), [], []) == []
-    assert Sampler(5).prompt_logprobs(torch.empty(0, 5), [], 3) == []
+    assert sample(Sampler(5), torch.empty(0, 5), [], []) == []
 
 
 def test_an_all_greedy_batch_is_one_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without extras no other tensor operation runs than argmax and the copy of its result to the host."""
     logits = torch.randn(16, 1000)
     monkeypatch.setattr(Sampler, "_choose", None)
-    monkeypatch.setattr(Sampler, "_logprobs", None)
+    monkeypatch.setattr(Sampler, "describe", None)
     specs = [spec(temperature=0.0, top_p=0.5, top_k=3, stop_token_ids=frozenset({3})) for _ in range(16)]
-    assert [t for t, _ in Sampler(1000).sample(logits, range(16), specs)] == logits.argmax(-1).tolist()
+    assert [t for t, _ in sample(Sampler(1000), logits, range(16), specs)] == logits.argmax(-1).tolist()
 
 
 # -- log-probabilities ------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_logprobs_are_of_the_raw_distribution(vocab: int) -> None:
         spec([1], [2, 3], temperature=0.8, seed=row, top_p=0.9, presence_penalty=1.0, logit_bias={4: 3.0}, logprobs=top)
         for row, top in enumerate(tops)
     ]
-    found = Sampler(vocab).sample(logits, range(6), specs)
+    found = sample(Sampler(vocab), logits, range(6), specs)
     assert torch.equal(logits, kept)
     exact = logits.double().log_softmax(-1).numpy()
     for row, ((token, entry), top) in enumerate(zip(found, tops, strict=True)):
@@ -398,7 +398,7 @@ def test_prompt_logprobs_describe_the_targets(monkeypatch: pytest.MonkeyPatch) -
     """Each target is described under its own row, the same whether rows are worked on at once or in small chunks."""
     logits = torch.randn(30, 500, generator=torch.Generator().manual_seed(2))
     targets = [(7 * i) % 500 for i in range(30)]
-    entries = Sampler(500).prompt_logprobs(logits, targets, 4)
+    entries = prompt_logprobs(Sampler(500), logits, targets, 4)
     exact = logits.double().log_softmax(-1)
     for row, (target, entry) in enumerate(zip(targets, entries, strict=True)):
         assert entry.token == target
@@ -406,12 +406,12 @@ def test_prompt_logprobs_describe_the_targets(monkeypatch: pytest.MonkeyPatch) -
         assert entry.rank == 1 + int((logits[row] > logits[row, target]).sum())
         assert [t for t, _ in entry.top] == logits[row].topk(4).indices.tolist()
     monkeypatch.setattr(sampling, "CHUNK_ELEMENTS", 1000)
-    assert Sampler(500).prompt_logprobs(logits, targets, 4) == entries
+    assert prompt_logprobs(Sampler(500), logits, targets, 4) == entries
 
 
 def test_an_impossible_token_has_a_finite_logprob() -> None:
     """log(0) is written as a number that JSON can carry."""
-    entry = Sampler(2).prompt_logprobs(torch.tensor([[0.0, -float("inf")]]), [1], 2)[0]
+    entry = prompt_logprobs(Sampler(2), torch.tensor([[0.0, -float("inf")]]), [1], 2)[0]
     assert (entry.logprob, entry.rank) == (sampling.LOWEST_LOGPROB, 2)
 
 
@@ -427,13 +427,13 @@ def test_a_row_does_not_notice_its_neighbours(data: st.DataObject) -> None:
     logits = torch.randn(16, vocab, generator=generator) * data.draw(st.sampled_from([0.1, 1.0, 5.0]))
     params = [data.draw(PARAMS) | {"logprobs": data.draw(st.sampled_from([None, 0, 3]))} for _ in range(16)]
     specs = [spec([row, 1], [2, 3, 2], **p) for row, p in enumerate(params)]
-    together = Sampler(vocab).sample(logits, range(16), specs)
+    together = sample(Sampler(vocab), logits, range(16), specs)
     order = data.draw(st.permutations(range(16)))
-    shuffled = Sampler(vocab).sample(logits[order], order, [specs[row] for row in order])
+    shuffled = sample(Sampler(vocab), logits[order], order, [specs[row] for row in order])
     for place, row in enumerate(order):
         assert shuffled[place] == together[row]
     for row in data.draw(st.lists(st.integers(0, 15), min_size=1, max_size=4)):
-        assert Sampler(vocab).sample(logits[row : row + 1], [row], [specs[row]])[0] == together[row]
+        assert sample(Sampler(vocab), logits[row : row + 1], [row], [specs[row]])[0] == together[row]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -451,8 +451,8 @@ def test_a_large_vocabulary_is_as_stable(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = Sampler(151_936).sample(logits, range(8), specs)
-        alone = [Sampler(151_936).sample(logits[r : r + 1], [r], [specs[r]])[0] for r in range(8)]
+        together = sample(Sampler(151_936), logits, range(8), specs)
+        alone = [sample(Sampler(151_936), logits[r : r + 1], [r], [specs[r]])[0] for r in range(8)]
     finally:
         torch.set_num_threads(before)
     assert alone == together
@@ -463,7 +463,7 @@ def test_seed_and_position_name_the_draw() -> None:
     logits = torch.zeros(1, 10_000)
 
     def take(seed: int, position: int, request_id: int) -> int:
-        return Sampler(10_000).sample(logits, [request_id], [at(position, seed=seed)])[0][0]
+        return sample(Sampler(10_000), logits, [request_id], [at(position, seed=seed)])[0][0]
 
     assert take(1, 5, 0) == take(1, 5, 77)
     assert len({take(1, position, 0) for position in range(50)}) > 45

@@ -8,8 +8,9 @@ import pytest
 
 from server.errors import InvalidRequest, Overloaded
 from server.scheduler.request import RequestState
-from server.types import FinishReason, StepResult
+from server.types import FinishReason, ServiceClass, StepPlan, StepResult
 from tests.property.core import Bench, land
+from tests.property.making import made_up, sampled
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]  # four blocks of two
 
@@ -394,3 +395,93 @@ def test_nobody_gives_way_again_and_again():
     first, second = (request.preemptions for request in others)
     assert first + second >= 1
     assert abs(first - second) <= 1
+
+
+# --- a step ahead ----------------------------------------------------------------------------------------------------
+
+
+def decoding(**limits: float) -> tuple[Bench, StepPlan]:
+    """Two requests that decode, 9 tokens and 2, and the step that gives both their second one."""
+    bench = Bench(**limits)
+    for prompt, max_tokens in ((PROMPT, 9), ([9, 9], 2)):
+        bench.submit(prompt, max_tokens)
+    bench.step()
+    plan = bench.plan()
+    assert plan is not None
+    return bench, plan
+
+
+def test_a_step_of_decodes_is_followed_before_it_ends():
+    """The rows that follow stand one token behind those they follow; who has its last token then is not among them."""
+    bench, plan = decoding()
+    ahead = bench.scheduler.plan_ahead()
+    assert ahead is not None
+    assert [(row.request_id, row.start, row.follows) for row in ahead.rows] == [(1, 9, True)]
+    bench.commit(plan)
+    assert bench.scheduler.planned is ahead
+    bench.commit(ahead)
+    assert len(bench.answer(bench.scheduler.requests[1])) == 3
+    bench.finish()
+
+
+@pytest.mark.parametrize(
+    ("wants", "params"), [("waits for a step", {}), ("needs its history", {"presence_penalty": 1.0})]
+)
+def test_no_step_is_followed_where_something_is_to_be_decided(wants: str, params: dict[str, float]):
+    """Somebody waits, or the choice of a token needs those before it: the next is planned when this one is over."""
+    bench = Bench()
+    bench.submit(PROMPT, 9, **params)
+    bench.step()
+    plan = bench.plan()
+    assert plan is not None
+    if not params:
+        bench.submit([7, 7])
+    assert bench.scheduler.plan_ahead() is None, wants
+    bench.commit(plan)
+    bench.finish()
+
+
+def test_who_stops_leaves_when_the_step_that_follows_is_over():
+    """A token that ends a request ends it for its client; its blocks stay until nothing writes them any more."""
+    bench = Bench()
+    request = bench.submit(PROMPT, 9, stop_token_ids=frozenset({sampled(9, 8)}))
+    bench.step()
+    plan = bench.plan()
+    ahead = bench.scheduler.plan_ahead()
+    assert plan is not None
+    assert ahead is not None
+    (event,) = bench.commit(plan)
+    assert event.finish is FinishReason.STOP
+    assert request.lease is not None
+    assert bench.commit(ahead) == []
+    assert request.lease is None
+    assert bench.scheduler.idle
+
+
+def test_what_follows_a_failed_step_is_not_committed():
+    """Its rows fed what nobody sampled: it has to fail, and tells nobody again."""
+    bench, plan = decoding()
+    ahead = bench.scheduler.plan_ahead()
+    assert ahead is not None
+    assert len(bench.scheduler.fail(plan, "out of memory", 0.0)) == 2
+    with pytest.raises(AssertionError, match="not known"):
+        bench.commit(ahead)
+    assert bench.scheduler.fail(ahead, "out of memory", 0.0) == []
+    assert bench.scheduler.idle
+    assert not bench.kv.leases
+
+
+def test_nobody_is_displaced_in_vain():
+    """A request that there is no room for, whoever gives way, takes no one's place."""
+    bench = Bench(12, lower=(4,), max_step_tokens=64, max_chunk_tokens=64)
+    background = bench.submit([1, 2], 9, service=ServiceClass(background=True))
+    bench.step()
+    held = bench.kv.device.take(7)  # as by transfers on a disk that hangs
+    assert held is not None
+    bench.submit(list(range(20, 34)))
+    for _ in range(5):
+        bench.scheduler.commit(plan := bench.scheduler.plan(0.0), made_up(plan), 0.0)
+    assert bench.scheduler.preemptions <= 1
+    assert background.generated == 6
+    bench.kv.device.give_back(held)
+    bench.finish()

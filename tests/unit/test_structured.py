@@ -35,6 +35,7 @@ from server.types import (
     Tag,
     TaggedJson,
 )
+from tests.unit.drawing import sample
 from tests.unit.random_schemas import PATTERNS, PROMPT, Writer, complaint, try_schemas
 
 DEMO = Path(server.demo.__file__).parent / "model"
@@ -375,8 +376,8 @@ def test_the_same_seed_gives_the_same_token_alone_and_in_a_batch(writer: Writer)
     logits = torch.stack([writer.logits(7, row) for row in range(len(rows))])
     for more in ({}, {"temperature": 0.0}, {"top_p": 0.9}, {"min_tokens": 3, "stop_token_ids": frozenset({2})}):
         specs = [spec(g, [], seed=row, **more) for row, g in enumerate(rows)]
-        together = Sampler(2048).sample(logits, range(4), specs)
-        alone = [Sampler(2048).sample(logits[row : row + 1], [row], [specs[row]])[0] for row in range(4)]
+        together = sample(Sampler(2048), logits, range(4), specs)
+        alone = [sample(Sampler(2048), logits[row : row + 1], [row], [specs[row]])[0] for row in range(4)]
         assert together == alone
 
 
@@ -448,7 +449,7 @@ def test_what_the_model_rules_out_can_be_forced(writer: Writer) -> None:
         ):
             logits = torch.full((1, 2048), value)
             logits[0, 7] = 3.0
-            assert Sampler(2048).sample(logits, [1], [spec(grammar, a, **more)])[0][0] == b
+            assert sample(Sampler(2048), logits, [1], [spec(grammar, a, **more)])[0][0] == b
 
 
 def test_a_grammar_that_gets_stuck_ends_its_request_alone(writer: Writer) -> None:
