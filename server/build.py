@@ -35,16 +35,12 @@ from server.config import Config, ServerConfig, key_weights
 from server.engine import Engine
 from server.errors import ConfigError
 from server.explain import Explanations
-from server.kernels.attention import BACKENDS
-from server.kernels.choice import choose_backend, computed_by, use_native
 from server.kernels.int8 import SCALE_BYTES
-from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
 from server.kvcache.manager import KVManager, TierSpec
 from server.kvcache.mover import Mover
 from server.kvcache.step_cost import StepWork
 from server.kvcache.tiers.base import Tier
-from server.kvcache.tiers.device import DeviceTier
 from server.kvcache.tiers.drive import drive_written_bytes
 from server.kvcache.tiers.files import OsIo
 from server.kvcache.tiers.ssd import SsdTier
@@ -59,11 +55,10 @@ from server.models.weights import (
     resolve_folder,
     weights_bytes,
 )
+from server.place import Place, place_of
 from server.recorder import Recorder
-from server.registry import resolve
-from server.room import available_bytes, check_disk, check_memory, disk_gib, taking, unusable
+from server.room import check_disk, disk_gib, taking, unusable
 from server.runner import grammar
-from server.runner.runner import TorchRunner
 from server.scheduler.limits import Limits
 from server.scheduler.policy import make_policy
 from server.scheduler.scheduler import Scheduler
@@ -80,6 +75,7 @@ from server.types import (
     SamplingParams,
     StepPlan,
     StepRow,
+    StepRunner,
     Targets,
     TierName,
 )
@@ -87,12 +83,12 @@ from server.types import (
 log = logging.getLogger("terrace")
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+KV_DTYPES = {name: name for name in ("float32", "bfloat16", "float16", "int8")} | {"fp8": "float8_e4m3fn"}
+"""Setting -> torch's name."""
 MIN_BLOCKS = 8
 """A device tier with fewer blocks than this serves nobody."""
 FIRST_GUESSES = ((4e9, 0.0005), (1e9, 0.002))
 """Bytes per second and latency of the two hops below the device, until they are measured."""
-RUN_BYTES = 2**20
-"""Neighbouring blocks that go in one call to a tier."""
 IN_FLIGHT_BYTES = 64 * 2**20
 MIN_IN_FLIGHT, MAX_IN_FLIGHT = 8, 256
 """Blocks moving at once between two tiers, per direction: this many bytes, within these bounds."""
@@ -105,12 +101,13 @@ RELOADED = frozenset(
 
 @dataclass
 class Daemon:
-    """Everything that runs, put together. `open` it before the engine runs, `aclose` it after. `checkpoint`: what the
-    files of `folder` were when they were read."""
+    """Everything that runs, put together. `open` it before the engine runs, `aclose` it after. `config`: what was asked
+    for. `checkpoint`: what the files of `folder` were when they were read."""
 
     config: Config
+    place: Place
     engine: Engine
-    runner: TorchRunner
+    runner: StepRunner
     tiers: dict[TierName, Tier]
     tokenizer: Tokenizer
     metrics: Metrics
@@ -135,8 +132,9 @@ class Daemon:
                 await self._recover()
         finally:
             gc.enable()
-        if len(self.tiers) > 0:
-            with self.startup.timed("warmup"):
+        with self.startup.timed("warmup"):
+            await self.place.warm_up(self.runner, self.startup.moved)
+            if self.tiers:
                 await _calibrate(self)
         self.metrics.startup_s.update(self.startup.seconds)
 
@@ -202,42 +200,43 @@ class Daemon:
             await tier.aclose()
 
 
-def build(config: Config, disk: OsIo | None = None, startup: Startup | None = None) -> Daemon:
+def build(
+    config: Config, disk: OsIo | None = None, startup: Startup | None = None, place: Place | None = None
+) -> Daemon:
     """Load the model and wire the daemon up; nothing runs yet. Raises ConfigError with one line to act on.
 
-    `disk` stands in for the operating system below the SSD tier, for tests and measurements. `startup` is told how far
-    it is. Blocking, for minutes perhaps; any thread.
+    `disk` stands in for the operating system below the SSD tier, `place` for the device, for tests and measurements.
+    `startup` is told how far it is. Blocking, for minutes perhaps; any thread.
     """
     import torch
 
     startup = startup or Startup(time.monotonic)
-
-    _check_device(config)
+    place = place or place_of(config)
     vault = _vault(config)
     with startup.timed("download"):
         folder = _folder(config)
     checkpoint = file_stats(folder)
     tokenizer = Tokenizer.load(folder, _chat_template(config))
     dialect = dialect_of(tokenizer, config.model.tool_call_parser, config.model.reasoning_parser)
-    _check_room(config, folder)
+    asked, config = config, _fitted(config, place, folder)
     with startup.timed("weights"):
-        model, weights = _load(config, folder, startup.moved), _weights(config, folder)
+        model, weights = _load(config, place, folder, startup.moved), _weights(config, folder)
     if changed := changed_files(folder, checkpoint):
         raise ConfigError(f"{folder / changed[0]} changed while it was read; start again when it is whole")
-    backend = choose_backend(config.model.attention, config.kv.kv_dtype, native=use_native(config.model))
-    kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, config.kv.kv_dtype)
+    kv_dtype = model.dtype if config.kv.kv_dtype == "auto" else getattr(torch, KV_DTYPES[config.kv.kv_dtype])
+    backend = place.backend(model.geometry, kv_dtype)
     layout = _layout(config, model, kv_dtype)
     frames = int(config.kv.device_gib * 2**30) // layout.block_bytes
     max_model_len = _max_model_len(config, model, layout, frames)
     with startup.timed("kv_alloc"), taking("device_gib", config.kv.device_gib):
-        arena = allocate_arena(frames, layout, kv_dtype, config.model.device)
-    attention = resolve("attention", BACKENDS, backend)(arena, model.geometry)
+        arena = place.arena(frames, layout, kv_dtype)
+    attention = place.attention(backend, arena, model)
     name = model_name(config)
     metrics = Metrics(name, _facts(config, model, kv_dtype, max_model_len))
-    kinds = [str(model.dtype), str(kv_dtype), config.model.quantization, computed_by(config.model), backend]
+    kinds = [str(model.dtype), str(kv_dtype), config.model.quantization, place.computed_by, backend]
     identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=kinds)
     with startup.timed("host_alloc"):
-        tiers, specs = _lower_tiers(config, layout, arena, identity, metrics, disk)
+        tiers, specs = _lower_tiers(config, layout, partial(place.device_tier, arena), identity, metrics, disk)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
     recorder = _recorder(config)
     if recorder is not None:
@@ -247,11 +246,11 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     tracer = _tracer(config)
     policy = make_policy(config.scheduler.policy, _weights_of(config.server, ()))
     scheduler = Scheduler(kv, policy, _limits(config, max_model_len))
-    runner = TorchRunner(model, attention, time.monotonic, threads=config.model.threads)
+    runner = place.runner(model, attention)
     engine = Engine(
         scheduler,
         runner,
-        Mover(tiers, run_blocks=max(1, RUN_BYTES // layout.block_bytes)),
+        Mover(tiers, run_blocks=max(1, place.run_bytes // layout.block_bytes)),
         metrics,
         time.monotonic,
         prefix_caching=config.kv.prefix_caching,
@@ -266,7 +265,7 @@ def build(config: Config, disk: OsIo | None = None, startup: Startup | None = No
     grammars = _grammars(tokenizer, model.geometry.vocab)
     plain = hash_keys(key_weights(config.server.api_keys))
     tenants = Tenants(plain, time.monotonic, metrics.rejected)
-    parts = (config, engine, runner, tiers, tokenizer, metrics, name, summary, model.geometry.hidden, tenants)
+    parts = (asked, place, engine, runner, tiers, tokenizer, metrics, name, summary, model.geometry.hidden, tenants)
     daemon = Daemon(*parts, folder, checkpoint, startup, tracer, recorder, vault, dialect, grammars)
     daemon.admit(_tenants_of(config), config.server)
     if config.server.tenants_file is not None:
@@ -352,31 +351,22 @@ def _facts(config: Config, model: Model, kv_dtype: Any, max_model_len: int) -> F
     )
 
 
-def _check_device(config: Config) -> None:
-    if config.model.device != "cpu":
-        raise ConfigError(
-            f"device {config.model.device!r} has no attention backend in this version; use --device cpu",
-            param="model.device",
-        )
-
-
-def _check_room(config: Config, folder: Path) -> None:
-    """Before anything slow: is there memory for what is asked for, and a disk? Raises ConfigError."""
+def _fitted(config: Config, place: Place, folder: Path) -> Config:
+    """Before anything slow: is there memory for what is asked for, and a disk? With the size of the device tier, where
+    that was left open. Raises ConfigError."""
     m = config.model
-    precision, weights = weights_bytes(folder, _dtype(config), m.load_format, m.quantization, use_native(config.model))
-    sizes = {"--device-gib": config.kv.device_gib, "--dram-gib": config.kv.dram_gib}
-    check_memory(model_name(config), weights, precision, sizes, available_bytes())
+    precision, weights = weights_bytes(folder, _dtype(config, place), m.load_format, m.quantization, place.native)
+    device_gib = place.fit(model_name(config), weights, precision)
     if config.kv.ssd_path is not None:
         check_disk(config.kv.ssd_path, config.kv.ssd_gib, config.kv.ssd_min_free_gib)
+    return config.model_copy(update={"kv": config.kv.model_copy(update={"device_gib": device_gib})})
 
 
-def _dtype(config: Config) -> DTypeName:
-    """The precision of weights; where torch computes on a CPU float32 unless another is asked for."""
-    asked = config.model.dtype
-    return "float32" if asked == "auto" and config.model.device == "cpu" and not use_native(config.model) else asked
+def _dtype(config: Config, place: Place) -> DTypeName:
+    return place.dtype if config.model.dtype == "auto" else config.model.dtype
 
 
-def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Model:
+def _load(config: Config, place: Place, folder: Path, moved: Callable[[int, int], None]) -> Model:
     """The model, with a progress bar on a terminal. `moved` is told what was read, of how many bytes."""
 
     def progress(done: int, total: int) -> None:
@@ -390,13 +380,13 @@ def _load(config: Config, folder: Path, moved: Callable[[int, int], None]) -> Mo
         task = bar.add_task("load", name=folder.name)
         return load_model(
             folder,
-            dtype=_dtype(config),
-            device=config.model.device,
+            dtype=_dtype(config, place),
+            device=place.device,
             load_format=config.model.load_format,
             seed=config.model.seed,
             progress=progress,
             quantization=config.model.quantization,
-            native=use_native(config.model),
+            native=place.native,
         )
 
 
@@ -482,7 +472,12 @@ def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity
 
 
 def _lower_tiers(
-    config: Config, layout: BlockLayout, arena: Any, identity: bytes, metrics: Metrics, disk: OsIo | None
+    config: Config,
+    layout: BlockLayout,
+    device: Callable[[HostArena], Tier],
+    identity: bytes,
+    metrics: Metrics,
+    disk: OsIo | None,
 ) -> tuple[dict[TierName, Tier], list[TierSpec]]:
     """What moves blocks between the device and the tiers below, and those tiers as the KV manager sees them."""
     knobs = config.kv
@@ -499,7 +494,7 @@ def _lower_tiers(
         host = HostArena(frames, layout.block_bytes)
         host.prefault()
     metrics.bind_host(host)
-    tiers: dict[TierName, Tier] = {DEVICE: DeviceTier(arena, host)}
+    tiers: dict[TierName, Tier] = {DEVICE: device(host)}
     specs = [TierSpec(DRAM, frames, knobs.dram_eviction, in_flight)]
     if knobs.ssd_path is not None:
         ssd = _ssd(config, host, identity, knobs.ssd_path, disk)

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -64,23 +65,38 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def check_memory(
-    name: str, weights: Mapping[str, int], precision: str, tiers: Mapping[str, float], available: int | None
+    name: str,
+    weights: Mapping[str, int],
+    precision: str,
+    tiers: Mapping[str, float],
+    available: int | None,
+    spare: int,
 ) -> None:
-    """Raises ConfigError unless model `name` and its tiers fit into `available` bytes.
+    """Raises ConfigError unless model `name` and its tiers fit into `available` bytes and leave `spare` of them.
 
     `weights`: bytes by the flag of a precision in which the model can be served, `precision` being the one asked for.
     `tiers`: GiB that are asked for by flag, from the one to give up last to the one to give up first.
     """
-    needed = weights[precision] + sum(tiers.values()) * GIB + SPARE_BYTES
+    needed = weights[precision] + sum(tiers.values()) * GIB + spare
     if available is None or needed <= available:
         return
     asked = "".join(f" + {flag} {size:g}" for flag, size in tiers.items() if size)
     raise ConfigError(
         f"model {name} does not fit: weights {_gib(weights[precision])} GiB with {precision}{asked} + "
-        f"{_gib(SPARE_BYTES)} GiB to work in = {_gib(needed)} GiB needed, {_gib(available)} GiB available; "
-        f"{_advice(weights, precision, tiers, available - SPARE_BYTES)}",
+        f"{_gib(spare)} GiB to work in = {_gib(needed)} GiB needed, {_gib(available)} GiB available; "
+        f"{_advice(weights, precision, tiers, available - spare)}",
         param="kv.device_gib",
     )
+
+
+def check_dram(dram_gib: float, available: int | None) -> None:
+    """Raises ConfigError unless so much memory can be pinned, beside what the process works with."""
+    room_gib = inf if available is None else max(0, available - SPARE_BYTES) / GIB
+    if dram_gib > room_gib:
+        raise ConfigError(
+            f"dram_gib {dram_gib:g} does not fit: {room_gib:.3g} GiB are available; --dram-gib {_floor(room_gib)} fits",
+            param="kv.dram_gib",
+        )
 
 
 def _advice(weights: Mapping[str, int], precision: str, tiers: Mapping[str, float], room: int) -> str:

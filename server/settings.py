@@ -76,7 +76,7 @@ Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 Count = Annotated[int, BeforeValidator(parse_count)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_parse_dtype)]
 Quantization = Literal["none", "int8", "int8-g32", "int4-g32"]
-KvDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8"], BeforeValidator(_parse_dtype)]
+KvDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"], BeforeValidator(_parse_dtype)]
 AdminKeys = Annotated[tuple[str, ...], BeforeValidator(_parse_list), AfterValidator(_no_blank)]
 ApiKeys = Annotated[AdminKeys, AfterValidator(_weighted)]
 
@@ -153,7 +153,10 @@ class KvConfig(Section):
     """The KV cache: how much of it there is, and in what pieces."""
 
     device_gib: Annotated[Gib, COMMON] = Field(
-        default=1.0, gt=0, description="Device tier in GiB (RAM on a CPU-only machine); also takes units, e.g. 512MiB."
+        default=0.0,
+        ge=0,
+        description="Device tier in GiB (RAM on a CPU-only machine); also takes units, e.g. 512MiB. 0: 1 GiB on a CPU, "
+        "on a GPU what weights leave of 90 % of its memory.",
     )
     block_size: Annotated[int, AfterValidator(_power_of_two), Field(ge=1, le=1024)] = Field(
         default=16, description="Tokens per block: the unit of sharing, eviction and transfer. A power of two."
@@ -161,7 +164,7 @@ class KvConfig(Section):
     kv_dtype: Annotated[KvDtype, Flag(names=("--kv-dtype", "--kv-cache-dtype"))] = Field(
         default="auto",
         description="Precision of cached keys and values; auto: the same as the model's. int8: a fourth of float32's "
-        "memory, each vector with a scale; answers change a little.",
+        "memory, each vector with a scale; fp8: on a GPU, half of bfloat16's. Answers change a little with both.",
     )
     prefix_caching: Annotated[bool, Flag(names=("--prefix-caching", "--enable-prefix-caching"))] = Field(
         default=True, description="Reuse the cached blocks of a prompt's longest known prefix."

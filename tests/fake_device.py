@@ -124,9 +124,11 @@ class FakeStream:
 class FakeDevice:
     """Device memory of `frames` blocks, poisoned, beside `host`, and a stream each way."""
 
-    def __init__(self, frames: int, host: HostArena, *, free: bool = False) -> None:
+    def __init__(self, frames: int, host: HostArena, *, free: bool = False, arena: torch.Tensor | None = None) -> None:
+        """`arena`: the memory, if it is there already; uint8 [frames, block_bytes]."""
         self.free = free
-        self.arena = torch.full((frames, host.block_bytes), POISON, dtype=torch.uint8)
+        fresh = torch.full((frames, host.block_bytes), POISON, dtype=torch.uint8) if arena is None else arena
+        self.arena = fresh
         here = range(self.arena.data_ptr(), self.arena.data_ptr() + self.arena.numel())
         there = range(host.address, host.address + host.frames * host.stride)
         self.up = FakeStream(self, here, there)

@@ -24,7 +24,7 @@ LAYERS = [
     {"scheduler", "models"},
     {"runner", "engine", "text", "batches"},
     {"sim"},
-    {"api"},
+    {"api", "place"},
     {"build", "cachectl", "top", "watchdog"},
     {"process"},
     {"demo"},
@@ -37,8 +37,8 @@ BASE = set("types errors registry quantities ownership settings histogram startu
 
 LOADGEN_FILES = {"server/sim/study.py", "server/sim/simulate.py", "server/sim/summary.py", "server/sim/page.py"}
 """They read the traces that load tests replay, and show figures as those do."""
-CLOCKED = {"cli", "cachectl", "build", "process", "sim", "bench", "demo"}
-TORCH = {"models", "runner", "build", "bench", "demo", "kernels"}
+CLOCKED = {"cli", "cachectl", "build", "place", "process", "sim", "bench", "demo"}
+TORCH = {"models", "runner", "build", "place", "bench", "demo", "kernels"}
 TORCH_FILES = {"server/kvcache/arena.py", "server/kvcache/codec.py", "server/kvcache/tiers/device.py"}
 NO_TORCH_FILES = {"server/kernels/attention.py", "server/kernels/__init__.py"}
 SOLE_IMPORTERS = {"flashinfer": "server/kernels/flashinfer.py", "llguidance": "server/runner/grammar.py"}

@@ -20,7 +20,7 @@ BODY_TIMEOUT_S = 60.0
 """A body that takes longer is a stuck or hostile client; 8 MiB in a minute is 1.1 Mbit/s."""
 UNPACED_BYTES = 64 * 2**10
 """Of a body, read as fast as it comes: prompts of some 15,000 tokens."""
-PACE_S = 0.004
+PACE_S = 0.006
 """Between two later pieces of it, of 64 KiB or a few times that. Each holds up the loop a little: whoever sends much
 must not take every turn of it."""
 DISCARD_BYTES = 64 * 2**20

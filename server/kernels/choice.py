@@ -47,6 +47,8 @@ def choose_backend(asked: str, kv_dtype: str, *, native: bool) -> str:
 
     Raises ConfigError where it cannot hold KV of `kv_dtype`. Whether there is a backend of this name is not asked here.
     """
+    if kv_dtype == "fp8":
+        raise ConfigError("kv_dtype fp8 is for a GPU; on a CPU use --kv-dtype int8", param="kv.kv_dtype")
     backend = asked if asked != "auto" else "native" if native else "cpu"
     if kv_dtype == "int8" and backend not in INT8_BACKENDS:
         raise ConfigError(

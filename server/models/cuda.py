@@ -104,3 +104,13 @@ class CudaParts(TorchParts):
         cos, sin = rotary.angles(positions)
         rows = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
         return torch.cat((cos, sin), dim=-1), rows
+
+
+def cuda_parts(dtype: torch.dtype, device: torch.device | str) -> TorchParts:
+    """The parts for a GPU: torch's where FlashInfer cannot be imported, or has no kernels for `dtype`."""
+    if dtype == torch.float32:
+        return TorchParts(dtype, device)
+    try:
+        return CudaParts(dtype, device)
+    except (ImportError, OSError, RuntimeError):  # what attends is chosen with the same question, and says so
+        return TorchParts(dtype, device)

@@ -35,6 +35,7 @@ from torch import Tensor
 from server.errors import ConfigError
 from server.models import MODELS
 from server.models.base import Model, Parameter, Parts
+from server.models.cuda import cuda_parts
 from server.models.layers import TorchParts
 from server.models.quantized import Scheme, float_tensors, scheme_of
 from server.registry import resolve
@@ -195,11 +196,11 @@ def _log_quantised(config: Mapping[str, Any], files: Sequence[Path], model: Mode
 
 
 def _parts(dtype: torch.dtype, device: torch.device | str, quantization: str, native: bool) -> Parts:
-    if not native:
-        return TorchParts(dtype, device)
-    from server.models.native import NativeParts  # needs the library, which may not have been built
+    if native:
+        from server.models.native import NativeParts  # needs the library, which may not have been built
 
-    return NativeParts(dtype, quantization)
+        return NativeParts(dtype, quantization)
+    return cuda_parts(dtype, device) if torch.device(device).type == "cuda" else TorchParts(dtype, device)
 
 
 def weights_bytes(

@@ -42,9 +42,6 @@ from server.runner.sampling import BlindSampler
 from server.runner.step import Ends, Flat, Outputs, Readout, fed, flatten
 from server.types import RequestId, StepPlan, StepResult
 
-GRAPH_ROWS = 256
-"""Rows of the largest captured step."""
-
 
 @dataclass(slots=True)
 class HostWork:
@@ -83,7 +80,7 @@ class CudaRunner:
         device: Device,
         clock: Callable[[], float],
         *,
-        graph_rows: int = GRAPH_ROWS,
+        graph_rows: int,
     ) -> None:
         self.host_work = HostWork()
         self._model = model

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from server.build import Daemon, build
-from server.config import load_config
+from server.config import Config, load_config
 from server.engine import GenerateSpec
 from server.kvcache import audit
+from server.place import Place, place_of
 from server.types import SamplingParams
 
 
 @asynccontextmanager
-async def running(**settings: Any) -> AsyncIterator[Daemon]:
+async def running(place: Callable[[Config], Place] = place_of, **settings: Any) -> AsyncIterator[Daemon]:
     """A ready daemon; `settings` are `section__field=value`. Its books are audited at the end."""
-    daemon = build(load_config({name.replace("__", "."): value for name, value in settings.items()}, environ={}))
+    config = load_config({name.replace("__", "."): value for name, value in settings.items()}, environ={})
+    daemon = build(config, place=place(config))
     await daemon.open()
     loop = asyncio.create_task(daemon.engine.run())
     await asyncio.sleep(0)

@@ -80,14 +80,16 @@ class LateDownload:
 
     def busy_s(self) -> float:
         assert self._come.is_set(), "asked before it was over"
-        return 0.25
+        return self._device.busy_s
 
 
 class LateDevice:
-    """See the module. `hold`: downloads wait to be released by the test; else they come at once."""
+    """See the module. `hold`: downloads wait to be released by the test; else they come at once. `busy_s`: how long
+    each step took, as it says."""
 
-    def __init__(self, *, hold: bool = False) -> None:
+    def __init__(self, *, hold: bool = False, busy_s: float = 0.25) -> None:
         self.hold = hold
+        self.busy_s = busy_s
         self.downloads: list[LateDownload] = []
         self.looks = Looks()
         self.thread = 0

@@ -87,7 +87,7 @@ def test_units(name, text, value):
         ({"kv.block_siz": "16"}, {}, "unknown setting 'kv.block_siz'; did you mean 'kv.block_size'?"),
         ({"kv.port": "1"}, {}, "did you mean 'server.port'?"),
         ({"kv.device_gib": "much"}, {}, "is not a size in GiB"),
-        ({"kv.device_gib": "-1"}, {}, "greater than 0"),
+        ({"kv.device_gib": "-1"}, {}, "greater than or equal to 0"),
         ({"kv.device_gib": "nan"}, {}, "kv.device_gib"),
         ({"scheduler.ttft_target_ms": "-1"}, {}, "scheduler.ttft_target_ms = '-1' (flag --ttft-target-ms)"),
         ({"scheduler.tpot_target_ms": "inf"}, {}, "scheduler.tpot_target_ms"),

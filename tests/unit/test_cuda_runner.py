@@ -405,7 +405,7 @@ async def test_two_steps_are_under_way() -> None:
     """By its own threads: the second step is launched while the first has not come back, the results come in order, and
     with the times of the device's clock."""
     device = LateDevice(hold=True)
-    runner = CudaRunner(MODEL, Eager(ReferenceAttention), device, lambda: 10.0)
+    runner = CudaRunner(MODEL, Eager(ReferenceAttention), device, lambda: 10.0, graph_rows=0)
     params = SamplingParams(50, temperature=0.0)
     first = asyncio.ensure_future(runner.run(StepPlan(1, [decode(0, 6, params)])))
     await until(lambda: len(device.downloads) == 1)
@@ -462,7 +462,7 @@ async def test_warming_up_captures_and_says_so() -> None:
 async def test_a_backend_without_graphs_is_run_kernel_by_kernel() -> None:
     """Warming up does nothing then, and decode steps are launched all the same."""
     device = LateDevice()
-    runner = CudaRunner(MODEL, Eager(ReferenceAttention), device, lambda: 0.0)
+    runner = CudaRunner(MODEL, Eager(ReferenceAttention), device, lambda: 0.0, graph_rows=0)
     assert await runner.warm_up(lambda done, of: None) == 0
     await runner.run(StepPlan(1, [decode(0, 6, SamplingParams(9))]))
     assert (runner.host_work.graph_steps, runner.host_work.eager_steps, device.captured) == (0, 1, 0)
@@ -547,7 +547,7 @@ def test_a_lost_device_is_the_end(rigs: Rigs, launching: bool) -> None:
 async def test_a_lost_device_reaches_who_awaits_the_step() -> None:
     """Through threads and tasks, `run` raises DeviceLost."""
     device = LateDevice(hold=True)
-    runner = CudaRunner(MODEL, Eager(ReferenceAttention), device, lambda: 0.0)
+    runner = CudaRunner(MODEL, Eager(ReferenceAttention), device, lambda: 0.0, graph_rows=0)
     work = asyncio.ensure_future(runner.run(StepPlan(1, [decode(0, 6, SamplingParams(9))])))
     await until(lambda: len(device.downloads) == 1)
     device.lost = True

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import ConfigError
-from server.room import GIB, SPARE_BYTES, available_bytes, check_disk, check_memory, disk_gib, taking
+from server.room import GIB, SPARE_BYTES, available_bytes, check_disk, check_dram, check_memory, disk_gib, taking
 
 WEIGHTS = {"--dtype float32": 16 * GIB, "--dtype bfloat16": 8 * GIB}
 
@@ -17,7 +17,7 @@ def said(available_gib: float, dtype: str = "--dtype float32", **tiers: float) -
     """What is said of tiers that are asked for; empty where all fits."""
     flags = {f"--{name}-gib": size for name, size in tiers.items()}
     try:
-        check_memory("m", WEIGHTS, dtype, flags, int(available_gib * GIB))
+        check_memory("m", WEIGHTS, dtype, flags, int(available_gib * GIB), SPARE_BYTES)
     except ConfigError as error:
         return error.message
     return ""
@@ -28,7 +28,7 @@ def test_what_fits_is_let_through() -> None:
     spare = SPARE_BYTES / GIB
     assert said(18 + spare, device=1, dram=1) == ""
     assert said(18 + spare - 0.001, device=1, dram=1) != ""
-    check_memory("m", WEIGHTS, "--dtype float32", {"--device-gib": 1e6}, None)
+    check_memory("m", WEIGHTS, "--dtype float32", {"--device-gib": 1e6}, None, SPARE_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,14 @@ def test_the_nearest_that_fits_is_named_and_fits(available_gib: float, tiers: di
         assert said(available_gib, **(tiers | taken)) == ""
     if words[0] == "--dtype":
         assert said(available_gib, " ".join(words[:2]), device=0.01) == ""
+
+
+def test_dram_beyond_memory_is_refused() -> None:
+    """Where only the DRAM tier is in host memory, what fits is named, and fits."""
+    with pytest.raises(ConfigError, match=r"dram_gib 8 does not fit: 4 GiB are available; --dram-gib 4 fits"):
+        check_dram(8, 4 * GIB + SPARE_BYTES)
+    check_dram(4, 4 * GIB + SPARE_BYTES)
+    check_dram(1e6, None)
 
 
 def test_memory_is_what_machine_and_group_leave(tmp_path: Path) -> None:
