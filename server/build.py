@@ -263,8 +263,7 @@ def build(
     sizes = {DEVICE: frames} | {spec.name: spec.frames for spec in specs}
     summary = _in_words(name, model, layout, max_model_len, sizes) + f"; attention {backend}"
     grammars = _grammars(tokenizer, model.geometry.vocab)
-    plain = hash_keys(key_weights(config.server.api_keys))
-    tenants = Tenants(plain, time.monotonic, metrics.rejected)
+    tenants = Tenants(hash_keys(key_weights(config.server.api_keys)), time.monotonic, metrics.rejected)
     parts = (asked, place, engine, runner, tiers, tokenizer, metrics, name, summary, model.geometry.hidden, tenants)
     daemon = Daemon(*parts, folder, checkpoint, startup, tracer, recorder, vault, dialect, grammars)
     daemon.admit(_tenants_of(config), config.server)
