@@ -199,5 +199,5 @@ class Cuda:
         return CudaRunner(model, attention, CudaDevice(), time.monotonic, graph_rows=self._rows)
 
     async def warm_up(self, runner: Any, moved: Callable[[int, int], None]) -> None:
-        taken = await runner.warm_up(moved)
-        log.info("captured decode steps of up to %d rows; they take %.2f GiB", self._rows, taken / GIB)
+        if taken := await runner.warm_up(moved):
+            log.info("captured decode steps of up to %d rows; they take %.2f GiB", self._rows, taken / GIB)

@@ -15,6 +15,8 @@ from server.kvcache import audit
 from server.place import Place, place_of
 from server.types import SamplingParams
 
+GREEDY = SamplingParams(max_tokens=16, temperature=0)
+
 
 @asynccontextmanager
 async def running(place: Callable[[Config], Place] = place_of, **settings: Any) -> AsyncIterator[Daemon]:
@@ -62,3 +64,13 @@ async def settled(daemon: Daemon) -> None:
             return
         await asyncio.sleep(0.002)
     raise AssertionError(f"blocks still move: {daemon.engine.snapshot().kv.hops}")
+
+
+async def ask(daemon: Daemon, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], Counter[str]]:
+    """Greedy answers one after the other, all spilled; and the blocks that were served, by tier."""
+    served: Counter[str] = Counter()
+    answers = []
+    for prompt in prompts:
+        answers.append(await complete(daemon, prompt, GREEDY, served=served))
+        await settled(daemon)
+    return answers, +served

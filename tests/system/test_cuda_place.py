@@ -29,10 +29,9 @@ from server.runner.cuda import CudaRunner
 from server.types import DEVICE, DRAM, SSD, BlockLayout, SamplingParams, StepRunner
 from tests.fake_device import FakeDevice
 from tests.numeric.flashinfer_fake import FakedFlashInfer
-from tests.system.harness import complete, complete_all, running, settled
+from tests.system.harness import GREEDY, ask, complete, complete_all, running
 from tests.unit.late_device import LateDevice
 
-GREEDY = SamplingParams(max_tokens=16, temperature=0)
 BLOCK_TOKENS = 16
 ROWS = 8
 SETTINGS: dict[str, Any] = {"model__dtype": "float32", "kv__device_gib": "24MiB", "model__kernels": "torch"}
@@ -80,15 +79,6 @@ def alone(prompts: list[list[int]]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def blocks(prompts: list[list[int]]) -> int:
     return sum((len(prompt) - 1) // BLOCK_TOKENS for prompt in prompts)
-
-
-async def ask(daemon: Daemon, prompts: list[list[int]]) -> tuple[list[list[int]], Counter[str]]:
-    served: Counter[str] = Counter()
-    answers = []
-    for prompt in prompts:
-        answers.append(await complete(daemon, prompt, GREEDY, served=served))
-        await settled(daemon)
-    return answers, +served
 
 
 def runner_of(daemon: Daemon) -> CudaRunner:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,9 @@ from server.kvcache.tiers.ssd import SsdTier
 from server.types import DEVICE, DRAM, SSD, SamplingParams
 from tests.e2e.daemon import write_model
 from tests.numeric.families import make_reference, save
-from tests.system.harness import complete, complete_all, running, settled
+from tests.system.harness import GREEDY, ask, complete, complete_all, running, settled
 
 FOLDER = Path(server.demo.__file__).parent / "model"
-GREEDY = SamplingParams(max_tokens=16, temperature=0)
 SMALL, AMPLE = "3MiB", "24MiB"
 """64 and 512 of the demo model's blocks; the prompts below take about 90."""
 DEMO: dict[str, Any] = {"model__dtype": "float32", "kv__device_gib": AMPLE}
@@ -51,16 +50,6 @@ def on_ssd(path: Path, **changes: Any) -> dict[str, Any]:
         "kv__ssd_min_free_gib": 0,
     }
     return DEMO | tiers | changes
-
-
-async def ask(daemon: Daemon, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], Counter[str]]:
-    """Greedy answers one after the other, all spilled; and the blocks that were served, by tier."""
-    served: Counter[str] = Counter()
-    answers = []
-    for prompt in prompts:
-        answers.append(await complete(daemon, prompt, GREEDY, served=served))
-        await settled(daemon)
-    return answers, +served
 
 
 def ssd_of(daemon: Daemon) -> SsdTier:
