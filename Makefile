@@ -13,19 +13,29 @@ SEEDS  ?= 0..9999
 TORCH_INDEX ?=
 TORCH  ?= torch>=2.11,<2.14
 
+# For a GPU. On a machine with network the extra `cuda` goes into $(VENV), and these stay empty. Without one, PYTHON is one
+# that has torch for the GPU; WHEELS is a folder that `python -m tests.gpu.prepare` filled elsewhere; SITE is where they are
+# unpacked, or where everything lies already. COMMIT says what is measured where git cannot.
+WHEELS ?=
+SITE   ?= $(if $(WHEELS),build/site)
+COMMIT ?=
+
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
 BIN     := $(VENV)/bin
 RUN     := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
+CUDA    := $(if $(SITE),$(if $(WHEELS),$(SITE)/.unpacked),$(VENV)/.installed-cuda)
+GPU_ENV := $(if $(SITE),PYTHONPATH=$(abspath $(SITE)))
+GPU     := $(if $(SITE),$(PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench bench-cpu peers sanitize claims observe sim fuzz clients install install-dev clean
+.PHONY: help serve test lint format bench bench-cpu peers sanitize gpu-test gpu-sanitize gpu-bench gpu-table claims observe sim fuzz clients install install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON VENV HOST PORT MODEL ARGS SEEDS TORCH_INDEX, e.g. make serve PORT=9000 ARGS='--device-gib 4'"
+	@echo "  variables: PYTHON VENV HOST PORT MODEL ARGS SEEDS TORCH_INDEX WHEELS SITE COMMIT, e.g. make serve PORT=9000 ARGS='--device-gib 4'"
 
 serve: $(RUN) ## serve the demo model (or MODEL=...) on HOST:PORT
 	@exec $(BIN)/terrace serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -57,6 +67,20 @@ sanitize: $(DEV) ## tests of the native kernels under AddressSanitizer and Undef
 	  $(BIN)/python -m pytest tests/unit/test_native_linear.py tests/unit/test_native_attention.py \
 	  tests/unit/test_native_rows.py tests/numeric/test_whole_step.py $(ARGS); status=$$?; \
 	  $(BIN)/python setup.py -q build_ext --inplace --force && exit $$status
+
+gpu-test: $(CUDA) ## on a GPU: that it computes, moves blocks and answers as a CPU does
+	$(GPU_ENV) $(GPU) -m pytest tests/gpu tests/unit/test_cuda_*.py tests/unit/test_flashinfer_contract.py $(ARGS)
+
+gpu-sanitize: $(CUDA) ## the small ones of these under compute-sanitizer, each tensor in memory of its own
+	$(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all \
+	  --error-exitcode 1 $(GPU) -m pytest tests/gpu/test_operations.py tests/gpu/test_attention.py \
+	  tests/gpu/test_transfers.py -k 'not graphs and not long' $(ARGS)
+
+gpu-bench: $(CUDA) ## on a GPU: its ceilings, and the daemon's shares of them; fails when a goal is missed
+	$(GPU_ENV) $(GPU) -m server.bench.gpu --save $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
+
+gpu-table: $(DEV) ## what was measured on GPUs, of the kept results
+	$(BIN)/python -m loadgen.gpu_table
 
 claims: $(DEV) ## what the README claims of tiers, over HTTP; fails when a goal is missed
 	$(BIN)/terrace bench suite $(ARGS)
@@ -98,3 +122,13 @@ $(RUN): pyproject.toml setup.py $(wildcard server/kernels/native/*.[chi]*) | $(V
 $(DEV): pyproject.toml setup.py $(wildcard server/kernels/native/*.[chi]*) | $(VENV)/.torch
 	$(PIP) install -e '.[dev]'
 	@touch $(RUN) $@
+
+$(VENV)/.installed-cuda: $(DEV)
+	$(PIP) install -e '.[dev,cuda]'
+	@touch $@
+
+ifneq ($(WHEELS),)
+$(SITE)/.unpacked: $(wildcard $(WHEELS)/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(SITE) $^
+	@touch $@
+endif

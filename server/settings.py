@@ -75,7 +75,7 @@ Gib = Annotated[float, BeforeValidator(parse_gib)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 Count = Annotated[int, BeforeValidator(parse_count)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_parse_dtype)]
-Quantization = Literal["none", "int8", "int8-g32", "int4-g32"]
+Quantization = Literal["none", "int8", "w8a8", "int8-g32", "int4-g32"]
 KvDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"], BeforeValidator(_parse_dtype)]
 AdminKeys = Annotated[tuple[str, ...], BeforeValidator(_parse_list), AfterValidator(_no_blank)]
 ApiKeys = Annotated[AdminKeys, AfterValidator(_weighted)]
@@ -133,7 +133,8 @@ class ModelConfig(Section):
     quantization: Annotated[Quantization, COMMON] = Field(
         default="none",
         description="Weights of linear layers, made at load from any checkpoint: int8 with a scale for each output, "
-        "int8-g32 and int4-g32 with one for each 32 weights; needs the native kernels.",
+        "int8-g32 and int4-g32 with one for each 32 weights; w8a8: as int8, and what they are multiplied with is rounded to "
+        "int8 as well, row by row, which is quicker for prompts and many requests. Needs the native kernels.",
     )
     device: Annotated[Literal["cpu", "cuda"], COMMON] = Field(default="cpu", description="Where the model runs.")
     kernels: Literal["auto", "native", "torch"] = Field(

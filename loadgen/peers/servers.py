@@ -40,7 +40,7 @@ NICE = ("nice", "-n", "5")
 TERRACE_FLAGS = {
     "fp32": ("--dtype", "float32"),
     "bf16": ("--dtype", "bfloat16"),
-    "int8": ("--dtype", "bfloat16", "--quantization", "int8"),
+    "int8": ("--dtype", "bfloat16", "--quantization", "w8a8"),
 }
 TERRACE_KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}
 """Of one value, with these flags."""

@@ -43,6 +43,7 @@ PRECISIONS = (
     Precision(),
     Precision(dtype="bfloat16", loss=0.005),
     Precision(quantization="int8", loss=0.005),
+    Precision(quantization="w8a8", loss=0.005),
     Precision(quantization="int8-g32", loss=0.005),
     Precision(quantization="int4-g32", loss=0.02),
     Precision(kv_dtype="bfloat16", loss=0.005),

@@ -52,7 +52,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-QUANTIZATIONS = ("int8", "int8-g32", "int4-g32")
+QUANTIZATIONS = ("int8", "w8a8", "int8-g32", "int4-g32")
 """Formats that the native kernels make of any checkpoint's weights."""
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")

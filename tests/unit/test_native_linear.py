@@ -64,16 +64,23 @@ def held(layer: PackedLinear) -> Tensor:
     return layer.rows(torch.arange(layer.rows_of_weights))
 
 
+def as_int8(x: Tensor) -> Tensor:
+    """Rows of x rounded to 127 steps either way, float64."""
+    top = x.abs().amax(1, keepdim=True)
+    return torch.round(x * (127 / top)).double() * (top / 127).double()
+
+
 def exact(layer: PackedLinear, added: Tensor, x: Tensor, isa: str) -> tuple[Tensor, Tensor]:
     """The result in float64, and how far from it the kernel may be.
 
     A sum of K products, each step rounded, is off by at most (K + 2) eps times the sum of the products' sizes; the
-    scale and the bias round once more each. With AMX x, and the weights of groups, are rounded to bf16 besides.
+    scale and the bias round once more each. With AMX x, and the weights of groups, are rounded to bf16 besides. Of w8a8 it
+    is the rounded x that counts, on all of them.
     """
-    w, wide = held(layer).double(), x.double()
+    w, wide = held(layer).double(), as_int8(x) if layer.format == "w8a8" else x.double()
     sums, sizes = wide @ w.T + added.double(), wide.abs() @ w.abs().T + added.double().abs()
     share = (layer.inputs + 4) * EPS32
-    if isa == "amx" and layer.format not in ("float32", "float16"):
+    if isa == "amx" and layer.format not in ("float32", "float16", "w8a8"):
         share += EPS_BF16 * 1.01 * (2 if layer.format == "int8-g32" else 1)
     bound = sizes * share + 1e-30
     if not layer.gated:
@@ -182,14 +189,14 @@ def test_float_formats_round_as_torch_does(isa, format, source):
 
 def test_int8_rounds_to_the_nearest_step(isa):
     """Each output has 127 steps up to its largest weight, or each 32 of its inputs have; zeros stay zeros."""
-    for format, group in (("int8", 70), ("int8-g32", 32)):
+    for format, group in (("int8", 70), ("w8a8", 70), ("int8-g32", 32)):
         layer, weights, _ = make(70, 50, format)
         layer = PackedLinear(70, 50, format)
         weights[7] = 0
         layer.fill(0, weights)
         for first in range(0, 70, group):
             part = weights[:, first : first + group]
-            step = part.abs().amax(1, keepdim=True) / 127 * (1 if format == "int8" else 1 + 2**-7)
+            step = part.abs().amax(1, keepdim=True) / 127 * (1 + 2**-7 if format == "int8-g32" else 1)
             off = (held(layer)[:, first : first + group] - part).abs()
             assert (off <= step * 0.5001).all()
 
@@ -226,6 +233,17 @@ def test_packing_is_the_same_on_all_instruction_sets():
         assert all(torch.equal(made[0], other) for other in made)
 
 
+def test_integers_give_the_same_on_all_instruction_sets():
+    """Sums of products of int8 are exact: a model of w8a8 says the same on every machine, as far as this layer goes."""
+    made = []
+    for isa in PRESENT:
+        select(library, isa)
+        layer, _, _ = make(300, 75, "w8a8", bias=True)
+        made.append(layer(torch.randn(40, 300, generator=torch.Generator().manual_seed(1))))
+    select(library, "auto")
+    assert all(torch.equal(made[0], other) for other in made)
+
+
 def test_layers_share_a_workspace(isa):
     """Layers of different sizes take turns in one workspace that grows; results are those of their own."""
     shared = Workspace()
@@ -242,7 +260,7 @@ def test_layers_share_a_workspace(isa):
 
 
 def test_bytes_held():
-    """4, 2, 2, 1, 1.06 and 0.56 bytes a weight, and a scale for each output of int8."""
+    """4, 2, 2, 1, 1.06, 0.56 and 1 bytes a weight, and a scale for each output of int8 and w8a8."""
     held = {format: PackedLinear(1024, 512, format).nbytes / (1024 * 512) for format in FORMATS}
     assert held == {
         "float32": 4,
@@ -251,4 +269,5 @@ def test_bytes_held():
         "int8": 1 + 4 / 1024,
         "int8-g32": 1.0625,
         "int4-g32": 0.5625,
+        "w8a8": 1 + 4 / 1024,
     }

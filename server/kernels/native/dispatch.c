@@ -16,12 +16,12 @@
 
 enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
 
-/* AMX's bf16 tiles and AVX-512's bf16 conversions, in the processor and allowed by the kernel: the tiles' state is large,
+/* AMX's tiles of bf16 and int8, AVX-512's bf16 conversions and dot products of int8, in the processor and allowed by the kernel: the tiles' state is large,
  * so a process has to ask for it. What is granted holds for all threads, those to come too. */
 static int has_amx(void) {
     unsigned a, b, c, d, tiles, bf16;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    tiles = (d >> 24 & 1) & (d >> 22 & 1); /* AMX-TILE, AMX-BF16 */
+    tiles = (d >> 24 & 1) & (d >> 22 & 1) & (d >> 25 & 1) & (c >> 11 & 1); /* AMX-TILE, -BF16, -INT8; AVX512-VNNI */
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return 0;
     bf16 = a >> 5 & 1; /* AVX512-BF16 */
     return tiles && bf16 && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;

@@ -10,13 +10,13 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum format { F32, BF16, F16, I8, I8_GROUP, I4_GROUP };
+enum format { F32, BF16, F16, I8, I8_GROUP, I4_GROUP, I8_DOT };
 
 /* Weights W [outputs, inputs] of a linear layer, packed by terrace_pack: see linear.h for the layout. With `gated`, W has
  * 2 * outputs rows, gates first, and the layer's result is silu(gate) * up. Pointers are 64-byte aligned. */
 struct matrix {
     uint8_t *panels; /* terrace_matrix_bytes, zero at first */
-    float *scales;   /* I8: one for each lane of each panel, zero at first; else NULL */
+    float *scales;   /* I8, I8_DOT: one for each lane of each panel, zero at first; else NULL */
     float *bias;     /* likewise, for any format; NULL for none */
     int64_t inputs, outputs;
     int32_t format, gated;

@@ -2,7 +2,8 @@
  *
  * A panel holds 16 outputs, one in each lane; panels stand one behind the other, whole rows of memory that a thread reads
  * from front to back. The rows of W that are gates and those that are gated alternate by panel (gate, up, gate, up), so
- * that one thread has both. Inputs are filled up with zero weights to `depth`, a multiple of 32. In a panel:
+ * that one thread has both. Inputs are filled up with zero weights to `depth`, a multiple of 32, of I8_DOT of 64. In a
+ * panel:
  *
  *   F32, F16, I8   [depth][16]
  *   BF16           [depth / 2][16][2]: the B tile of AMX; without it the odd input is a mask, the even one a shift
@@ -10,7 +11,9 @@
  *   I4_GROUP       [depth / 32] of { uint16 scales[16], uint32 [4][16]: the codes of 8 inputs each, from the lowest bits
  *                  on those of inputs 0, 2, 4, 6, 1, 3, 5, 7 }
  *
- * I8 has one fp32 scale for each output, applied to the sum. I8_GROUP's scale times the integer is exact in fp32. A code of
+ *   I8_DOT         [depth / 4][16][4]: the B tile of AMX, and what AVX-512's dot products of four want
+ *
+ * I8 and I8_DOT have one fp32 scale for each output, applied to the sum; of I8_DOT x is int8, too (linear_dot.inc). I8_GROUP's scale times the integer is exact in fp32. A code of
  * I4_GROUP stands for an entry of `CODES`, see there.
  */
 #ifndef TERRACE_LINEAR_H
@@ -21,6 +24,7 @@
 enum {
     PANEL = 16,
     GROUP = 32,
+    DOT_DEEP = 64,           /* inputs of int8 in a row of a tile */
     AMX_ROWS = 16,           /* rows of x in a tile of AMX; other instruction sets have smaller ones */
     ROWS_AT_ONCE = 2048, /* rows of x that are packed at once */
     BLOCK_BYTES = 16384, /* of one panel's weights between two visits to the sums: two panels fit the first-level cache */
@@ -30,7 +34,10 @@ enum {
     THREAD_BYTES = SUMS_BYTES + 2 * BLOCK_BYTES,
 };
 
-static inline int64_t matrix_depth(const struct matrix *m) { return (m->inputs + GROUP - 1) / GROUP * GROUP; }
+static inline int64_t matrix_depth(const struct matrix *m) {
+    const int64_t unit = m->format == I8_DOT ? DOT_DEEP : GROUP;
+    return (m->inputs + unit - 1) / unit * unit;
+}
 static inline int64_t matrix_panels(const struct matrix *m) {
     return (m->outputs + PANEL - 1) / PANEL * (m->gated ? 2 : 1);
 }
@@ -39,7 +46,8 @@ static inline int64_t panel_bytes(int format, int64_t depth) {
     case F32: return depth * PANEL * 4;
     case BF16:
     case F16: return depth * PANEL * 2;
-    case I8: return depth * PANEL;
+    case I8:
+    case I8_DOT: return depth * PANEL;
     case I8_GROUP: return depth / GROUP * (PANEL * 2 + GROUP * PANEL);
     default: return depth / GROUP * (PANEL * 2 + GROUP * PANEL / 2);
     }

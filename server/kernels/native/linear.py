@@ -16,8 +16,9 @@ from torch import Tensor
 from server.kernels import native
 from server.kernels.native import load
 
-FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int8-g32": 4, "int4-g32": 5}
-"""Name -> `enum format` of kernels.h. int8: a scale for each output; -g32: a bf16 scale for each 32 inputs of it."""
+FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int8-g32": 4, "int4-g32": 5, "w8a8": 6}
+"""Name -> `enum format` of kernels.h. int8: a scale for each output; -g32: a bf16 scale for each 32 inputs of it; w8a8: as
+int8, and each row of x is rounded to int8, too."""
 SOURCES = {dtype: number for dtype, number in native.FORMATS.items() if dtype.is_floating_point}
 """What weights may come in."""
 PANEL = 16
@@ -80,7 +81,7 @@ class PackedLinear:
         self.address = ctypes.addressof(self._matrix)
         """Of its `struct matrix`."""
         self._panels = _zeros(library.terrace_matrix_bytes(self.address))
-        self._scales = _zeros(lanes * 4) if format == "int8" else None
+        self._scales = _zeros(lanes * 4) if format in ("int8", "w8a8") else None
         self.bias = _zeros(lanes * 4).view(torch.float32) if bias else None
         self._matrix.panels = self._panels.data_ptr()
         self._matrix.scales = None if self._scales is None else self._scales.data_ptr()

@@ -164,6 +164,9 @@ INLINE vf v_load_i8(const int8_t *p) {
 #endif
 }
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 /* In one order whatever the compiler: a fixed tree, so that a sum has the same bits everywhere it is taken. */
 INLINE float v_sum(vf v) {
     float x[LANES];
@@ -217,6 +220,7 @@ INLINE void v_zip(vf *a, vf *b) {
     memcpy(b, x + LANES, sizeof *b);
 }
 
+INLINE vi v_load_vi(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
 INLINE vf v_of_vi(vi x) {
 #if LANES == 16
     return (vf)_mm512_cvtepi32_ps((__m512i)x);
@@ -316,7 +320,7 @@ INLINE float quantise_i8(const float *x, int64_t n, int8_t *out) {
     }
     memcpy(&top, &bits, 4);
     if (bits >= 0x7f800000 || top < 1e-30f) {
-        memset(out, 0, (size_t)n);
+        for (int64_t i = 0; i < n; i++) out[i] = 0;
         return bits >= 0x7f800000 ? __builtin_nanf("") : 0.f;
     }
     const float inverse = 127.f / top;
