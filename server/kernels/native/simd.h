@@ -307,6 +307,23 @@ INLINE vf v_exp(vf x) {
 #endif
 }
 
+#if LANES == 16
+/* e^x for x <= 0, in fewer instructions: within 5e-6 of it, for what is rounded to bf16. 0 below -87.3, NaN stays NaN. */
+INLINE vf v_exp_down(vf x) {
+    const __m512 turns = (__m512)(v_max(v_set(-200.f), x) * 1.44269504f);
+    const __m512 n = _mm512_roundscale_ps(turns, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vf r = (vf)_mm512_sub_ps(turns, n); /* 2^r on [-0.5, 0.5] */
+    vf p = v_fma(r, v_set(9.58282e-3f), v_set(5.590637e-2f));
+    p = v_fma(p, r, v_set(2.4024099e-1f));
+    p = v_fma(p, r, v_set(6.931242e-1f));
+    p = v_fma(p, r, v_set(1.f));
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, n);
+}
+#else
+#define v_exp_down v_exp
+#endif
+
 /* Rounded to int8 with the scale that makes the largest 127: `n` values, and the scale, x = out * scale nearly. What is
  * not finite makes the scale NaN, so that it is not lost. */
 INLINE float quantise_i8(const float *x, int64_t n, int8_t *out) {
