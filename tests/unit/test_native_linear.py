@@ -74,8 +74,8 @@ def exact(layer: PackedLinear, added: Tensor, x: Tensor, isa: str) -> tuple[Tens
     """The result in float64, and how far from it the kernel may be.
 
     A sum of K products, each step rounded, is off by at most (K + 2) eps times the sum of the products' sizes; the
-    scale and the bias round once more each. With AMX x, and the weights of groups, are rounded to bf16 besides. Of w8a8 it
-    is the rounded x that counts, on all of them.
+    scale and the bias round once more each. With AMX x, and the weights of groups, are rounded to bf16 besides. Of w8a8
+    it is the rounded x that counts, on all of them.
     """
     w, wide = held(layer).double(), as_int8(x) if layer.format == "w8a8" else x.double()
     sums, sizes = wide @ w.T + added.double(), wide.abs() @ w.abs().T + added.double().abs()
