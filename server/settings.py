@@ -133,8 +133,8 @@ class ModelConfig(Section):
     quantization: Annotated[Quantization, COMMON] = Field(
         default="none",
         description="Weights of linear layers, made at load from any checkpoint: int8 with a scale for each output, "
-        "int8-g32 and int4-g32 with one for each 32 weights; w8a8: int8, and what they are multiplied with is rounded to "
-        "int8, too, row by row, which is quicker for prompts and many requests. Needs the native kernels.",
+        "int8-g32 and int4-g32 with one for each 32 weights; w8a8: int8, and what they are multiplied with is rounded "
+        "to int8, too, row by row: quicker for prompts and many requests. Needs the native kernels.",
     )
     device: Annotated[Literal["cpu", "cuda"], COMMON] = Field(default="cpu", description="Where the model runs.")
     kernels: Literal["auto", "native", "torch"] = Field(
