@@ -3,7 +3,8 @@ else needs the place.
 
 uvicorn bounds none of these: a client that opens thousands of connections and sends one byte a minute on each
 (slowloris) would hold them all, and everybody else would find the door shut. Here a head has a deadline and a size, and
-where all places are taken the connection that has been idle longest gives its own to the newcomer. Loop thread.
+where all places are taken the connection that has been idle longest gives its own to the newcomer; of those that have
+had no answer yet, if there are any: who comes back for more need not queue behind a flood of newcomers. Loop thread.
 """
 
 from __future__ import annotations
@@ -79,12 +80,14 @@ class Deadlines:
 
 @dataclass
 class Doors:
-    """The connections of one server. `idle`: those in no request, longest first. `heads`: those whose head is awaited;
-    `lingering`: those that were refused."""
+    """The connections of one server. `strangers`: those that have had no answer yet and are in no request, longest
+    first; `idle`: the others in no request, likewise. `heads`: those whose head is awaited; `lingering`: those that were
+    refused."""
 
     max_connections: int
     head_bytes: int
     head_timeout_s: float
+    strangers: OrderedDict[Connection, None] = field(default_factory=OrderedDict)
     idle: OrderedDict[Connection, None] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
@@ -124,16 +127,17 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         doors = self.doors
         if len(self.connections) > doors.max_connections:
-            if not doors.idle:
+            waiting = doors.strangers or doors.idle
+            if not waiting:
                 self._refuse(Overloaded("too many open connections", retry_after_s=1, code="too_many_connections"))
                 return
-            longest, _ = doors.idle.popitem(last=False)
+            longest, _ = waiting.popitem(last=False)
             longest.end()
-        doors.idle[self] = None
+        doors.strangers[self] = None
         doors.heads.start(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.doors.idle.pop(self, None)
+        self._busy()
         self._stop_waiting()
         super().connection_lost(exc)
 
@@ -155,7 +159,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self.doors.heads.stop(self)
-        self.doors.idle.pop(self, None)
+        self._busy()
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
@@ -173,8 +177,13 @@ class Connection(HttpToolsProtocol):
     def end(self) -> None:
         """Close, without a word."""
         self._stop_waiting()
-        self.doors.idle.pop(self, None)
+        self._busy()
         self.transport.close()
+
+    def _busy(self) -> None:
+        """It has no place to give."""
+        self.doors.strangers.pop(self, None)
+        self.doors.idle.pop(self, None)
 
     def _stop_waiting(self) -> None:
         self.doors.heads.stop(self)

@@ -124,6 +124,20 @@ async def test_the_connection_idle_longest_makes_room_for_a_new_one() -> None:
             writer.close()
 
 
+async def test_who_has_had_an_answer_keeps_its_place_before_a_stranger() -> None:
+    """A flood of connections that ask nothing pushes out its own, not one that is kept between two requests."""
+    async with listening(max_connections=8) as port:
+        kept_reader, kept = await asyncio.open_connection("127.0.0.1", port)
+        kept.write(GET + b"\r\n")
+        assert b"200 OK" in await asyncio.wait_for(kept_reader.readuntil(b"\r\n\r\n"), 20)
+        flood = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        assert await asyncio.wait_for(flood[0][0].read(), 20) == b"", "the oldest stranger went"
+        kept.write(GET + b"Connection: close\r\n\r\n")
+        assert b"200 OK" in await asyncio.wait_for(kept_reader.read(), 20)
+        for _, writer in (*flood, (None, kept)):
+            writer.close()
+
+
 async def test_with_none_idle_the_new_one_is_told_to_come_again() -> None:
     """While every connection is in a request, the next one gets 429 and a time to come back."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
