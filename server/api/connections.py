@@ -81,8 +81,8 @@ class Deadlines:
 @dataclass
 class Doors:
     """The connections of one server. `strangers`: those that have had no answer yet and are in no request, longest
-    first; `idle`: the others in no request, likewise. `heads`: those whose head is awaited; `lingering`: those that were
-    refused."""
+    first; `idle`: the others in no request, likewise. `heads`: those whose head is awaited; `lingering`: those that
+    were refused."""
 
     max_connections: int
     head_bytes: int
