@@ -164,7 +164,7 @@ class _Paged:
         frames, layers, _, kv_heads, self.block_tokens, head_dim = arena.shape
         assert arena.is_contiguous(), "the arena must be one contiguous, block-major tensor"
         assert (layers, kv_heads, head_dim) == (geometry.layers, geometry.kv_heads, geometry.head_dim), "other model"
-        self.geometry, self.library, self.host, self.device = geometry, library, host, arena.device
+        self.geometry, self.flashinfer, self.host, self.device = geometry, library, host, arena.device
         self.max_rows, self.spare_frame = max_rows, frames - 1
         self.most_blocks = min(-(-geometry.max_positions // self.block_tokens), frames)
         self.kv_dtype, self.fp8 = arena.dtype, arena.dtype == torch.float8_e4m3fn
@@ -214,7 +214,7 @@ class _Paged:
         }
 
     def store(self, layer: int, k: Tensor, v: Tensor, places: _Places) -> None:
-        self.library.append_paged_kv_cache(
+        self.flashinfer.append_paged_kv_cache(
             append_key=self._stored(k),
             append_value=self._stored(v),
             batch_indices=places.counting[:-1],
@@ -387,7 +387,7 @@ class GraphAttention:
             for window, wrapper in self._wrappers.items():
                 table = _Table.of(batch, rows, window, paged.block_tokens).padded(spare, paged.spare_frame)
                 tables = self._upload(table, paged.fixed[window])
-                paged.library.fast_decode_plan(
+                paged.flashinfer.fast_decode_plan(
                     wrapper, **tables, **self._shape(window), global_override_indptr_cpu=tables["indptr"]
                 )
                 same = list(wrapper._plan_info) == self._layouts[window]
@@ -400,7 +400,7 @@ class GraphAttention:
         return wrapper.run(q.to(paged.query_dtype), paged.layers[layer]).flatten(1).to(q.dtype)
 
     def _wrapper(self, fixed: _Fixed, tensor_cores: bool) -> Any:
-        wrapper = self._paged.library.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+        wrapper = self._paged.flashinfer.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
             self._paged.workspace,
             indptr_buffer=fixed.indptr[: self._rows + 1],
             indices_buffer=fixed.indices,

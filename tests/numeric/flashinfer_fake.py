@@ -47,7 +47,7 @@ class _Wrapper:
     def __init__(self, library: FakeFlashInfer, workspace: Tensor, kv_layout: str) -> None:
         assert kv_layout == "HND"
         assert workspace.dtype == torch.uint8
-        self.library = library
+        self.flashinfer = library
         self.workspace, self.scratch = workspace, torch.zeros(8, dtype=torch.int64)
         self.fixed: tuple[Tensor, Tensor, Tensor] | None = None
         self._plan_info: list[int] = []
@@ -55,7 +55,7 @@ class _Wrapper:
     def _keep(self, qo_indptr: Tensor, tables: tuple[Tensor, Tensor, Tensor], shape: dict[str, Any]) -> None:
         """As a real plan: what is kept is on the device, and its staging memory is written once a turn."""
         indptr, indices, last_page_len = tables
-        host = self.library.host
+        host = self.flashinfer.host
         assert host.open, "a plan outside a turn: its staging memory may still be in flight"
         assert getattr(self, "turn", 0) < host.turns, "planned twice in a turn: the first is still in flight"
         self.turn = host.turns
@@ -70,7 +70,7 @@ class _Wrapper:
         else:
             self.tables = self.fixed
         self.qo_indptr, self.shape = qo_indptr.clone(), shape
-        self.scratch[0] = self.mark = self.library.next_mark()
+        self.scratch[0] = self.mark = self.flashinfer.next_mark()
 
     def _attend(self, q: Tensor, kv: tuple[Tensor, Tensor], out: Tensor, *, causal: bool) -> None:
         assert self.scratch[0] == self.mark, "the plan was overwritten by another one"
@@ -94,7 +94,7 @@ class _Wrapper:
         assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
         assert q.shape[0] == self.qo_indptr[-1]
         kernel = functools.partial(self._attend, q, kv, out, causal=causal)
-        self.library.launch(kernel, q)
+        self.flashinfer.launch(kernel, q)
         return out
 
 
@@ -302,9 +302,9 @@ class FakedFlashInfer(FlashInferAttention):
     """Built as `BACKENDS` says, over the fakes. Queries are fp32 for the sake of exact comparisons."""
 
     def __init__(self, arena: Tensor, geometry: ModelGeometry, **options: Any) -> None:
-        self.library = FakeFlashInfer()
+        self.flashinfer = FakeFlashInfer()
         options = {"query_dtype": torch.float32, "max_rows": 8, **options}
-        super().__init__(arena, geometry, library=self.library, host=self.library.host, **options)
+        super().__init__(arena, geometry, library=self.flashinfer, host=self.flashinfer.host, **options)
 
 
 def windows_planned(library: FakeFlashInfer) -> set[Window]:

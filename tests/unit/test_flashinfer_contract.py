@@ -52,7 +52,7 @@ class Captured:
         g, n = self.it.geometry, self.rows
         self.q = torch.zeros(n, g.heads, g.head_dim)
         self.k, self.v = (torch.zeros(g.layers, n, g.kv_heads, g.head_dim) for _ in range(2))
-        with self.backend.library.capture() as self.kernels:
+        with self.backend.flashinfer.capture() as self.kernels:
             self.out = [self.graph.run(layer, self.q, self.k[layer], self.v[layer]) for layer in range(g.layers)]
 
     def step(self, rows: Sequence[int]) -> Tensor:
@@ -148,7 +148,7 @@ def test_rows_out_of_order_are_permuted_only_then() -> None:
         backend.plan(it.batch)
         q = it.q.clone()
         out = backend.run(0, q, it.k[0], it.v[0])
-        run = next(call for call in backend.library.calls if call[0].endswith("DecodeWithPagedKVCacheWrapper.run"))
+        run = next(call for call in backend.flashinfer.calls if call[0].endswith("DecodeWithPagedKVCacheWrapper.run"))
         assert (run[1][1].data_ptr() != q.data_ptr()) == permuted
         assert (out.double() - it.expected[0]).abs().max() <= TOLERANCE
 
@@ -159,8 +159,8 @@ def test_one_plan_for_each_window(windows: tuple[int | None, ...]) -> None:
     it = scene(geometry(windows=windows), [(5, 1), (3, 9)])
     backend = FakedFlashInfer(it.arena, it.geometry)
     backend.plan(it.batch)
-    assert windows_planned(backend.library) == set(windows)
-    assert sum(name.endswith("plan") for name, _, _ in backend.library.calls) == 2 * len(set(windows))
+    assert windows_planned(backend.flashinfer) == set(windows)
+    assert sum(name.endswith("plan") for name, _, _ in backend.flashinfer.calls) == 2 * len(set(windows))
 
 
 def test_fp8_values_are_capped_not_lost() -> None:
@@ -196,7 +196,7 @@ def test_decode_kernels(heads: int, kv_heads: int, dtype: torch.dtype, decode: s
     shape = geometry(heads=heads, kv_heads=kv_heads)
     backend = FakedFlashInfer(torch.zeros(3, 2, 2, kv_heads, 8, 16, dtype=dtype), shape, decode=decode)
     backend.graph(2)
-    made = {name: kwargs for name, _, kwargs in backend.library.calls if "Decode" in name and "." not in name}
+    made = {name: kwargs for name, _, kwargs in backend.flashinfer.calls if "Decode" in name and "." not in name}
     assert {kwargs["use_tensor_cores"] for kwargs in made.values()} == {tensor_cores}
     assert len(made) == 2
 
@@ -252,14 +252,14 @@ def every_call() -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     graph = backend.graph(2)
     graph.plan(rows_of(it, [0]))
     graph.run(0, it.q[:2], it.k[0, :2], it.v[0, :2])
-    operations = Operations(backend.library)
+    operations = Operations(backend.flashinfer)
     x = torch.ones(3, 16)
     operations.rms_norm(x, torch.ones(16), 1e-6)
     operations.rms_norm_heads_(x.view(3, 2, 8), torch.ones(8), 1e-6)
     operations.silu_mul(x)
     q, k = x.view(3, 2, 8), torch.ones(3, 1, 8)
     operations.rotate_(q, k, torch.ones(3, 8), torch.arange(3, dtype=torch.int32))
-    return backend.library.calls
+    return backend.flashinfer.calls
 
 
 def real(module: ModuleType, name: str) -> Callable[..., Any]:
