@@ -354,7 +354,9 @@ def _fitted(config: Config, place: Place, folder: Path) -> Config:
     """Before anything slow: is there memory for what is asked for, and a disk? With the size of the device tier, where
     that was left open. Raises ConfigError."""
     m = config.model
-    precision, weights = weights_bytes(folder, _dtype(config, place), m.load_format, m.quantization, place.native)
+    precision, weights = weights_bytes(
+        folder, _dtype(config, place), m.load_format, m.quantization, place.quantizations, place.native
+    )
     device_gib = place.fit(model_name(config), weights, precision)
     if config.kv.ssd_path is not None:
         check_disk(config.kv.ssd_path, config.kv.ssd_gib, config.kv.ssd_min_free_gib)

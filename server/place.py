@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from server.config import Config
@@ -19,7 +19,7 @@ from server.kvcache.arena import allocate_arena
 from server.kvcache.host import HostArena
 from server.kvcache.tiers.base import Tier
 from server.models.base import Model
-from server.models.weights import DTypeName
+from server.models.weights import CUDA_QUANTIZATIONS, NATIVE_QUANTIZATIONS, DTypeName
 from server.registry import resolve
 from server.room import GIB, SPARE_BYTES, available_bytes, check_dram, check_memory
 from server.types import BlockLayout, ModelGeometry, StepRunner
@@ -37,16 +37,20 @@ GPU_WORK_BYTES = 2 * GIB
 """On a GPU beside weights and cache: activations and logits of a step, workspaces of kernels, captured graphs."""
 GRAPH_ROWS = 256
 """Of the largest decode step that is captured. A step of more is launched kernel by kernel, which then costs little."""
+FP8_CAPABILITY = (9, 0)
+"""From which on torch multiplies fp8 with a scale for each row and each output."""
 RUN_BYTES, GPU_RUN_BYTES = 2**20, 16 * 2**20
 """Neighbouring blocks that go in one call to a tier. A link to a GPU takes a block in less time than a call."""
 
 
 class Place(Protocol):
-    """`dtype`: of weights where none is asked for. `native`: the native CPU kernels compute. `computed_by`: what does,
+    """`dtype`: of weights where none is asked for. `quantizations`: what can be made of them. `native`: the native CPU
+    kernels compute. `computed_by`: what does,
     in a word or two. `run_bytes`: of neighbouring blocks, what goes in one call to a tier."""
 
     device: str
     dtype: DTypeName
+    quantizations: Sequence[str]
     native: bool
     computed_by: str
     run_bytes: int
@@ -85,7 +89,11 @@ class Cpu:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        if config.model.quantization == "fp8":
+            message = "quantization 'fp8' is for a GPU; on a CPU use --quantization w8a8"
+            raise ConfigError(message, param="model.quantization")
         self.native = use_native(config.model)
+        self.quantizations: Sequence[str] = NATIVE_QUANTIZATIONS if self.native else ()
         self.computed_by = computed_by(config.model)
         # Half precision is many times slower where torch computes on a CPU.
         self.dtype: DTypeName = "auto" if self.native else "float32"
@@ -136,6 +144,11 @@ class Cuda:
         if not torch.cuda.is_available():
             why = "no CUDA device is visible" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
             raise ConfigError(f"device 'cuda': {why}; use --device cpu", param="model.device")
+        capability = torch.cuda.get_device_capability()
+        self.quantizations: Sequence[str] = CUDA_QUANTIZATIONS if capability >= FP8_CAPABILITY else ()
+        if config.model.quantization == "fp8" and not self.quantizations:
+            message = "quantization 'fp8' needs a GPU of compute capability 9.0 (Hopper) or later; this one has "
+            raise ConfigError(f"{message}{capability[0]}.{capability[1]}: leave it out", param="model.quantization")
         self._config = config
         self._rows = min(config.scheduler.max_num_seqs, GRAPH_ROWS)
 
@@ -199,5 +212,18 @@ class Cuda:
         return CudaRunner(model, attention, CudaDevice(), time.monotonic, graph_rows=self._rows)
 
     async def warm_up(self, runner: Any, moved: Callable[[int, int], None]) -> None:
-        if taken := await runner.warm_up(moved):
-            log.info("captured decode steps of up to %d rows; they take %.2f GiB", self._rows, taken / GIB)
+        import torch
+
+        tokens = self._config.scheduler.max_num_batched_tokens
+        try:
+            taken = await runner.warm_up(moved, tokens)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the GPU has no memory left for a step of {tokens} tokens beside weights and cache: lower "
+                "--device-gib or --max-num-batched-tokens",
+                param="kv.device_gib",
+            ) from error
+        free, total = torch.cuda.mem_get_info()
+        log.info("GPU memory, measured: a step of %d tokens takes %.2f GiB, captured decode steps of up to %d rows "
+                 "%.2f; %.2f of %.2f GiB are free", tokens, taken.step / GIB, self._rows, taken.graphs / GIB,
+                 free / GIB, total / GIB)  # fmt: skip

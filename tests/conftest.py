@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():  # before Triton is imported, which is when it decides: its kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # On a busy two-core machine a slow example says nothing about the code, hence no deadlines.
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much)
@@ -25,10 +29,6 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with a reason, where there is no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    if marked and not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -25,7 +25,7 @@ def use_native(wanted: Wanted) -> bool:
     kernels, quantization = wanted.kernels, wanted.quantization
     found = wanted.device == "cpu" and kernels != "torch" and load() is not None
     for param, value, needs in (("kernels", kernels, kernels == "native"),
-                                ("quantization", quantization, quantization != "none")):  # fmt: skip
+                                ("quantization", quantization, quantization not in ("none", "fp8"))):  # fmt: skip
         if needs and not found:
             raise ConfigError(
                 f"{param} {value!r} needs the native CPU kernels, which are not in use: they take --device cpu, no "

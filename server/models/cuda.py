@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from server.kernels.flashinfer import Operations
@@ -30,20 +29,6 @@ class CudaLinear(Linear):
         """`onto` + the layer's result, in place."""
         onto.addmm_(x, self.weight.t())
         return onto if self.bias is None else onto.add_(self.bias)
-
-
-class CudaGated(Linear):
-    """See `layers.Gated`."""
-
-    __slots__ = ("_operations",)
-
-    def __init__(self, inputs: int, inner: int, bias: bool, dtype: torch.dtype, device: torch.device | str,
-                 operations: Operations) -> None:  # fmt: skip
-        super().__init__(inputs, 2 * inner, bias, dtype, device)
-        self._operations = operations
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._operations.silu_mul(F.linear(x, self.weight, self.bias))
 
 
 class CudaNorm(RMSNorm):
@@ -89,8 +74,8 @@ class CudaParts(TorchParts):
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> CudaLinear:
         return CudaLinear(inputs, outputs, bias, self.dtype, self.device)
 
-    def gated(self, inputs: int, inner: int, bias: bool = False) -> CudaGated:  # type: ignore[override]
-        return CudaGated(inputs, inner, bias, self.dtype, self.device, self.operations)
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self.operations.silu_mul(gate_up)
 
     def norm(self, size: int, eps: float) -> CudaNorm:
         return CudaNorm(size, eps, self.dtype, self.device, self.operations)

@@ -93,7 +93,7 @@ class Decoder:
     def __init__(self, spec: DecoderSpec, rotary: Rotary, parts: Parts) -> None:
         g = spec.geometry
         self.spec, self.geometry, self.dtype, self.rotary, self._parts = spec, g, parts.dtype, rotary, parts
-        self.head = parts.linear(g.hidden, g.vocab)
+        self.head = parts.head(g.hidden, g.vocab)
         self.embedding = self.head if spec.tied_embeddings else parts.table(g.vocab, g.hidden)
         self.layers = [Layer(spec, parts) for _ in range(g.layers)]
         self.norm = parts.norm(g.hidden, spec.norm_eps)

@@ -7,7 +7,7 @@ part is written for few operations: projections that share an input are one matr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,17 +49,23 @@ class Linear:
         return None if self.bias is None else self.bias[first : first + outputs]
 
 
-class Gated(Linear):
-    """silu(gate) * up of one matrix [gate | up]: x [tokens, in] -> [tokens, inner]."""
+class Gated:
+    """silu(gate) * up of one matrix [gate | up]: x [tokens, in] -> [tokens, inner]. `linear` is that matrix;
+    `silu_mul`: see `TorchParts.silu_mul`."""
 
-    __slots__ = ()
+    __slots__ = ("_silu_mul", "linear")
 
-    def __init__(self, inputs: int, inner: int, bias: bool, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(inputs, 2 * inner, bias, dtype, device)
+    def __init__(self, linear: Any, silu_mul: Callable[[Tensor], Tensor]) -> None:
+        self.linear, self._silu_mul = linear, silu_mul
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = super().__call__(x).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return self._silu_mul(self.linear(x))
+
+    def part(self, first: int, outputs: int) -> Any:
+        return self.linear.part(first, outputs)
+
+    def bias_part(self, first: int, outputs: int) -> Any:
+        return self.linear.bias_part(first, outputs)
 
 
 class RMSNorm:
@@ -112,8 +118,17 @@ class TorchParts:
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> Linear:
         return Linear(inputs, outputs, bias, self.dtype, self.device)
 
+    def head(self, inputs: int, vocab: int) -> Linear:
+        """From states to logits; its rows may be looked up, too."""
+        return self.linear(inputs, vocab)
+
     def gated(self, inputs: int, inner: int, bias: bool = False) -> Gated:
-        return Gated(inputs, inner, bias, self.dtype, self.device)
+        return Gated(self.linear(inputs, 2 * inner, bias), self.silu_mul)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[rows, 2 * inner] -> silu(first half) * second half."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     def table(self, entries: int, size: int) -> Linear:
         """Rows that are looked up and no more."""

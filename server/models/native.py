@@ -129,6 +129,9 @@ class NativeParts:
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> NativeLinear:
         return NativeLinear(inputs, outputs, self._format, bias=bias, workspace=self.workspace)
 
+    def head(self, inputs: int, vocab: int) -> NativeLinear:
+        return self.linear(inputs, vocab)
+
     def gated(self, inputs: int, inner: int, bias: bool = False) -> NativeLinear:
         return NativeLinear(inputs, inner, self._format, bias=bias, gated=True, workspace=self.workspace)
 

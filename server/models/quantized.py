@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,6 +72,30 @@ class Stored:
         return ConfigError(f"tensor {self.layer}.{part}, {kind} {list(tensor.shape)}, is {why}", param="model")
 
 
+@dataclass(frozen=True, slots=True)
+class RowCodes:
+    """Weights as 8-bit floats with a scale for each row: what can be multiplied as it is. `codes` e4m3 [rows, in],
+    `scales` fp32 [rows]."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def split(self, rows: Sequence[int]) -> list[RowCodes]:
+        """Consecutive parts of so many rows."""
+        return [RowCodes(*part) for part in zip(self.codes.split(rows), self.scales.split(rows), strict=True)]
+
+    def floats(self) -> Tensor:
+        """float32 [rows, in]."""
+        return self.codes.to(torch.float32).mul_(self.scales[:, None])
+
+
+Values = Tensor | RowCodes
+
+
 class Scheme(Protocol):
     """One `quant_method`. Made from a checkpoint's `quantization_config`; ConfigError for what it cannot read."""
 
@@ -80,8 +104,9 @@ class Scheme(Protocol):
         """Last parts of the names of the tensors that make up a weight."""
         ...
 
-    def weight(self, stored: Stored, /) -> Tensor:
-        """float32 [out, in] from `parts`, as many as there are. ConfigError that names the tensor at fault."""
+    def weight(self, stored: Stored, /) -> Values:
+        """float32 [out, in], or the codes, from `parts`, as many as there are. ConfigError that names the tensor at
+        fault."""
         ...
 
 
@@ -98,8 +123,8 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
 
 def float_tensors(
     names: Iterable[str], read: Callable[[str], Tensor], scheme: Scheme, places: Collection[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint, layer by layer, with `X.weight` in floats for the codes of every quantised layer X.
+) -> Iterator[tuple[str, Values]]:
+    """Every tensor of a checkpoint, layer by layer, with `X.weight` for the codes of every quantised layer X.
 
     `names`: of its tensors; `read`: one of them by name; `places`: names that the model has a use for. A bias of zeros
     without a place is left out: quantisers have written one for every layer.
@@ -134,7 +159,7 @@ class Awq:
         _check("bits", settings, settings.get("bits", settings.get("w_bit")), (4,))
         self._group = _group_size(settings, "q_group_size" if "q_group_size" in settings else "group_size")
 
-    def weight(self, stored: Stored) -> Tensor:
+    def weight(self, stored: Stored) -> Values:
         codes, zeros = (_awq_codes(stored.words(part)).T for part in ("qweight", "qzeros"))
         return _dequantised(stored.layer, codes, stored.need("scales").T, zeros, (1, self._group))
 
@@ -156,7 +181,7 @@ class Gptq:
         self._less_one = form == "gptq"
         self._group = _group_size(settings, "group_size")
 
-    def weight(self, stored: Stored) -> Tensor:
+    def weight(self, stored: Stored) -> Values:
         words, packed, scales = stored.words("qweight"), stored.words("qzeros"), stored.need("scales")
         bits = 32 * packed.shape[1] // max(scales.shape[-1], 1)
         if bits not in ONES:
@@ -177,7 +202,7 @@ class Fp8:
         blocks = settings.get("weight_block_size")
         self._blocks = None if blocks is None else _block("weight_block_size", blocks)
 
-    def weight(self, stored: Stored) -> Tensor:
+    def weight(self, stored: Stored) -> Values:
         scales = stored.need("weight_scale" if "weight_scale" in stored.tensors else "weight_scale_inv")
         blocks = self._blocks or ((0, 0) if scales.numel() == 1 else (1, 0))
         return _dequantised(stored.layer, _plain_codes(stored, "float"), scales, 0, blocks)
@@ -215,7 +240,7 @@ class CompressedTensors:
         groups = settings.get("config_groups") or {}
         self._groups = [_group(name, group, settings) for name, group in groups.items()]
 
-    def weight(self, stored: Stored) -> Tensor:
+    def weight(self, stored: Stored) -> Values:
         group = self._group_of(stored.layer)
         zeros, order = stored.get("weight_zero_point"), stored.get("weight_g_idx")
         if group.packed:
@@ -314,8 +339,9 @@ def _dequantised(
     zeros: Tensor | int,
     blocks: tuple[int, int],
     order: Tensor | None = None,
-) -> Tensor:
-    """(codes - zeros) * scales, float32 [out, in], of codes [out, in].
+) -> Values:
+    """(codes - zeros) * scales, float32 [out, in], of codes [out, in]; these themselves if they are e4m3 with a scale
+    for each output, or one for all.
 
     `scales` and `zeros` have a number for each block of `blocks` outputs and inputs, 0 for all of them; `zeros` may be
     one number. `order` int [in]: the group of every input, as many groups as there are scales, in place of the inputs
@@ -340,5 +366,13 @@ def _dequantised(
             table = table.repeat_interleave(rows, 0)[:outputs]
         return table
 
+    if (
+        codes.dtype == torch.float8_e4m3fn
+        and isinstance(zeros, int)
+        and columns == inputs
+        and order is None
+        and rows in (1, outputs)
+    ):
+        return RowCodes(codes, spread(scales.float()).expand(outputs, 1).flatten())
     values = codes.to(torch.float32).sub_(spread(zeros) if isinstance(zeros, Tensor) else zeros)
     return values.mul_(spread(scales.float()))

@@ -36,8 +36,9 @@ from server.errors import ConfigError
 from server.models import MODELS
 from server.models.base import Model, Parameter, Parts
 from server.models.cuda import cuda_parts
+from server.models.fp8 import Fp8Parts, Fp8Rows
 from server.models.layers import TorchParts
-from server.models.quantized import Scheme, float_tensors, scheme_of
+from server.models.quantized import RowCodes, Scheme, Values, float_tensors, scheme_of
 from server.registry import resolve
 
 log = logging.getLogger("terrace.models")
@@ -52,8 +53,10 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-QUANTIZATIONS = ("int8", "w8a8", "int8-g32", "int4-g32")
+NATIVE_QUANTIZATIONS = ("int8", "w8a8", "int8-g32", "int4-g32")
 """Formats that the native kernels make of any checkpoint's weights."""
+CUDA_QUANTIZATIONS = ("fp8",)
+"""Likewise a GPU that multiplies in fp8."""
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 IGNORED_TENSORS = re.compile(r"\.rotary_emb\.inv_freq$|\.masked_bias$")
@@ -161,10 +164,11 @@ def load_model(
 ) -> Model:
     """Loads the checkpoint in `folder` into a new model on `device`.
 
-    `dtype="auto"` is the checkpoint's own. `native`: computed by the native kernels, which must be there; only they
-    know a `quantization`. In torch, on a CPU without bf16/fp16 arithmetic, half-precision matrix products are many
-    times slower than fp32: there `dtype="float32"` is the better choice wherever memory allows. Weights of a quantised
-    checkpoint become `dtype`, or what `quantization` makes of their values.
+    `dtype="auto"` is the checkpoint's own. `native`: computed by the native kernels, which must be there; they know the
+    NATIVE_QUANTIZATIONS, and torch the CUDA_QUANTIZATIONS. In torch, on a CPU without bf16/fp16 arithmetic,
+    half-precision matrix products are many times slower than fp32: there `dtype="float32"` is the better choice
+    wherever memory allows. Weights of a quantised checkpoint become `dtype`, or what `quantization` makes of their
+    values; codes in fp8 are kept as they are where they can be.
     `load_format="dummy"` reads only config.json and fills the parameters with random values that depend on `seed`.
     """
     config = load_config(folder)
@@ -200,14 +204,26 @@ def _parts(dtype: torch.dtype, device: torch.device | str, quantization: str, na
         from server.models.native import NativeParts  # needs the library, which may not have been built
 
         return NativeParts(dtype, quantization)
-    return cuda_parts(dtype, device) if torch.device(device).type == "cuda" else TorchParts(dtype, device)
+    return torch_parts(dtype, device, quantization)
+
+
+def torch_parts(dtype: torch.dtype, device: torch.device | str, quantization: str) -> Parts:
+    """Parts that torch computes, with weights of `dtype`, or of one of the CUDA_QUANTIZATIONS. Raises ConfigError for
+    fp8 beside another `dtype` than bfloat16."""
+    parts = cuda_parts(dtype, device) if torch.device(device).type == "cuda" else TorchParts(dtype, device)
+    return Fp8Parts(parts) if quantization == "fp8" else parts
 
 
 def weights_bytes(
-    folder: Path, dtype: DTypeName, load_format: LoadFormat, quantization: str = "none", native: bool = False
+    folder: Path,
+    dtype: DTypeName,
+    load_format: LoadFormat,
+    quantization: str = "none",
+    quantizations: Collection[str] = (),
+    native: bool = False,
 ) -> tuple[str, dict[str, int]]:
-    """The flag of the precision that `load_model` would take, and what the weights would need in each. Reads no
-    weights, and takes no memory for them."""
+    """The flag of the precision that `load_model` would take, and what the weights would need in each, and in each of
+    the `quantizations`. Reads no weights, and takes no memory for them."""
     config = load_config(folder)
     chosen = _dtype(dtype, config, () if load_format == "dummy" else checkpoint_files(folder))
     cls = model_class(config.to_dict())
@@ -217,8 +233,7 @@ def weights_bytes(
         return sum(weight.nbytes for weight in model.parameters().values())
 
     sizes = {f"--dtype {name}": needed(kind, "none") for name, kind in DTYPES.items()}
-    if native:
-        sizes |= {f"--quantization {name}": needed(chosen, name) for name in QUANTIZATIONS}
+    sizes |= {f"--quantization {name}": needed(chosen, name) for name in quantizations}
     (name,) = (name for name, kind in DTYPES.items() if kind == chosen)
     return f"--dtype {name}" if quantization == "none" else f"--quantization {quantization}", sizes
 
@@ -298,7 +313,7 @@ def _opened(path: Path) -> Any:
 
 
 @torch.inference_mode()
-def _fill(model: Model, tensors: Iterable[tuple[str, Tensor]], report: Progress) -> None:
+def _fill(model: Model, tensors: Iterable[tuple[str, Values]], report: Progress) -> None:
     targets, fused = dict(model.parameters()), model.fused()
     tied = "lm_head.weight" not in targets
     total = sum(target.nbytes for target in targets.values())
@@ -316,13 +331,23 @@ def _fill(model: Model, tensors: Iterable[tuple[str, Tensor]], report: Progress)
                     f"{list(target.shape)}",
                     param="model",
                 )
-            if not values.is_floating_point() or values.itemsize == 1:
-                raise ConfigError(_codes_alone(name, values), param="model")
-            target.copy_(values)
+            _place(name, values, target)
             done += target.nbytes
             report(done, total)
     if targets:
         raise ConfigError(_missing(sorted(targets)), param="model")
+
+
+def _place(name: str, values: Values, target: Any) -> None:
+    """Codes go where codes are kept as they are, elsewhere as the floats that they stand for."""
+    if isinstance(values, RowCodes):
+        if isinstance(target, Fp8Rows):
+            target.take(values)
+            return
+        values = values.floats()
+    if not values.is_floating_point() or values.itemsize == 1:
+        raise ConfigError(_codes_alone(name, values), param="model")
+    target.copy_(values)
 
 
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -332,7 +357,7 @@ def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _float_tensors(files: Sequence[Path], scheme: Scheme, places: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def _float_tensors(files: Sequence[Path], scheme: Scheme, places: Collection[str]) -> Iterator[tuple[str, Values]]:
     """`_tensors` of a quantised checkpoint: what belongs to one layer may lie in several files."""
     with ExitStack() as stack:
         opened = [stack.enter_context(_opened(path)) for path in files]
@@ -341,8 +366,8 @@ def _float_tensors(files: Sequence[Path], scheme: Scheme, places: Collection[str
 
 
 def _split(
-    name: str, tensor: Tensor, fused: Mapping[str, Sequence[str]], targets: Mapping[str, Parameter]
-) -> Iterator[tuple[str, Tensor]]:
+    name: str, tensor: Values, fused: Mapping[str, Sequence[str]], targets: Mapping[str, Parameter]
+) -> Iterator[tuple[str, Values]]:
     """(parameter, values) pairs of one checkpoint tensor: itself, or the parts stacked in it along the first axis."""
     parts = fused.get(name)
     if parts is None or not all(part in targets for part in parts):

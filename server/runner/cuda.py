@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from server.errors import DeviceLost, StepFailed, TerraceError
-from server.kernels.attention import AttentionBackend
+from server.kernels.attention import AttentionBackend, AttentionBatch
 from server.models.base import Model
 from server.runner.device import Device, Download
 from server.runner.graphs import DecodeGraph, DecodeGraphs
@@ -50,6 +50,15 @@ class HostWork:
     launch_s: float = 0.0
     graph_steps: int = 0
     eager_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Device memory, in bytes: what the largest step takes beside weights, cache and workspaces, which torch's
+    allocator keeps for the steps to come, and what the decode graphs take, 0 where the attention backend has none."""
+
+    step: int
+    graphs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ class CudaRunner:
         self._device = device
         self._clock = clock
         self._readout = Readout(model, BlindSampler(model.geometry.vocab, device.put), device.put)
+        self._graph_rows = graph_rows
         self._graphs = DecodeGraphs(device, model, graph_rows)
         self._before: Launched | None = None
         """The step before this one; None if it failed. Device thread."""
@@ -97,10 +107,11 @@ class CudaRunner:
         self._launcher = ThreadPoolExecutor(1, "terrace-device", initializer=device.adopt)
         self._reader = ThreadPoolExecutor(1, "terrace-readback")
 
-    async def warm_up(self, progress: Callable[[int, int], None]) -> int:
-        """Capture the decode graphs, before the first `run`. `progress(done, of)` is called on the device thread.
-        Returns the device memory that they take, in bytes: 0 where the attention backend has no graphs."""
-        return await asyncio.get_running_loop().run_in_executor(self._launcher, self._capture, progress)
+    async def warm_up(self, progress: Callable[[int, int], None], tokens: int) -> WarmUp:
+        """Run a prompt of `tokens` tokens, as many as a step may have, and capture the decode graphs; before the first
+        `run`, while the cache is empty. `progress(done, of)` is called on the device thread. Raises what torch raises
+        where memory does not suffice."""
+        return await asyncio.get_running_loop().run_in_executor(self._launcher, self._warm_up, progress, tokens)
 
     def run(self, plan: StepPlan) -> Awaitable[StepResult]:
         return self._read(asyncio.get_running_loop().run_in_executor(self._launcher, self._begin, plan))
@@ -115,9 +126,20 @@ class CudaRunner:
     # --- device thread -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _capture(self, progress: Callable[[int, int], None]) -> int:
+    def _warm_up(self, progress: Callable[[int, int], None], tokens: int) -> WarmUp:
+        before = self._device.used_bytes()
+        flat = np.arange(tokens)
+        fed, none = np.array([0, tokens], np.int32), np.zeros(1, np.int32)
+        # Every block of the prompt is frame 0: what ends up there is of no consequence.
+        self._attention.plan(AttentionBatch(fed, none, fed[1:], [np.zeros(tokens, np.int32)]))
+        wanted = flat[: max(self._graph_rows, 1)]
+        inputs = self._device.put(np.concatenate((np.zeros_like(flat), flat, wanted)))
+        ids, positions, last = inputs.split((tokens, tokens, len(wanted)))
+        self._model.logits(self._model.forward(ids, positions, self._attention, last))
+        self._device.synchronise()
+        step = self._device.used_bytes() - before
         graph: Callable[[int], AttentionBackend] | None = getattr(self._attention, "graph", None)
-        return 0 if graph is None else self._graphs.capture(graph, progress)
+        return WarmUp(step, 0 if graph is None else self._graphs.capture(graph, progress))
 
     def _begin(self, plan: StepPlan) -> Future[StepResult]:
         return self._reader.submit(self.finish, self.launch(plan))

@@ -94,6 +94,14 @@ async def test_bf16_writes_what_is_sure(prompts: list[list[int]], reference: Sco
         assert daemon.runner.host_work.graph_steps > 0
 
 
+async def test_fp8_weights_still_recall(prompts: list[list[int]], reference: Scored) -> None:
+    """With weights and their inputs in fp8 likewise."""
+    answers, _, _ = reference
+    async with running(**BF16, model__quantization="fp8") as daemon:
+        found = await complete_all(daemon, prompts, GREEDY)
+    assert [answer[:4] for answer in found] == [answer[:4] for answer in tokens(answers)]
+
+
 async def test_fp8_still_recalls(prompts: list[list[int]], reference: Scored) -> None:
     """With a cache of fp8 the first tokens of every answer, the fact that is asked for, are still right."""
     answers, _, _ = reference

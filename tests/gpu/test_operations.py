@@ -1,4 +1,4 @@
-"""FlashInfer's kernels for a decoder's small steps, against the same in fp32 torch."""
+"""FlashInfer's kernels for a decoder's small steps and products in fp8, against the same in fp32 torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch.nn.functional as F
 
 from server.kernels.flashinfer import Operations
 from server.models.cuda import CudaLinear
+from server.models.fp8 import MOST, Fp8Linear
 from server.models.layers import rotate
 from tests.gpu.variants import DEVICE
 
 pytestmark = pytest.mark.gpu
+fp8 = pytest.importorskip("server.kernels.fp8", reason="needs Triton")
 
 RELATIVE = 2**-7
 """Of bfloat16: inputs, and a result that is rounded once or twice on its way."""
@@ -73,3 +75,30 @@ def test_a_product_is_added_in_place() -> None:
     expected = onto.float() + x.float() @ linear.weight.float().t()
     assert linear.add_to(x, onto) is onto
     close(onto, expected)
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 4096), (300, 160), (3, 28672)])
+def test_rows_are_rounded_to_fp8(rows: int, inputs: int) -> None:
+    """Codes times scales are the row, to half a step of e4m3; the largest number of a row is hit."""
+    x = drawn(rows, inputs) * 7
+    codes, scales = fp8.quantise_rows(x)
+    torch.testing.assert_close(scales, x.float().abs().amax(dim=1, keepdim=True) / MOST)
+    torch.testing.assert_close(codes.float() * scales, x.float(), rtol=2**-4, atol=float(scales.max()) * 2**-9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 16, 300])
+def test_products_in_fp8(rows: int, bias: bool) -> None:
+    """They are those of the rounded numbers, and `add_to` adds them in place."""
+    linear = Fp8Linear(4096, 1024, bias, DEVICE)
+    linear.part(0, 1024).copy_(drawn(1024, 4096) / 64)
+    if linear.bias is not None:
+        linear.bias.copy_(drawn(1024))
+    x, onto = drawn(rows, 4096), drawn(rows, 1024)
+    codes, scales = fp8.quantise_rows(x)
+    weight = linear.codes.float() * linear.scales.t()
+    expected = (codes.float() * scales) @ weight.t() + (0 if linear.bias is None else linear.bias.float())
+    close(linear(x), expected)
+    residual = onto.float()
+    assert linear.add_to(x, onto) is onto
+    close(onto, residual + expected)

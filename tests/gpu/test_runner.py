@@ -105,7 +105,7 @@ async def test_captured_steps_are_those_launched_one_by_one(prompts: list[list[i
     the same."""
     params = SamplingParams(99, temperature=0.0, logprobs=2)
     plain, captured = on_gpu("bfloat16"), on_gpu("bfloat16")
-    await captured.warm_up(lambda done, of: None)
+    await captured.warm_up(lambda done, of: None, 64)
     expected = await answers(plain, prompts, params, deep=True)
     found = await answers(captured, prompts, params, deep=True)
     assert (plain.host_work.graph_steps, captured.host_work.graph_steps) == (0, STEPS - 1)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from server.errors import ConfigError
 from server.kernels.native import load
 from server.models.quantized import SCHEMES, float_tensors, scheme_of
-from server.models.weights import QUANTIZATIONS, load_model, weights_bytes
+from server.models.weights import NATIVE_QUANTIZATIONS, load_model, weights_bytes
 from tests.numeric.conftest import Checkpoint
 from tests.numeric.families import Paged
 from tests.numeric.test_models import random_tokens
@@ -416,7 +416,7 @@ def test_one_layer_at_a_time(make: Make) -> None:
 
 
 @native
-@pytest.mark.parametrize("quantization", ["none", *QUANTIZATIONS])
+@pytest.mark.parametrize("quantization", ["none", *NATIVE_QUANTIZATIONS])
 @pytest.mark.parametrize("name", ["awq", "fp8, blocks", "int-quantized"])
 def test_packed_anew(make: Make, name: str, quantization: str) -> None:
     """The native formats are made of the values that a quantised checkpoint means, as of any others."""
@@ -450,17 +450,55 @@ def test_int8_in_groups_is_kept(make: Make) -> None:
         assert torch.equal(layer.down.rows(torch.arange(64)), expected)
 
 
-@pytest.mark.parametrize("quantization", ["none", pytest.param("int4-g32", marks=native)])
-def test_sizes(make: Make, quantization: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["fp8", "fp8, a scale an output", "float-quantized", "float-quantized, a scale an output"],
+)
+def test_fp8_is_kept(make: Make, name: str) -> None:
+    """Under `fp8`, codes with a scale for each output, or one for all, are multiplied as they are; projections that are
+    stored apart keep their own."""
+    pair = make(name)
+    model = load_model(pair.quantised, dtype="bfloat16", quantization="fp8")
+    stored = load_file(pair.quantised / "model.safetensors")
+    for index, layer in enumerate(model.layers):  # type: ignore[attr-defined]
+        fused = {
+            layer.qkv: ("self_attn.q", "self_attn.k", "self_attn.v"),
+            layer.gate_up.linear: ("mlp.gate", "mlp.up"),
+            layer.down: ("mlp.down",),
+        }
+        for linear, places in fused.items():
+            codes, scales = (
+                [stored[f"model.layers.{index}.{place}_proj.{part}"] for place in places]
+                for part in ("weight", "weight_scale")
+            )
+            spread = [scale.float().reshape(-1).expand(len(code)) for code, scale in zip(codes, scales)]
+            assert torch.equal(linear.codes.float(), torch.cat(codes).float())
+            assert torch.equal(linear.scales[0], torch.cat(spread))
+
+
+@pytest.mark.parametrize("name", ["fp8, blocks", "awq"])
+def test_fp8_of_others(make: Make, name: str) -> None:
+    """Weights stored otherwise are rounded to fp8 from what they mean."""
+    pair = make(name)
+    ours, plain = (load_model(folder, dtype="bfloat16", quantization="fp8") for folder in (pair.quantised, pair.plain))
+    for layer, expected in zip(ours.layers, plain.layers, strict=True):  # type: ignore[attr-defined]
+        assert torch.equal(layer.down.codes.float(), expected.down.codes.float())
+        assert torch.equal(layer.down.scales, expected.down.scales)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "packs"), [("none", False), ("fp8", False), pytest.param("int4-g32", True, marks=native)]
+)
+def test_sizes(make: Make, quantization: str, packs: bool, caplog: pytest.LogCaptureFixture) -> None:
     """The memory that weights need is known before they are read, and one line of the log says it."""
-    folder, packs = make("awq").quantised, quantization != "none"
-    chosen, sizes = weights_bytes(folder, "bfloat16", "auto", quantization, packs)
+    folder, known = make("awq").quantised, [quantization] * (quantization != "none")
+    chosen, sizes = weights_bytes(folder, "bfloat16", "auto", quantization, known, packs)
     with caplog.at_level(logging.INFO):
         model = load_model(folder, dtype="bfloat16", quantization=quantization, native=packs)
     assert sizes[chosen] == sum(parameter.nbytes for parameter in model.parameters().values())
     (line,) = [record.getMessage() for record in caplog.records if "quantised" in record.getMessage()]
     assert "awq" in line
-    assert ("int4-g32" if packs else "bfloat16") in line
+    assert ("bfloat16" if quantization == "none" else quantization) in line
 
 
 def test_dtype_of_a_silent_config(make: Make) -> None:

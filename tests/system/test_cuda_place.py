@@ -62,7 +62,7 @@ class FakeCuda(Cpu):
         return CudaRunner(model, attention, LateDevice(busy_s=0.0), time.monotonic, graph_rows=ROWS)
 
     async def warm_up(self, runner: Any, moved: Callable[[int, int], None]) -> None:
-        await runner.warm_up(moved)
+        await runner.warm_up(moved, self._config.scheduler.max_num_batched_tokens)
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from server.kernels.cpu import CpuAttention
 from server.kernels.reference import ReferenceAttention
 from server.kvcache.arena import allocate_arena
 from server.kvcache.manager import KVManager, TierSpec
-from server.models.layers import Gated, Linear, TorchParts
+from server.models.layers import Linear, TorchParts
 from server.models.llama import Llama
-from server.runner.cuda import CudaRunner, Launched
+from server.runner.cuda import CudaRunner, Launched, WarmUp
 from server.runner.device import CudaDevice
 from server.runner.grammar import Vocabulary, compile_grammar
 from server.runner.graphs import buckets
@@ -61,16 +61,9 @@ class RowLinear(Linear):
         return torch.cat(rows) if len(x) else super().__call__(x)
 
 
-class RowGated(Gated, RowLinear):
-    __slots__ = ()
-
-
 class RowParts(TorchParts):
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> Linear:
         return RowLinear(inputs, outputs, bias, self.dtype, self.device)
-
-    def gated(self, inputs: int, inner: int, bias: bool = False) -> Gated:
-        return RowGated(inputs, inner, bias, self.dtype, self.device)
 
 
 def tiny_model() -> Llama:
@@ -225,7 +218,7 @@ class Rig:
         self.runner = CudaRunner(MODEL, attention, self.device, lambda: 10.0, graph_rows=max(1, graph_rows))
         self.device.adopt()
         if graph_rows:
-            self.runner._capture(lambda done, of: None)
+            self.runner._warm_up(lambda done, of: None, 8)
 
     def launch(self, plan: StepPlan) -> tuple[Launched, LateDownload]:
         """Also asserts that nothing was waited for, unless a grammar needs it; then its tokens come at once."""
@@ -444,7 +437,8 @@ def test_buckets(most: int, expected: list[int]) -> None:
 
 
 async def test_warming_up_captures_and_says_so() -> None:
-    """All buckets are captured, the largest first; progress is told, and the memory that it took is returned."""
+    """The largest step is run, and all buckets are captured, the largest first; progress is told, and the memory that
+    each took is returned."""
     device, told, rows = LateDevice(), [], []
 
     class Noting(Graphed):
@@ -453,17 +447,18 @@ async def test_warming_up_captures_and_says_so() -> None:
             return super().graph(count)
 
     runner = CudaRunner(MODEL, Noting(ReferenceAttention), device, lambda: 0.0, graph_rows=10)
-    assert await runner.warm_up(lambda done, of: told.append((done, of))) == 5000
+    taken = await runner.warm_up(lambda done, of: told.append((done, of)), 64)
+    assert taken == WarmUp(step=(2 * 64 + 10) * 8, graphs=5000)
     assert rows == [10, 8, 4, 2, 1]
     assert told == [(done, 5) for done in range(1, 6)]
     await runner.aclose()
 
 
 async def test_a_backend_without_graphs_is_run_kernel_by_kernel() -> None:
-    """Warming up does nothing then, and decode steps are launched all the same."""
+    """Warming up captures nothing then, and decode steps are launched all the same."""
     device = LateDevice()
     runner = CudaRunner(MODEL, Eager(ReferenceAttention), device, lambda: 0.0, graph_rows=0)
-    assert await runner.warm_up(lambda done, of: None) == 0
+    assert (await runner.warm_up(lambda done, of: None, 16)).graphs == 0
     await runner.run(StepPlan(1, [decode(0, 6, SamplingParams(9))]))
     assert (runner.host_work.graph_steps, runner.host_work.eager_steps, device.captured) == (0, 1, 0)
     await runner.aclose()

@@ -26,8 +26,8 @@ from server.kvcache.host import HostArena
 from server.kvcache.tiers.base import Tier
 from server.kvcache.tiers.cuda import CopyStream, CudaTier
 from server.models.base import Model, Parts
-from server.models.cuda import cuda_parts
 from server.models.layers import TorchParts
+from server.models.weights import torch_parts
 from server.place import Cpu, Place, place_of
 from server.runner.cuda import CudaRunner
 from server.runner.device import CudaDevice
@@ -68,7 +68,10 @@ class Chip(Protocol):
         """Streams up to the device and down from it; pins `host`."""
         ...
 
-    def parts(self) -> Parts: ...
+    def parts(self, quantization: str) -> Parts:
+        """Of models with these weights, "none" or "fp8"; the stand-in has none but plain ones."""
+        ...
+
     def runner(self, model: Model, attention: AttentionBackend, rows: int) -> CudaRunner: ...
     def place(self, config: Config) -> Place: ...
     def synchronise(self) -> None:
@@ -131,8 +134,8 @@ class Gpu:
         host.register(driver)
         return CudaCopyStream(driver, "up", host.edges), CudaCopyStream(driver, "down", host.edges)
 
-    def parts(self) -> Parts:
-        return cuda_parts(self.dtype, self.device)
+    def parts(self, quantization: str) -> Parts:
+        return torch_parts(self.dtype, self.device, quantization)
 
     def runner(self, model: Model, attention: AttentionBackend, rows: int) -> CudaRunner:
         return CudaRunner(model, attention, CudaDevice(), time.monotonic, graph_rows=rows)
@@ -198,7 +201,7 @@ class StandIn:
         host.register(_NoPins())
         return _Memmove(), _Memmove()
 
-    def parts(self) -> Parts:
+    def parts(self, quantization: str) -> Parts:
         return TorchParts(self.dtype, self.device)
 
     def runner(self, model: Model, attention: AttentionBackend, rows: int) -> CudaRunner:

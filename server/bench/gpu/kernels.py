@@ -11,13 +11,11 @@ out.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -29,6 +27,7 @@ from server.bench.gpu.sizes import GIB, Sizes
 from server.bench.gpu.steps import make_model
 from server.kernels.attention import AttentionBackend, AttentionBatch
 from server.kvcache.arena import allocate_arena
+from server.models.base import Model
 
 TENSOR_CORES, CUDA_CORES = "tensor-cores", "cuda-cores"
 PREFILL = ("fa2", "fa3")
@@ -179,10 +178,13 @@ def _prefill_case(chip: Chip, sizes: Sizes, kernel: str, prefix: int) -> Case:
 
 
 def _layer(chip: Chip, sizes: Sizes) -> None:
-    """Norms, rotation and activation, once: a model of one layer and a small vocabulary."""
+    """Norms, rotation, activation and products, once: models of one layer and a small vocabulary."""
     small = replace(sizes, shape=replace(sizes.shape, layers=1, vocab=256))
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_model(chip, small, Path(folder))
+    for quantization in ("none", "fp8"):
+        _step(chip, small, make_model(chip, small, quantization))
+
+
+def _step(chip: Chip, small: Sizes, model: Model) -> None:
     g = model.geometry
     layout = small.shape.layout(1, small.block_tokens[0], chip.dtype.itemsize)
     arena = allocate_arena(2, layout, chip.dtype, chip.device)

@@ -52,10 +52,11 @@ class Shape:
     def layout(self, layers: int, block_tokens: int, itemsize: int) -> BlockLayout:
         return BlockLayout(layers, self.kv_heads, self.head_dim, itemsize, block_tokens)
 
-    def decode_bytes(self, rows: int, context: int, itemsize: int) -> int:
-        """What a decode step must read: all weights but the embedding, and the cache of all rows."""
+    def decode_bytes(self, rows: int, context: int, itemsize: int, code_bytes: int | None = None) -> int:
+        """What a decode step must read: all weights but the embedding, and the cache of all rows. `code_bytes`: of
+        those of quantised weights; the head has none."""
         kv = rows * context * 2 * self.layers * self.kv_heads * self.head_dim
-        return (self.matrix_values + self.head_values + kv) * itemsize
+        return self.matrix_values * (code_bytes or itemsize) + (self.head_values + kv) * itemsize
 
     def attention_flops(self, layers: int, start: int, tokens: int) -> float:
         """Causal attention of `tokens` queries behind `start` others: QK and PV, a multiplication and an addition."""

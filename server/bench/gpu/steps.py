@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -43,27 +44,52 @@ MOVING_CALLS = 2
 
 
 def run(chip: Chip, sizes: Sizes, known: Mapping[str, float]) -> Iterator[Line]:
-    with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as loop:
-        started_s = time.perf_counter()
-        model = make_model(chip, sizes, Path(folder))
-        yield Line("model.made", "weights made on the device", time.perf_counter() - started_s, "s")
-        steps = Steps(chip, sizes, model)
-        yield loop.run(steps.captured())
-        for rows in sizes.rows:
-            yield from loop.run(steps.decode(rows, known))
-        yield loop.run(steps.moving(sizes.rows[len(sizes.rows) // 2]))
-        for chunk in sizes.chunks:
-            for prompt in sizes.prompts:
-                yield loop.run(steps.prefill(prompt, chunk, known))
-        loop.run(steps.runner.aclose())
+    with asyncio.Runner() as loop:
+        plain = {}
+        for line in _bf16(chip, sizes, known, loop):
+            plain[line.key] = line.value
+            yield line
+        chip.release()
+        yield from _fp8(chip, sizes, known, loop, plain)
 
 
-def make_model(chip: Chip, sizes: Sizes, folder: Path) -> Model:
+def _bf16(chip: Chip, sizes: Sizes, known: Mapping[str, float], loop: asyncio.Runner) -> Iterator[Line]:
+    started_s = time.perf_counter()
+    model = make_model(chip, sizes)
+    yield Line("model.made", "weights made on the device", time.perf_counter() - started_s, "s")
+    steps = Steps(chip, sizes, model)
+    yield loop.run(steps.captured())
+    for rows in sizes.rows:
+        yield from loop.run(steps.decode(rows, known))
+    yield loop.run(steps.moving(sizes.rows[len(sizes.rows) // 2]))
+    for chunk in sizes.chunks:
+        for prompt in sizes.prompts:
+            yield loop.run(steps.prefill(prompt, chunk, known))
+    loop.run(steps.runner.aclose())
+
+
+def _fp8(
+    chip: Chip, sizes: Sizes, known: Mapping[str, float], loop: asyncio.Runner, plain: Mapping[str, float | None]
+) -> Iterator[Line]:
+    """With weights in fp8, each beside what it took in bf16: `plain`, by key."""
+    steps = Steps(chip, sizes, make_model(chip, sizes, "fp8"), code_bytes=1)
+    loop.run(steps.captured())
+    lines = [line for rows in sizes.rows for line in loop.run(steps.decode(rows, known))]
+    lines += [loop.run(steps.prefill(prompt, sizes.chunks[0], {})) for prompt in sizes.prompts]
+    loop.run(steps.runner.aclose())
+    for line in lines:
+        before = plain.get(line.key)
+        beside = f"; {before / line.value:.2f} x as fast as bf16" if before and line.value else ""
+        yield replace(line, key=f"fp8.{line.key}", what=f"fp8: {line.what}", note=line.note + beside)
+
+
+def make_model(chip: Chip, sizes: Sizes, quantization: str = "none") -> Model:
     """As `load_format=dummy` has it, but for the values, which are drawn on the device: 8 billion of them take a CPU a
     minute."""
-    sizes.shape.write(folder, str(chip.dtype).removeprefix("torch."))
-    config = load_config(folder)
-    model = model_class(config.to_dict()).build(config, chip.parts())
+    with tempfile.TemporaryDirectory() as folder:
+        sizes.shape.write(Path(folder), str(chip.dtype).removeprefix("torch."))
+        config = load_config(Path(folder))
+    model = model_class(config.to_dict()).build(config, chip.parts(quantization))
     torch.manual_seed(0)
     with torch.inference_mode():
         for parameter in model.parameters().values():
@@ -76,10 +102,11 @@ def make_model(chip: Chip, sizes: Sizes, folder: Path) -> Model:
 
 
 class Steps:
-    """The model over an arena that holds the largest decode batch, and the longest prompt in its place."""
+    """The model over an arena that holds the largest decode batch, and the longest prompt in its place. `code_bytes`:
+    see `Shape.decode_bytes`."""
 
-    def __init__(self, chip: Chip, sizes: Sizes, model: Model) -> None:
-        self._chip, self._sizes = chip, sizes
+    def __init__(self, chip: Chip, sizes: Sizes, model: Model, code_bytes: int | None = None) -> None:
+        self._chip, self._sizes, self._code_bytes = chip, sizes, code_bytes
         shape, most = sizes.shape, sizes.rows[-1]
         self._layout = layout = shape.layout(shape.layers, sizes.block_tokens[0], chip.dtype.itemsize)
         self._per_row = layout.blocks_for(sizes.contexts[0] + WARM_STEPS + sizes.steps)
@@ -91,9 +118,9 @@ class Steps:
 
     async def captured(self) -> Line:
         started_s = time.perf_counter()
-        taken = await self.runner.warm_up(lambda done, of: None)
+        taken = await self.runner.warm_up(lambda done, of: None, min(self._sizes.prompts))
         seconds = time.perf_counter() - started_s
-        return Line("graphs", "decode graphs captured", seconds, "s", note=f"they take {taken / GIB:.2f} GiB")
+        return Line("graphs", "decode graphs captured", seconds, "s", note=f"they take {taken.graphs / GIB:.2f} GiB")
 
     async def decode(self, rows: int, known: Mapping[str, float]) -> list[Line]:
         """Seconds per token of a batch, and what the device thread does for each step."""
@@ -101,7 +128,7 @@ class Steps:
         graphs, launch_s = work.graph_steps, work.launch_s
         gaps = await self._gaps(rows)
         tpot_s, steps = median(gaps), WARM_STEPS + sizes.steps
-        size = sizes.shape.decode_bytes(rows, context, self._chip.dtype.itemsize)
+        size = sizes.shape.decode_bytes(rows, context, self._chip.dtype.itemsize, self._code_bytes)
         share, least = None, ""
         if "memory" in known:
             least_s = size / (known["memory"] * 1e9)

@@ -1,0 +1,105 @@
+"""Products in 8-bit floats: the kernel that rounds rows, in Triton's interpreter where there is no GPU, and compiled
+for one; the call of torch's product against its own checks of shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+fp8 = pytest.importorskip("server.kernels.fp8", reason="Triton is not installed: it comes with torch's CUDA builds")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CODE = torch.float8_e4m3fn
+MOST = 448.0
+COMPILE = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from server.kernels.fp8 import _quantise_rows
+
+signature = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "columns": "i32", "stride": "i64", "most": "fp32",
+             "least_peak": "fp32", "STRIP": "constexpr"}
+source = ASTSource(_quantise_rows, signature, {"STRIP": 4096})
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+print(json.dumps({"ptx": made.asm["ptx"], "cubin": len(made.asm["cubin"])}))
+"""
+
+
+def check(x: Tensor, codes: Tensor, scales: Tensor) -> None:
+    wanted_scales = x.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / MOST
+    torch.testing.assert_close(scales, wanted_scales)
+    exact = (x.float() / scales).clamp(-MOST, MOST)
+    wanted = exact.to(CODE).float()
+    same = codes.float() == wanted
+    if DEVICE == "cpu":
+        # Triton's interpreter loses the carry of what is rounded up to a power of two, rounds ties away from zero, and
+        # what is less than the least normal number towards it.
+        step = 2.0 ** (exact.abs().log2().floor().clamp(min=-6) - 3)
+        lost = (wanted.abs() > exact.abs()) & (torch.frexp(wanted).mantissa.abs() == 0.5)
+        same |= lost | ((codes.float() - exact).abs() <= torch.where(exact.abs() < 2**-6, step, step / 2))
+    assert same.all()
+
+
+@given(
+    rows=st.integers(1, 5),
+    columns=st.sampled_from([1, 16, 160, 1000]),
+    size=st.sampled_from([1e-20, 1e-3, 1.0, 1e4]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=40, deadline=None)
+def test_rows_are_rounded_to_the_nearest_code(
+    rows: int, columns: int, size: float, dtype: torch.dtype, seed: int
+) -> None:
+    """Every row gets the scale of its own largest number and the nearest codes, whatever lies between rows."""
+    wide = torch.randn(rows, columns + 7, generator=torch.Generator().manual_seed(seed)) * size
+    x = wide.to(DEVICE, dtype)[:, :columns]
+    check(x, *fp8.quantise_rows(x))
+
+
+def test_long_rows() -> None:
+    """Rows that do not fit into registers at once are rounded by one scale all the same."""
+    x = torch.randn(2, fp8.STRIP + 40).to(DEVICE, torch.bfloat16)
+    x[1, -1] = 100.0
+    check(x, *fp8.quantise_rows(x))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter makes numbers of what is none")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(bad: float) -> None:
+    """It is seen in the row that has it, and in no other."""
+    x = torch.ones(3, 32, dtype=torch.bfloat16, device=DEVICE)
+    x[1, 5] = bad
+    codes, scales = fp8.quantise_rows(x)
+    finite = (codes.float() * scales).isfinite().all(dim=1)
+    assert finite.tolist() == [True, False, True]
+
+
+def test_it_compiles_for_the_device() -> None:
+    """For Hopper, with its instruction that rounds to two codes at once. In a process of its own: one that interprets
+    kernels cannot compile them."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in made["ptx"]
+    assert made["cubin"] > 1000
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 17])
+def test_torch_takes_the_call(rows: int, bias: bool) -> None:
+    """Shapes, strides and scales are those that torch's product asks for: its checks run without a device."""
+    codes, scales = torch.empty(rows, 64, dtype=CODE, device="meta"), torch.empty(rows, 1, device="meta")
+    weight, weight_scales = torch.empty(48, 64, dtype=CODE, device="meta"), torch.empty(1, 48, device="meta")
+    added = torch.empty(48, dtype=torch.bfloat16, device="meta") if bias else None
+    out = fp8.product(codes, scales, weight, weight_scales, added)
+    assert (out.shape, out.dtype) == ((rows, 48), torch.bfloat16)
