@@ -34,7 +34,7 @@ from server.api.connections import may_connect
 from server.bench.clients import free_port, get, ready
 from server.bench.report import Report, quantile
 
-ROUNDS = 3
+ROUNDS = 7
 PHASE_S = 5.0
 EVERY_S = 0.02
 """Between two requests of the polite client."""
