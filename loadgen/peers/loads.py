@@ -54,6 +54,16 @@ def ttft_ms(share: float, pick: Callable[[Outcome], bool] = lambda outcome: True
     return lambda outcomes: float(np.quantile([1e3 * ttft_s(o) for o in outcomes if pick(o)], share))
 
 
+def later_ttft_ms(share: float) -> Read:
+    """Over the later half of the sessions."""
+
+    def read(outcomes: Sequence[Outcome]) -> float:
+        middle = (max(o.session for o in outcomes) + 1) / 2
+        return ttft_ms(share, lambda o: o.session >= middle)(outcomes)
+
+    return read
+
+
 def tpot_ms(share: float) -> Read:
     return lambda outcomes: float(np.quantile([1e3 * t for o in outcomes if (t := tpot_s(o)) is not None], share))
 
@@ -127,6 +137,17 @@ LOADS = (
             Figure("ttft_p50", "TTFT p50", "ms", ttft_ms(0.5, lambda o: o.session > 0), goal=2.0),
             Figure("ttft_p99", "TTFT p99", "ms", ttft_ms(0.99, lambda o: o.session > 0)),
         ),
+    ),
+    Load(
+        "many-shared",
+        "16 such system prompts, three times as many tokens as the first tier holds, one drawn for each request; one at "
+        "a time, the first half not counted.",
+        _settings("shared-prefix", 48, 1, groups=16, prefix=1500, question=50, output=8),
+        (
+            Figure("ttft_p50", "TTFT p50", "ms", later_ttft_ms(0.5), goal=2.0),
+            Figure("ttft_p99", "TTFT p99", "ms", later_ttft_ms(0.99)),
+        ),
+        most_rounds=3,
     ),
     Load(
         "multi-turn",

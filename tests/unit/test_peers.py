@@ -224,6 +224,7 @@ def test_figures_of_known_requests(load):
         "concurrent": {"output": 60 / 0.64, "ttft_p50": 350},
         "prefill": {"prompt": np.median([200 / (0.1 * n) for n in range(1, 7)])},
         "shared": {"ttft_p50": 400},
+        "many-shared": {"ttft_p50": 350},
         "multi-turn": {"turn_1": 100, "turn_6": 600, "later_p50": 400},
     }[load.name]
     assert {key: found[key] for key in expected} == pytest.approx(expected)
