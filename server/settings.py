@@ -309,6 +309,13 @@ class ServerConfig(Section):
     header_timeout_s: Seconds = Field(
         default=10.0, gt=0, description="How long a new connection or a begun request may take to send its headers."
     )
+    refusal_delay_s: Seconds = Field(
+        default=0.05,
+        ge=0,
+        le=10,
+        description="A bad body that comes as the first request of a connection is refused so much later: whoever "
+        "makes a connection for each one sends fewer of them.",
+    )
     max_prompts_per_request: Count = Field(default=64, ge=1, description="Prompts in one /v1/completions request.")
     max_embedding_inputs: Count = Field(default=1024, ge=1, description="Inputs in one /v1/embeddings request.")
     max_choices: Count = Field(default=16, ge=1, description="Largest `n` and `best_of`, per prompt.")

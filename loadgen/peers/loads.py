@@ -140,8 +140,8 @@ LOADS = (
     ),
     Load(
         "many-shared",
-        "16 such system prompts, three times as many tokens as the first tier holds, one drawn for each request; one at "
-        "a time, the first half not counted.",
+        "16 such system prompts, three times as many tokens as the first tier holds, one drawn for each request; one "
+        "at a time, the first half not counted.",
         _settings("shared-prefix", 48, 1, groups=16, prefix=1500, question=50, output=8),
         (
             Figure("ttft_p50", "TTFT p50", "ms", later_ttft_ms(0.5), goal=2.0),

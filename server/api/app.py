@@ -62,7 +62,7 @@ def create_app(service: Service) -> FastAPI:
         routers.append(PageRoutes().router)
     for router in routers:
         app.include_router(router)
-    errors.install(app)
+    errors.install(app, service.limits.refusal_delay_s)
     # Added last is outermost: even a refusal has a request id and is counted.
     app.add_middleware(BearerAuth, tenants=service.tenants)
     app.add_middleware(RequestContext, metrics=service.metrics)

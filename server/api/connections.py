@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.errors import error_response
+from server.api.errors import STRANGER, error_response
 from server.errors import InvalidRequest, Overloaded, TerraceError
 
 log = logging.getLogger("terrace.api")
@@ -158,9 +158,11 @@ class Connection(HttpToolsProtocol):
             self._refuse(HeadTooLarge(f"the request's head is larger than the limit of {limit} bytes"))
 
     def on_headers_complete(self) -> None:
+        stranger = self in self.doors.strangers
         self.doors.heads.stop(self)
         self._busy()
         super().on_headers_complete()
+        self.scope.setdefault("state", {})[STRANGER] = stranger
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

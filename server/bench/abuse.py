@@ -33,6 +33,7 @@ import uvloop
 from server.api.connections import may_connect
 from server.bench.clients import free_port, get, ready
 from server.bench.report import Report, quantile
+from server.config import ServerConfig
 
 ROUNDS = 7
 PHASE_S = 5.0
@@ -238,7 +239,8 @@ def _post(path: str, length: int, *more: str) -> bytes:
 
 
 class _Sink(asyncio.Protocol):
-    """Reads requests to their end, and refuses them; of too many connections it closes the oldest."""
+    """Reads requests to their end, and refuses them, as much later as the daemon does; of too many connections it
+    closes the oldest."""
 
     open: ClassVar[OrderedDict[_Sink, None]] = OrderedDict()
 
@@ -259,10 +261,13 @@ class _Sink(asyncio.Protocol):
             if not found:
                 return
             self._left = int(head.lower().partition(b"content-length: ")[2].split()[0])
-        self._left -= len(data)
-        if self._left <= 0:
-            self._transport.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            self._transport.close()
+        before, self._left = self._left, self._left - len(data)
+        if self._left <= 0 < before:
+            asyncio.get_running_loop().call_later(ServerConfig().refusal_delay_s, self._refuse)
+
+    def _refuse(self) -> None:
+        self._transport.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        self._transport.close()
 
 
 def _sink(port: int) -> None:

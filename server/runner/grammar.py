@@ -15,11 +15,9 @@ an answer takes whether another has used the same schema.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,8 +51,6 @@ except ImportError:  # a daemon without it serves everything else
     llguidance = None  # type: ignore[assignment]
 
 COMPILE_THREADS = 2
-COMPILE_NICENESS = 10
-"""Of the compiling threads: a tenth of the weight of others where all want the processor."""
 MAX_QUEUED_COMPILES = 64
 MAX_CACHED = 256
 """Compiled grammars kept; of all tenants together."""
@@ -149,7 +145,7 @@ class Grammars:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._pool = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="grammar", initializer=_yielding)
+        self._pool = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="grammar")
         self._open: set[Future[CompiledGrammar]] = set()
         self._cache: OrderedDict[tuple[str, Constraint], tuple[Future[CompiledGrammar], int]] = OrderedDict()
         self._cached_bytes = 0
@@ -200,13 +196,6 @@ class Grammars:
     def close(self) -> None:
         """Start nothing more; what is being compiled ends by itself, soon."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _yielding() -> None:
-    """The calling thread gets the processor when no other wants it: whoever sends one exploding expression after the
-    other would else take it from the requests that are being computed."""
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, where threads have priorities of their own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPILE_NICENESS)
 
 
 def compile_grammar(vocabulary: Vocabulary, constraint: Constraint) -> CompiledGrammar:

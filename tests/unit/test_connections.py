@@ -59,6 +59,28 @@ async def test_a_head_that_never_ends_is_refused_at_its_limit() -> None:
             writer.close()
 
 
+async def test_a_strangers_bad_body_is_refused_later() -> None:
+    """The first request of a connection waits if its body is bad, the next ones do not; good ones never wait."""
+    bad = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 1\r\n\r\n{"
+    good = GET + b"\r\n"
+    waited = []
+    async with listening(refusal_delay_s=0.5) as port:
+        for first in (bad, good):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for request in (first, bad):
+                started_s = asyncio.get_running_loop().time()
+                writer.write(request)
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+                assert int(head.split()[1]) == (400 if request is bad else 200)
+                length = next(
+                    int(line.split(b":")[1]) for line in head.split(b"\r\n") if b"content-length" in line.lower()
+                )
+                await reader.readexactly(length)
+                waited.append(asyncio.get_running_loop().time() - started_s >= 0.4)
+            writer.close()
+    assert waited == [True, False, False, False]
+
+
 async def test_what_is_no_http_is_answered_once() -> None:
     """Bytes beyond the limit that are no request either get the one answer that says so."""
     async with listening(max_header_bytes=1024) as port:
