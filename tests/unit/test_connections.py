@@ -27,7 +27,7 @@ GET = b"GET /v1/models HTTP/1.1\r\nHost: here\r\n"
 async def listening(**limits: Any) -> AsyncIterator[int]:
     """The port of a server with these limits."""
     config = Config(model=ModelConfig(model="demo"), server=ServerConfig(**limits))
-    server = uvicorn.Server(http_config(make_app(FakeEngine()), config))
+    server = uvicorn.Server(http_config(make_app(FakeEngine(), **limits), config))
     listener = socket.create_server(("127.0.0.1", 0))
     serving = asyncio.create_task(server._serve([listener]))
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
