@@ -86,6 +86,15 @@ def test_rows_are_rounded_to_fp8(rows: int, inputs: int) -> None:
     torch.testing.assert_close(codes.float() * scales, x.float(), rtol=2**-4, atol=float(scales.max()) * 2**-9)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(bad: float) -> None:
+    """It is seen in the row that has it, and in no other."""
+    x = drawn(3, 64)
+    x[1, 5] = bad
+    codes, scales = fp8.quantise_rows(x)
+    assert (codes.float() * scales).isfinite().all(dim=1).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 16, 300])
 def test_products_in_fp8(rows: int, bias: bool) -> None:
