@@ -69,7 +69,8 @@ sanitize: $(DEV) ## tests of the native kernels under AddressSanitizer and Undef
 	  $(BIN)/python setup.py -q build_ext --inplace --force && exit $$status
 
 gpu-test: $(CUDA) ## on a GPU: that it computes, moves blocks and answers as a CPU does
-	$(GPU_ENV) $(GPU) -m pytest tests/gpu tests/unit/test_cuda_*.py tests/unit/test_flashinfer_contract.py $(ARGS)
+	$(GPU_ENV) $(GPU) -m pytest tests/gpu tests/unit/test_cuda_*.py tests/unit/test_fp8*.py tests/unit/test_flashinfer_contract.py \
+	  $(ARGS)
 
 gpu-sanitize: $(CUDA) ## the small ones of these under compute-sanitizer, each tensor in memory of its own
 	$(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all \
