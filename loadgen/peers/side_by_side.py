@@ -315,10 +315,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
     """What has a goal, of several results, as a table for the documentation."""
     lines = ["| | weights | Terrace | best peer | times as good | goal |", "|---|---|---|---|---|---|"]
-    for load, figure in _with_goals(results[0]):
+    for load, key in [(load.name, figure.key) for load in LOADS for figure in load.figures]:
         for result in results:
             for other, same in _with_goals(result):
-                if (other, same["key"]) != (load, figure["key"]):
+                if (other, same["key"]) != (load, key):
                     continue
                 best, ours = same["best_peer"], next(iter(same["medians"].values()))
                 theirs = "-" if best is None else f"{number(same['medians'][best])} {best}"
