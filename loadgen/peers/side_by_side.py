@@ -315,7 +315,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
     """What has a goal, of several results, as a table for the documentation."""
     lines = ["| | weights | Terrace | best peer | times as good | goal |", "|---|---|---|---|---|---|"]
-    for load, key in [(load.name, figure.key) for load in LOADS for figure in load.figures]:
+    for load, key in [(one.name, figure.key) for one in LOADS for figure in one.figures]:
         for result in results:
             for other, same in _with_goals(result):
                 if (other, same["key"]) != (load, key):
