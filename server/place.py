@@ -45,8 +45,8 @@ RUN_BYTES, GPU_RUN_BYTES = 2**20, 16 * 2**20
 
 class Place(Protocol):
     """`dtype`: of weights where none is asked for. `quantizations`: what can be made of them. `native`: the native CPU
-    kernels compute. `computed_by`: what does,
-    in a word or two. `run_bytes`: of neighbouring blocks, what goes in one call to a tier."""
+    kernels compute. `computed_by`: what does, in a word or two. `run_bytes`: of neighbouring blocks, what goes in one
+    call to a tier."""
 
     device: str
     dtype: DTypeName
@@ -89,9 +89,6 @@ class Cpu:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        if config.model.quantization == "fp8":
-            message = "quantization 'fp8' is for a GPU; on a CPU use --quantization w8a8"
-            raise ConfigError(message, param="model.quantization")
         self.native = use_native(config.model)
         self.quantizations: Sequence[str] = NATIVE_QUANTIZATIONS if self.native else ()
         self.computed_by = computed_by(config.model)

@@ -63,8 +63,8 @@ _HTTP_WORDS = {
 def install(app: FastAPI, refusal_delay_s: float) -> None:
     """Registers the handlers that turn exceptions of routes and of the router into error bodies.
 
-    A refusal takes half a millisecond of the loop; clients that make a connection for each bad request, one after the
-    other, get theirs `refusal_delay_s` later, and so send less of them.
+    A refusal takes time of the loop, too: clients that make a connection for each bad body, one after the other, get
+    theirs `refusal_delay_s` later, and so send fewer of them.
     """
 
     async def on_terrace(request: Request, error: Exception) -> Response:

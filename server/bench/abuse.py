@@ -243,6 +243,7 @@ class _Sink(asyncio.Protocol):
     closes the oldest."""
 
     open: ClassVar[OrderedDict[_Sink, None]] = OrderedDict()
+    delay_s: ClassVar[float] = ServerConfig().refusal_delay_s
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -263,7 +264,7 @@ class _Sink(asyncio.Protocol):
             self._left = int(head.lower().partition(b"content-length: ")[2].split()[0])
         before, self._left = self._left, self._left - len(data)
         if self._left <= 0 < before:
-            asyncio.get_running_loop().call_later(ServerConfig().refusal_delay_s, self._refuse)
+            asyncio.get_running_loop().call_later(self.delay_s, self._refuse)
 
     def _refuse(self) -> None:
         self._transport.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")

@@ -23,6 +23,9 @@ class Wanted(Protocol):
 def use_native(wanted: Wanted) -> bool:
     """Whether the native kernels compute the model. Raises ConfigError where that is asked for and cannot be."""
     kernels, quantization = wanted.kernels, wanted.quantization
+    if quantization == "fp8" and wanted.device == "cpu":
+        message = "quantization 'fp8' is for a GPU; on a CPU use --quantization w8a8"
+        raise ConfigError(message, param="model.quantization")
     found = wanted.device == "cpu" and kernels != "torch" and load() is not None
     for param, value, needs in (("kernels", kernels, kernels == "native"),
                                 ("quantization", quantization, quantization not in ("none", "fp8"))):  # fmt: skip

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
+from server.kernels.flashinfer import FP8_MAX
+
 CODE = torch.float8_e4m3fn
-MOST = torch.finfo(CODE).max
-"""The largest number that a code stands for: 448."""
 LEAST_PEAK = 1e-12
 """A row of smaller numbers is rounded as if this were its largest: its scale must not be 0."""
 STRIP = 16384
@@ -32,7 +32,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(rows, columns, dtype=CODE, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     strip = min(triton.next_power_of_2(columns), STRIP)
-    _quantise_rows[(rows,)](x, codes, scales, columns, x.stride(0), MOST, LEAST_PEAK, STRIP=strip, num_warps=8)
+    _quantise_rows[(rows,)](x, codes, scales, columns, x.stride(0), FP8_MAX, LEAST_PEAK, STRIP=strip, num_warps=8)
     return codes, scales
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from server.errors import ConfigError
+from server.kernels.flashinfer import FP8_MAX
 from server.models.layers import Gated, Linear, Rotary, TorchParts
 from server.types import ModelGeometry
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from server.models.quantized import RowCodes
 
 CODE = torch.float8_e4m3fn
-MOST = torch.finfo(CODE).max
 TILE = 16
 """Tensor cores take inputs and outputs by as many."""
 
@@ -78,8 +78,8 @@ class Fp8Rows:
 
     def copy_(self, values: Tensor) -> None:
         values = values.to(self.linear.codes.device, torch.float32)
-        scales = values.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny) / MOST
-        self._store((values / scales[:, None]).clamp_(-MOST, MOST).to(CODE), scales)
+        scales = values.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny) / FP8_MAX
+        self._store((values / scales[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(CODE), scales)
 
     def take(self, values: RowCodes) -> None:
         """Likewise, bit for bit."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from server.kernels.flashinfer import Operations
+from server.kernels.flashinfer import FP8_MAX, Operations
 from server.models.cuda import CudaLinear
-from server.models.fp8 import MOST, Fp8Linear
+from server.models.fp8 import Fp8Linear
 from server.models.layers import rotate
 from tests.gpu.variants import DEVICE
 
@@ -82,7 +82,7 @@ def test_rows_are_rounded_to_fp8(rows: int, inputs: int) -> None:
     """Codes times scales are the row, to half a step of e4m3; the largest number of a row is hit."""
     x = drawn(rows, inputs) * 7
     codes, scales = fp8.quantise_rows(x)
-    torch.testing.assert_close(scales, x.float().abs().amax(dim=1, keepdim=True) / MOST)
+    torch.testing.assert_close(scales, x.float().abs().amax(dim=1, keepdim=True) / FP8_MAX)
     torch.testing.assert_close(codes.float() * scales, x.float(), rtol=2**-4, atol=float(scales.max()) * 2**-9)
 
 

@@ -74,13 +74,17 @@ def _fp8(
     """With weights in fp8, each beside what it took in bf16: `plain`, by key."""
     steps = Steps(chip, sizes, make_model(chip, sizes, "fp8"), code_bytes=1)
     loop.run(steps.captured())
-    lines = [line for rows in sizes.rows for line in loop.run(steps.decode(rows, known))]
-    lines += [loop.run(steps.prefill(prompt, sizes.chunks[0], {})) for prompt in sizes.prompts]
+    for rows in sizes.rows:
+        yield from (_beside(line, plain) for line in loop.run(steps.decode(rows, known)))
+    for prompt in sizes.prompts:
+        yield _beside(loop.run(steps.prefill(prompt, sizes.chunks[0], {})), plain)
     loop.run(steps.runner.aclose())
-    for line in lines:
-        before = plain.get(line.key)
-        beside = f"; {before / line.value:.2f} x as fast as bf16" if before and line.value else ""
-        yield replace(line, key=f"fp8.{line.key}", what=f"fp8: {line.what}", note=line.note + beside)
+
+
+def _beside(line: Line, plain: Mapping[str, float | None]) -> Line:
+    before = plain.get(line.key)
+    beside = f"; {before / line.value:.2f} x as fast as bf16" if before and line.value else ""
+    return replace(line, key=f"fp8.{line.key}", what=f"fp8: {line.what}", note=line.note + beside)
 
 
 def make_model(chip: Chip, sizes: Sizes, quantization: str = "none") -> Model:
