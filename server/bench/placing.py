@@ -78,7 +78,7 @@ async def _until_there(daemon: Daemon, target: TierBooks, hashes: Sequence[Block
     for _ in range(WAITS_MAX):
         if all(map(target.has, hashes)):
             return
-        await asyncio.sleep(WAIT_S)
+        await _a_while(daemon)
     raise AssertionError(f"blocks do not get to {target.name}: {daemon.engine.snapshot().kv.hops}")
 
 
@@ -87,8 +87,13 @@ async def quiet(daemon: Daemon) -> None:
     for _ in range(WAITS_MAX):
         if not daemon.engine.kv.moving:
             return
-        await asyncio.sleep(WAIT_S)
+        await _a_while(daemon)
     raise AssertionError(f"blocks still move: {daemon.engine.snapshot().kv.hops}")
+
+
+async def _a_while(daemon: Daemon) -> None:
+    assert daemon.engine.state != "failed", "the engine failed: see its log"
+    await asyncio.sleep(WAIT_S)
 
 
 def drop(books: TierBooks, hashes: Sequence[BlockHash]) -> None:

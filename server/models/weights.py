@@ -223,7 +223,8 @@ def weights_bytes(
     native: bool = False,
 ) -> tuple[str, dict[str, int]]:
     """The flag of the precision that `load_model` would take, and what the weights would need in each, and in each of
-    the `quantizations`. Reads no weights, and takes no memory for them."""
+    the `quantizations` that can be made beside that dtype. Reads no weights, and takes no memory for them. Raises
+    ConfigError where `quantization` cannot."""
     config = load_config(folder)
     chosen = _dtype(dtype, config, () if load_format == "dummy" else checkpoint_files(folder))
     cls = model_class(config.to_dict())
@@ -233,7 +234,9 @@ def weights_bytes(
         return sum(weight.nbytes for weight in model.parameters().values())
 
     sizes = {f"--dtype {name}": needed(kind, "none") for name, kind in DTYPES.items()}
-    sizes |= {f"--quantization {name}": needed(chosen, name) for name in quantizations}
+    # fp8 computes in bfloat16 alone: no way out for who asked for another dtype.
+    able = [name for name in quantizations if name in (quantization, *NATIVE_QUANTIZATIONS) or chosen == torch.bfloat16]
+    sizes |= {f"--quantization {name}": needed(chosen, name) for name in able}
     (name,) = (name for name, kind in DTYPES.items() if kind == chosen)
     return f"--dtype {name}" if quantization == "none" else f"--quantization {quantization}", sizes
 

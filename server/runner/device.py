@@ -14,6 +14,7 @@ been made. So a buffer that is still being copied cannot be overwritten, however
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,8 +58,9 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A graph of what `work` does on the device; calling it does that again, on the same memory. `work` runs at
-        least once before. All graphs share the memory of what lives only while they run: one at a time, in order."""
+        """A graph of what `work` does on the device; calling it does that again, on the same memory, which `work`
+        keeps: whoever has the graph has that, too. `work` runs at least once before. All graphs share the memory of what
+        lives only while they run: one at a time, in order."""
         ...
 
     def synchronise(self) -> None:
@@ -114,7 +116,7 @@ class CudaDevice:
         with torch.cuda.graph(graph, pool=pool, stream=self._compute, capture_error_mode="thread_local"):
             work()
         self._graphs.append(graph)
-        return graph.replay
+        return _Replay(graph, work)
 
     def synchronise(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -122,6 +124,17 @@ class CudaDevice:
     def used_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A graph knows addresses: the tensors that lie there live as long as the work that reads and writes them."""
+
+    graph: torch.cuda.CUDAGraph
+    work: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class CudaDownload:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from server.errors import ConfigError
 from server.kernels.native import load
 from server.models.quantized import SCHEMES, float_tensors, scheme_of
-from server.models.weights import NATIVE_QUANTIZATIONS, load_model, weights_bytes
+from server.models.weights import NATIVE_QUANTIZATIONS, DTypeName, load_model, weights_bytes
 from tests.numeric.conftest import Checkpoint
 from tests.numeric.families import Paged
 from tests.numeric.test_models import random_tokens
@@ -499,6 +499,16 @@ def test_sizes(make: Make, quantization: str, packs: bool, caplog: pytest.LogCap
     (line,) = [record.getMessage() for record in caplog.records if "quantised" in record.getMessage()]
     assert "awq" in line
     assert ("bfloat16" if quantization == "none" else quantization) in line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sizes_beside_what_fp8_cannot_be(make: Make, dtype: DTypeName) -> None:
+    """Where weights could be fp8 but for their dtype, its size is not offered; asked for, it is refused."""
+    folder = make("awq").plain
+    assert "--quantization fp8" in weights_bytes(folder, "bfloat16", "auto", "none", ("fp8",))[1]
+    assert "--quantization fp8" not in weights_bytes(folder, dtype, "auto", "none", ("fp8",))[1]
+    with pytest.raises(ConfigError, match="--dtype bfloat16"):
+        weights_bytes(folder, dtype, "auto", "fp8", ("fp8",))
 
 
 def test_dtype_of_a_silent_config(make: Make) -> None:

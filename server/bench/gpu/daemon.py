@@ -1,4 +1,4 @@
-"""The daemon as it is, with three tiers: hits against computing, from where on loading pays, serving over HTTP.
+"""The daemon as it is, with two tiers and with three: hits against computing, from where on loading pays, serving over HTTP.
 
 In this process but for the client of the streams; the model is Llama-3-8B's shape with random weights. What the planner
 chooses is measured as it chooses; for the break-even it is forced.
@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
@@ -38,10 +38,12 @@ from server.types import DRAM, SSD, SamplingParams, TierName
 SUFFIX_TOKENS = 8
 """Behind a prefix, less than a block."""
 ROUNDS = 3
-SETTLE = 3
+SETTLE = 2
 """Requests from which the planner learns what the disk is like now."""
 SHORT_TOKENS = 64
 UNLIMITED = float("inf")
+
+Measured = Callable[[Daemon, "_Hits", Sizes], AsyncIterator[Line]]
 
 
 def run(chip: Chip, sizes: Sizes, known: Mapping[str, float]) -> Iterator[Line]:
@@ -51,45 +53,59 @@ def run(chip: Chip, sizes: Sizes, known: Mapping[str, float]) -> Iterator[Line]:
         asyncio.Runner() as loop,
     ):
         sizes.shape.write(Path(folder), str(chip.dtype).removeprefix("torch."))
-        config, io = _config(chip, sizes, folder, Path(disk)), SlowIo()
-        daemon = build(config, disk=io, place=chip.place(config))
-        lines = measured(daemon, io, sizes)
-        while (line := loop.run(_next(lines))) is not None:
-            yield line
+        for ssd, measured in ((None, _in_memory), (Path(disk), _on_ssd)):
+            yield from _of_one(chip, sizes, _config(chip, sizes, folder, ssd), measured, loop)
+            chip.release()
+
+
+def _of_one(chip: Chip, sizes: Sizes, config: Config, measured: Measured, loop: asyncio.Runner) -> Iterator[Line]:
+    """All lines of one daemon."""
+    io = SlowIo()
+    lines = _served(build(config, disk=io, place=chip.place(config)), io, sizes, measured)
+    while (line := loop.run(_next(lines))) is not None:
+        yield line
 
 
 async def _next(lines: AsyncIterator[Line]) -> Line | None:
     return await anext(lines, None)
 
 
-def _config(chip: Chip, sizes: Sizes, folder: str, disk: Path) -> Config:
+def _config(chip: Chip, sizes: Sizes, folder: str, disk: Path | None) -> Config:
     name = cast(Any, str(chip.dtype).removeprefix("torch."))
+    ssd = {} if disk is None else {"ssd_gib": sizes.ssd_gib, "ssd_path": disk, "ssd_min_free_gib": 0.0}
     return Config(
         model=ModelConfig(model=folder, load_format="dummy", device=cast(Any, chip.device), dtype=name,
                           kernels="torch"),
-        kv=KvConfig(device_gib=sizes.device_gib, dram_gib=sizes.dram_gib, ssd_gib=sizes.ssd_gib, ssd_path=disk,
-                    ssd_min_free_gib=0.0, drain_flush_s=0.0),
+        kv=KvConfig(device_gib=sizes.device_gib, dram_gib=sizes.dram_gib, drain_flush_s=0.0, **ssd),
         scheduler=SchedulerConfig(max_num_seqs=sizes.streams, max_num_batched_tokens=sizes.chunks[0]),
     )  # fmt: skip
 
 
-async def measured(daemon: Daemon, io: SlowIo, sizes: Sizes) -> AsyncIterator[Line]:
-    """All lines of one daemon."""
+async def _served(daemon: Daemon, io: SlowIo, sizes: Sizes, measured: Measured) -> AsyncIterator[Line]:
     async with serving((daemon,)):
-        seconds = daemon.startup.seconds
-        yield Line("start.weights", "random weights made and loaded", seconds["weights"], "s")
-        yield Line("start.warmup", "warm-up: kernels, decode graphs, first steps", seconds["warmup"], "s")
-        hits = _Hits(daemon, io, sizes)
-        yield await hits.from_dram()
-        yield await hits.from_ssd("ttft.ssd", UNLIMITED)
-        yield await hits.from_ssd("ttft.ssd.slow", sizes.slow_bytes_per_s)
-        for tier in (DRAM, SSD):
-            yield await hits.break_even(tier)
-        for line in await _host(daemon, sizes):
+        async for line in measured(daemon, _Hits(daemon, io, sizes), sizes):
             yield line
-        yield await _compared(daemon, sizes)
-        for line in await _streams(daemon, sizes):
-            yield line
+
+
+async def _in_memory(daemon: Daemon, hits: _Hits, sizes: Sizes) -> AsyncIterator[Line]:
+    """With device and DRAM: a disk takes minutes for what these hold, and would be measured with them."""
+    seconds = daemon.startup.seconds
+    yield Line("start.weights", "random weights made and loaded", seconds["weights"], "s")
+    yield Line("start.warmup", "warm-up: kernels, decode graphs, first steps", seconds["warmup"], "s")
+    yield await hits.from_dram()
+    for line in await _host(daemon, sizes):
+        yield line
+    yield await _compared(daemon, sizes)
+    for line in await _streams(daemon, sizes):
+        yield line
+    yield await hits.break_even(DRAM)
+
+
+async def _on_ssd(daemon: Daemon, hits: _Hits, sizes: Sizes) -> AsyncIterator[Line]:
+    """With all three tiers."""
+    yield await hits.from_ssd("ttft.ssd", UNLIMITED)
+    yield await hits.from_ssd("ttft.ssd.slow", sizes.slow_bytes_per_s)
+    yield await hits.break_even(SSD)
 
 
 # --- hits ------------------------------------------------------------------------------------------------------------
