@@ -58,9 +58,9 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A graph of what `work` does on the device; calling it does that again, on the same memory, which `work`
-        keeps: whoever has the graph has that, too. `work` runs at least once before. All graphs share the memory of what
-        lives only while they run: one at a time, in order."""
+        """A graph of what `work` does on the device; calling it does that again, on the same memory: what is returned
+        keeps `work`, which keeps that. `work` runs at least once before. All graphs share the memory of what lives only
+        while they run: one at a time, in order."""
         ...
 
     def synchronise(self) -> None:

@@ -1,4 +1,4 @@
-"""The daemon as it is, with two tiers and with three: hits against computing, from where on loading pays, serving over HTTP.
+"""The daemon as it is, with two tiers and with three: hits against computing, when loading begins to pay, serving.
 
 In this process but for the client of the streams; the model is Llama-3-8B's shape with random weights. What the planner
 chooses is measured as it chooses; for the break-even it is forced.
