@@ -72,11 +72,12 @@ async def _next(lines: AsyncIterator[Line]) -> Line | None:
 
 def _config(chip: Chip, sizes: Sizes, folder: str, disk: Path | None) -> Config:
     name = cast(Any, str(chip.dtype).removeprefix("torch."))
-    ssd = {} if disk is None else {"ssd_gib": sizes.ssd_gib, "ssd_path": disk, "ssd_min_free_gib": 0.0}
+    ssd_gib = 0.0 if disk is None else sizes.ssd_gib
     return Config(
         model=ModelConfig(model=folder, load_format="dummy", device=cast(Any, chip.device), dtype=name,
                           kernels="torch"),
-        kv=KvConfig(device_gib=sizes.device_gib, dram_gib=sizes.dram_gib, drain_flush_s=0.0, **ssd),
+        kv=KvConfig(device_gib=sizes.device_gib, dram_gib=sizes.dram_gib, ssd_gib=ssd_gib, ssd_path=disk,
+                    ssd_min_free_gib=0.0, drain_flush_s=0.0),
         scheduler=SchedulerConfig(max_num_seqs=sizes.streams, max_num_batched_tokens=sizes.chunks[0]),
     )  # fmt: skip
 
