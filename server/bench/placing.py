@@ -53,7 +53,9 @@ async def first_token_s(daemon: Daemon, prompt: Sequence[int]) -> tuple[float, i
     started = time.perf_counter()
     stream = daemon.engine.submit(GenerateSpec(prompt, SamplingParams(1, temperature=0.0)))
     try:
-        async for _ in stream:
+        async for events in stream:
+            if all(event.token is None for event in events):
+                break
             return time.perf_counter() - started, stream.cached_tokens or 0
     finally:
         stream.close()

@@ -154,6 +154,8 @@ class Decoder:
             attended = attention.run(index, *layer.heads(layer.qkv(layer.attention_norm(x)), cos, sin))
             # Past the last cache write only the wanted rows matter: a prefill chunk saves most of a layer.
             if index == last:
+                if not len(wanted):  # of a prompt that goes on in the next step: kernels refuse to do nothing
+                    return x[:0]
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
             x = layer.output.add_to(attended, x)
             x = layer.down.add_to(layer.gate_up(layer.mlp_norm(x)), x)

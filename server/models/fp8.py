@@ -42,13 +42,16 @@ class Fp8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [tokens, in] -> [tokens, out]."""
-        from server.kernels import fp8  # needs Triton, which only builds of torch for a GPU have
-
-        return fp8.product(*fp8.quantise_rows(x), self.codes, self.scales, self.bias)
+        return self._product(x, None)
 
     def add_to(self, x: Tensor, onto: Tensor) -> Tensor:
         """`onto` + the layer's result, in place."""
-        return onto.add_(self(x))
+        return self._product(x, onto)
+
+    def _product(self, x: Tensor, onto: Tensor | None) -> Tensor:
+        from server.kernels import fp8  # needs Triton, which only builds of torch for a GPU have
+
+        return fp8.product(*fp8.quantise_rows(x), self.codes, self.scales, self.bias, onto)
 
     def part(self, first: int, outputs: int) -> Fp8Rows:
         return Fp8Rows(self, first, outputs)

@@ -94,6 +94,16 @@ async def test_bf16_writes_what_is_sure(prompts: list[list[int]], reference: Sco
         assert daemon.runner.host_work.graph_steps > 0
 
 
+async def test_prompts_in_pieces(prompts: list[list[int]], reference: Scored) -> None:
+    """Prompts that take several steps, of which only the last one samples, write what is sure, too."""
+    answers, _, _ = reference
+    async with running(**BF16, scheduler__max_num_batched_tokens=64, scheduler__max_num_seqs=8) as daemon:
+        found = await complete_all(daemon, prompts, GREEDY)
+    for answer, one in zip(answers, found, strict=True):
+        sure = sure_tokens(answer, BOUND)
+        assert one[: len(sure)] == sure
+
+
 async def test_fp8_weights_still_recall(prompts: list[list[int]], reference: Scored) -> None:
     """With weights and their inputs in fp8 likewise."""
     answers, _, _ = reference

@@ -96,9 +96,9 @@ def test_what_is_no_number_stays_none(bad: float) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 5, 16, 300])
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 64, 65, 300])
 def test_products_in_fp8(rows: int, bias: bool) -> None:
-    """They are those of the rounded numbers, and `add_to` adds them in place."""
+    """They are those of the rounded numbers, whether Triton or torch multiplies, and `add_to` adds them in place."""
     linear = Fp8Linear(4096, 1024, bias, DEVICE)
     linear.part(0, 1024).copy_(drawn(1024, 4096) / 64)
     if linear.bias is not None:
@@ -106,8 +106,10 @@ def test_products_in_fp8(rows: int, bias: bool) -> None:
     x, onto = drawn(rows, 4096), drawn(rows, 1024)
     codes, scales = fp8.quantise_rows(x)
     weight = linear.codes.float() * linear.scales.t()
-    expected = (codes.float() * scales) @ weight.t() + (0 if linear.bias is None else linear.bias.float())
-    close(linear(x), expected)
+    product = (codes.float() * scales) @ weight.t()
+    expected = product + (0 if linear.bias is None else linear.bias.float())
+    bound = RELATIVE * (1 + product.abs())  # torch rounds the product, then adds the bias
+    assert ((linear(x).float() - expected).abs() <= bound + RELATIVE * expected.abs()).all()
     residual = onto.float()
     assert linear.add_to(x, onto) is onto
-    close(onto, residual + expected)
+    assert ((onto.float() - residual - expected).abs() <= bound + RELATIVE * (residual + expected).abs()).all()

@@ -143,8 +143,11 @@ class Paged:
         self.free = np.random.default_rng(0).permutation(self.frames).tolist()
         self.attention: AttentionBackend = resolve("attention backend", BACKENDS, self.backend)(arena, g)
 
-    def step(self, rows: Sequence[tuple[int, int, Sequence[int]]], *, everywhere: bool = False) -> Tensor:
-        """Feeds rows of (sequence, start, tokens). Logits after each row's last token, or after every token."""
+    def step(
+        self, rows: Sequence[tuple[int, int, Sequence[int]]], *, everywhere: bool = False, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Feeds rows of (sequence, start, tokens). Logits after each row's last token, after every token, or after
+        those that are wanted."""
         lengths = [len(tokens) for _, _, tokens in rows]
         bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         starts = np.array([start for _, start, _ in rows], np.int32)
@@ -153,7 +156,8 @@ class Paged:
         self.attention.plan(AttentionBatch(bounds, starts, contexts, tables))
         tokens = torch.tensor([token for row in rows for token in row[2]])
         positions = torch.cat([torch.arange(start, start + len(row)) for _, start, row in rows])
-        wanted = torch.arange(len(tokens)) if everywhere else torch.from_numpy(bounds[1:].astype(np.int64) - 1)
+        if wanted is None:
+            wanted = torch.arange(len(tokens)) if everywhere else torch.from_numpy(bounds[1:].astype(np.int64) - 1)
         return self.model.logits(self.model.forward(tokens, positions, self.attention, wanted))
 
     def logits(self, tokens: Sequence[int], chunk: int) -> Tensor:

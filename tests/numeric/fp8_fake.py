@@ -14,10 +14,18 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scales).clamp(-448, 448).to(CODE), scales
 
 
-def product(codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
+def product(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    onto: Tensor | None = None,
+) -> Tensor:
     assert weight.dtype == CODE
     assert scales.shape == (len(codes), 1)
     assert weight_scales.shape == (1, len(weight))
     assert weight.is_contiguous()
     out = (codes.float() @ weight.float().t()) * scales * weight_scales
-    return (out if bias is None else out + bias.float()).to(torch.bfloat16)
+    out = out if bias is None else out + bias.float()
+    return out.to(torch.bfloat16) if onto is None else onto.copy_(onto.float() + out)

@@ -9,6 +9,7 @@ import torch
 
 from server.kernels.native import load
 from server.models import MODELS
+from server.models.layers import RMSNorm
 from server.models.weights import DTypeName, load_model
 from tests.numeric.conftest import Checkpoint
 from tests.numeric.families import FAMILIES, VARIANTS, VOCAB, Paged
@@ -141,3 +142,22 @@ def test_only_wanted_rows(checkpoint: Checkpoint) -> None:
     nothing = model.logits(model.forward(tokens, positions, paged.attention, torch.empty(0, dtype=torch.int64)))
     assert nothing.shape == (0, VOCAB)
     assert nothing.dtype == torch.float32
+
+
+def test_nothing_is_computed_of_no_rows(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chunk of which nothing is wanted, what follows the last layer's keys and values is left out: kernels of a
+    GPU refuse to work on no rows. What comes after it finds them all."""
+    folder, _ = checkpoint("qwen2")
+    model, rows, norm = load_model(folder), list[int](), RMSNorm.__call__
+    tokens = random_tokens(12, seed=7)
+    expected = Paged(model).logits(tokens, 12)[-1]
+
+    def counted(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return norm(self, x)
+
+    monkeypatch.setattr(RMSNorm, "__call__", counted)
+    paged = Paged(model)
+    assert len(paged.step([(0, 0, tokens[:8])], wanted=torch.empty(0, dtype=torch.int64))) == 0
+    assert rows == [8] * (2 * model.geometry.layers - 1)
+    torch.testing.assert_close(paged.step([(0, 8, tokens[8:])])[-1], expected, rtol=0, atol=1e-5)

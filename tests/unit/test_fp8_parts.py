@@ -92,9 +92,9 @@ def test_a_product_is_added_in_place() -> None:
     assert linear.bias is not None
     linear.bias.normal_()
     x, onto = torch.randn(3, 32).to(torch.bfloat16), torch.randn(3, 16).to(torch.bfloat16)
-    expected = onto + linear(x)
+    expected = onto.float() + linear(x).float()
     assert linear.add_to(x, onto) is onto
-    assert torch.equal(onto, expected)
+    torch.testing.assert_close(onto.float(), expected, rtol=2**-8, atol=2**-6)  # it may be rounded once, or twice
 
 
 @pytest.mark.parametrize("shape", [(60, 32), (64, 24)])

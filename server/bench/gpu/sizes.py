@@ -139,10 +139,10 @@ LLAMA_8B = Shape(
     layers=32, hidden=4096, inner=14336, heads=32, kv_heads=8, head_dim=128, vocab=128_256, positions=65_536
 )  # fmt: skip
 FULL = Sizes(
-    shape=LLAMA_8B, times=20, memory_gib=4, matrix=8192, link_gib=4, pinned_gib=8, disk_gib=2, pool_gib=24,
+    shape=LLAMA_8B, times=20, memory_gib=4, matrix=8192, link_gib=4, pinned_gib=4, disk_gib=1, pool_gib=24,
     block_tokens=(16, 64), rows=(1, 32, 128), contexts=(2048, 8192), prefixes=(0, 8192, 32_768), chunks=(2048, 8192),
     prompts=(2048, 8192, 32_768), steps=300, moving_gib=1, device_gib=24, dram_gib=12, ssd_gib=12, prefix=32_768,
-    ssd_prefix=4096, slow_bytes_per_s=0.5e9, lengths=(32, 64, 128, 256, 512, 1024, 2048), streams=256, output=400,
+    ssd_prefix=4096, slow_bytes_per_s=0.5e9, lengths=(32, 64, 128, 256, 512, 1024, 2048), streams=256, output=200,
     peer_requests=32, peer_prompt=512, peer_output=64,
 )  # fmt: skip
 DRY = Sizes(
