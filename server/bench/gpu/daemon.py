@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ import uvicorn
 
 from server.api.app import create_app
 from server.bench.gpu.chip import Chip
-from server.bench.gpu.lines import Line
+from server.bench.gpu.lines import Line, failed
 from server.bench.gpu.sizes import Sizes
 from server.bench.placing import drop, first_token_s, place, prefer_loading, quiet, serving
 from server.bench.streaming import PROMPT, read_streams, stream
@@ -93,20 +93,36 @@ async def _in_memory(daemon: Daemon, hits: _Hits, sizes: Sizes) -> AsyncIterator
     seconds = daemon.startup.seconds
     yield Line("start.weights", "random weights made and loaded", seconds["weights"], "s")
     yield Line("start.warmup", "warm-up: kernels, decode graphs, first steps", seconds["warmup"], "s")
-    yield await hits.from_dram()
-    for line in await _host(daemon, sizes):
-        yield line
-    yield await _compared(daemon, sizes)
-    for line in await _streams(daemon, sizes):
-        yield line
-    yield await hits.break_even(DRAM)
+    wanted = (
+        ("ttft.dram", "TTFT from DRAM", hits.from_dram()),
+        ("engine.host", "threads of a step", _host(daemon, sizes)),
+        ("load.terrace", load_says(sizes), _compared(daemon, sizes)),
+        ("http", "streams over HTTP", _streams(daemon, sizes)),
+        ("break-even.dram", "shortest prefix that DRAM loads as fast as it is computed", hits.break_even(DRAM)),
+    )
+    for key, what, work in wanted:
+        for line in await _tried(key, what, work):
+            yield line
 
 
 async def _on_ssd(daemon: Daemon, hits: _Hits, sizes: Sizes) -> AsyncIterator[Line]:
     """With all three tiers."""
-    yield await hits.from_ssd("ttft.ssd", UNLIMITED)
-    yield await hits.from_ssd("ttft.ssd.slow", sizes.slow_bytes_per_s)
-    yield await hits.break_even(SSD)
+    wanted = (
+        ("ttft.ssd", "TTFT from SSD", hits.from_ssd("ttft.ssd", UNLIMITED)),
+        ("ttft.ssd.slow", "TTFT from a slow SSD", hits.from_ssd("ttft.ssd.slow", sizes.slow_bytes_per_s)),
+        ("break-even.ssd", "shortest prefix that SSD loads as fast as it is computed", hits.break_even(SSD)),
+    )
+    for key, what, work in wanted:
+        for line in await _tried(key, what, work):
+            yield line
+
+
+async def _tried(key: str, what: str, work: Awaitable[list[Line]]) -> list[Line]:
+    """Its lines, or one that says why there are none."""
+    try:
+        return await work
+    except Exception as error:  # noqa: BLE001 - whatever one measurement meets, the others go on
+        return [failed(key, what, "", error)]
 
 
 # --- hits ------------------------------------------------------------------------------------------------------------
@@ -117,17 +133,17 @@ class _Hits:
         self._daemon, self._io, self._sizes = daemon, io, sizes
         self._random = torch.Generator().manual_seed(0)
 
-    async def from_dram(self) -> Line:
+    async def from_dram(self) -> list[Line]:
         cold, hit, served = await self._pairs(self._sizes.prefix, DRAM, UNLIMITED)
-        return _ttft("ttft.dram", f"{self._sizes.prefix:,} tokens from DRAM", cold, hit, served)
+        return [_ttft("ttft.dram", f"{self._sizes.prefix:,} tokens from DRAM", cold, hit, served)]
 
-    async def from_ssd(self, key: str, rate: float) -> Line:
+    async def from_ssd(self, key: str, rate: float) -> list[Line]:
         length = self._sizes.ssd_prefix
         for _ in range(SETTLE):
             await self._hit(self._tokens(length), SSD, rate, probe=True)
         cold, hit, served = await self._pairs(length, SSD, rate)
         disk = "" if rate == UNLIMITED else f" at {rate / 1e9:g} GB/s"
-        return _ttft(key, f"{length:,} tokens from SSD{disk}", cold, hit, served)
+        return [_ttft(key, f"{length:,} tokens from SSD{disk}", cold, hit, served)]
 
     async def _pairs(self, length: int, tier: TierName, rate: float) -> tuple[list[float], list[float], int]:
         """Seconds to the first token computed and found, in turns, and tokens that were served, in the mean."""
@@ -151,7 +167,7 @@ class _Hits:
         await quiet(self._daemon)
         return found
 
-    async def break_even(self, tier: TierName) -> Line:
+    async def break_even(self, tier: TierName) -> list[Line]:
         """The shortest prefix that is loaded as fast as computed, measured beside what the planner reckons."""
         planner, found = self._daemon.engine.kv.planner, {}
         for length in self._sizes.lengths:
@@ -174,7 +190,7 @@ class _Hits:
         note = f"the planner reckons {reckoned:,}" if reckoned else "the planner reckons none of these"
         what = f"shortest prefix that {tier} loads as fast as it is computed"
         raw = {"load_and_compute_s": found, "reckoned": reckoned}
-        return Line(f"break-even.{tier}", what, pays, "tokens", note=note, raw=raw)
+        return [Line(f"break-even.{tier}", what, pays, "tokens", note=note, raw=raw)]
 
     def _reckoned(self, level: int) -> int | None:
         planner, size = self._daemon.engine.kv.planner, self._daemon.engine.kv.layout.block_tokens
@@ -236,12 +252,12 @@ async def _rate(daemon: Daemon, prompts: Sequence[Sequence[int]], output: int) -
     return tokens / (time.perf_counter() - started_s)
 
 
-async def _compared(daemon: Daemon, sizes: Sizes) -> Line:
+async def _compared(daemon: Daemon, sizes: Sizes) -> list[Line]:
     """The load that transformers get, too."""
     prompts = [[3 + row] * sizes.peer_prompt for row in range(sizes.peer_requests)]
     await _rate(daemon, [[2 + row, *prompt[1:]] for row, prompt in enumerate(prompts)], 2)
     rate = await _rate(daemon, prompts, sizes.peer_output)
-    return Line("load.terrace", load_says(sizes), rate, "tok/s")
+    return [Line("load.terrace", load_says(sizes), rate, "tok/s")]
 
 
 def load_says(sizes: Sizes) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from server.bench.gpu.chip import Chip
-from server.bench.gpu.lines import Line
+from server.bench.gpu.lines import Line, failed
 from server.bench.gpu.sizes import GIB, Sizes
 from server.bench.gpu.steps import make_model
 from server.kernels.attention import AttentionBackend, AttentionBatch
@@ -111,7 +111,7 @@ def _attempted(chip: Chip, key: str, what: str, unit: str, measure: Callable[[],
     try:
         return measure()
     except Exception as error:  # noqa: BLE001 - libraries raise what they like
-        return Line(key, what, None, unit, note=f"failed: {type(error).__name__}: {error}".split("\n")[0][:160])
+        return failed(key, what, unit, error)
 
 
 def _decode(chip: Chip, sizes: Sizes, case: Decode, known: Mapping[str, float]) -> Line:

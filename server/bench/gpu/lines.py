@@ -39,6 +39,11 @@ class Line:
         return self.value if self.share is None else self.share
 
 
+def failed(key: str, what: str, unit: str, error: Exception) -> Line:
+    """In place of a figure that could not be had: the others go on."""
+    return Line(key, what, None, unit, note=f"failed: {type(error).__name__}: {error}".split("\n")[0][:160])
+
+
 @dataclass(frozen=True)
 class Goal:
     """The line `key` must be at least `limit`, or at most that."""
