@@ -17,6 +17,7 @@ import torch
 from server.bench.gpu import lines, parts
 from server.bench.gpu.chip import Chip, Gpu, StandIn
 from server.bench.gpu.sizes import DRY, FULL
+from server.config import ServerConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +56,7 @@ def _chip(*, dry: bool) -> Chip:
 
 
 def _alone(part: parts.Part, *, dry: bool) -> int:
+    sys.setswitchinterval(ServerConfig().switch_interval_s)  # as `terrace serve` does
     known = json.loads(sys.stdin.read() or "{}")
     problem = parts.here(_chip(dry=dry), DRY if dry else FULL, part, known, parts.say)
     sys.stderr.write(f"{problem.removeprefix('failed: ')}\n" if problem else "")
@@ -69,12 +71,26 @@ def _all(chosen: Sequence[parts.Part], args: argparse.Namespace) -> int:
         table.part(part.name)
         return parts.apart([*own, part.name], budget_s, known, take)
 
-    found, outcomes = parts.measure(chosen, launch, time.monotonic, table.line, table.outcome, args.limit_s)
+    facts = _chip(dry=args.dry).facts()
+    found, outcomes = list[lines.Line](), list[lines.Outcome]()
+
+    def keep() -> Path:
+        return lines.save(lines.document(facts, wanted, found, outcomes, dry=args.dry, commit=args.commit), args.output)
+
+    def show(line: lines.Line) -> None:
+        found.append(line)
+        table.line(line)
+        if args.save:  # what was found is kept, whatever ends the run
+            keep()
+
+    def ended(outcome: lines.Outcome) -> None:
+        outcomes.append(outcome)
+        table.outcome(outcome)
+
+    parts.measure(chosen, launch, time.monotonic, show, ended, args.limit_s)
     missed = table.verdict(wanted, found)
     if args.save:
-        facts = _chip(dry=args.dry).facts()
-        kept = lines.document(facts, wanted, found, outcomes, dry=args.dry, commit=args.commit)
-        sys.stdout.write(f"result: {lines.save(kept, args.output)}\n")
+        sys.stdout.write(f"result: {keep()}\n")
     return 1 if missed and not args.dry else 0
 
 

@@ -70,7 +70,7 @@ def goals(sizes: Sizes) -> list[Goal]:
     context = sizes.contexts[0]
     return [
         Goal("tier.up", "DRAM to device through the tier, of the link", 0.85),
-        *(Goal(f"decode.{rows}", f"decode of {rows} rows at {context:,} tokens, of the roofline", 0.8)
+        *(Goal(f"decode.{rows}", f"decode of {rows} rows from {context:,} tokens on, of the roofline", 0.8)
           for rows in sizes.rows),
         Goal("decode.launch", f"device thread per decode step of {sizes.rows[-1]} rows, ms", 1.0, least=False),
         Goal("decode.moving", "p99 between tokens while blocks come and go, times that in quiet", 1.05, least=False),

@@ -135,13 +135,14 @@ class Steps:
         graphs, launch_s = work.graph_steps, work.launch_s
         gaps = await self._gaps(rows)
         tpot_s, steps = median(gaps), WARM_STEPS + sizes.steps
-        size = sizes.shape.decode_bytes(rows, context, self._chip.dtype.itemsize, self._code_bytes)
+        middle = context + WARM_STEPS + sizes.steps // 2  # what the median step has behind it
+        size = sizes.shape.decode_bytes(rows, middle, self._chip.dtype.itemsize, self._code_bytes)
         share, least = None, ""
         if "memory" in known:
             least_s = size / (known["memory"] * 1e9)
             share, least = least_s / tpot_s, f"roofline {least_s * 1e3:.2f} ms, "
         note = f"{least}{rows / tpot_s:,.0f} tok/s, {work.graph_steps - graphs} of {steps} steps were replays"
-        what = f"decode of {rows} rows at {context:,} tokens"
+        what = f"decode of {rows} rows from {context:,} tokens on"
         lines = [
             Line(f"decode.{rows}", what, tpot_s * 1e3, "ms", share, note, raw={"gaps_s": gaps, "bytes": size}),
         ]
