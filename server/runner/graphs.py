@@ -3,10 +3,10 @@
 Knows buckets of rows and the memory that captured steps read and write; refuses to know requests, sampling and what a
 graph is. Device thread only.
 
-**Cost.** A launch takes the host about 5 us; 32 layers make some 400 of them, 2 ms, where reading 16 GB of weights takes
-3.5. A replay is one launch. In return a graph reads fixed memory: a step is padded to the next bucket, by up to 7 rows of
-one token each, and logits are copied once (0.1 ms for 256 rows of 128k tokens). On an H200 the 19 graphs of up to 128
-rows of an 8B model take 1.3 s and 0.04 GiB.
+**Cost.** A launch takes the host about 5 us; 32 layers make some 400 of them, 2 ms, where reading 16 GB of weights
+takes 3.5. A replay is one launch. In return a graph reads fixed memory: a step is padded to the next bucket, by up to 7
+rows of one token each, and logits are copied once (0.1 ms for 256 rows of 128k tokens). On an H200 the 19 graphs of up
+to 128 rows of an 8B model take 1.3 s and 0.04 GiB.
 """
 
 from __future__ import annotations
