@@ -5,7 +5,7 @@
 #include "linear.h"
 
 enum {
-    CHUNK_MOST = 256, /* rows: what a thread makes of them fits its second-level cache */
+    CHUNK_MOST = 128, /* rows: what a thread makes of them fits its second-level cache */
     CHUNK_LEAST = 96, /* fewer do not pay for reading the weights anew */
     CHUNKS_EACH = 2,  /* for each thread at least, where there are rows enough: threads are not equally fast */
 };
