@@ -56,12 +56,16 @@ class AttentionBatch:
 
     def places(self, block_tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Where the fed tokens go: the frame of each and its offset there, int32 [tokens] each."""
+        if self.tokens == self.rows:  # one token each
+            blocks, offsets = np.divmod(self.starts, np.int32(block_tokens))
+            frames = [table[block] for table, block in zip(self.frames, blocks.tolist(), strict=True)]
+            return np.array(frames, np.int32), offsets
         lengths = np.diff(self.query_starts)
         positions = np.arange(self.tokens, dtype=np.int32) + np.repeat(self.starts - self.query_starts[:-1], lengths)
         blocks, offsets = np.divmod(positions, np.int32(block_tokens))
         bounds = self.query_starts.tolist()
-        frames = [table[blocks[a:b]] for table, a, b in zip(self.frames, bounds, bounds[1:], strict=False)]
-        return np.concatenate(frames), offsets
+        pieces = [table[blocks[a:b]] for table, a, b in zip(self.frames, bounds, bounds[1:], strict=False)]
+        return np.concatenate(pieces), offsets
 
 
 class AttentionBackend(Protocol):

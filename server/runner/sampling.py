@@ -381,7 +381,8 @@ def _edits(spec: SampleSpec) -> bool:
     """Whether the row's logits change before a token is chosen."""
     params = spec.params
     restricts = bool(params.allowed_token_ids or params.bad_sequences) or params.grammar is not None
-    return restricts or bool(params.logit_bias) or spec.generated < params.min_tokens or _penalises(params)
+    early = params.min_tokens > 0 and spec.generated < params.min_tokens
+    return restricts or bool(params.logit_bias) or early or _penalises(params)
 
 
 def _completing(spec: SampleSpec) -> list[int]:

@@ -60,8 +60,8 @@ def flatten(rows: Sequence[StepRow]) -> Flat:
     flat = array("i")
     for row in rows:
         flat.extend(row.tokens)
-    lengths = np.fromiter((len(row.tokens) for row in rows), np.int32, len(rows))
-    starts = np.fromiter((row.start for row in rows), np.int32, len(rows))
+    lengths = np.array([len(row.tokens) for row in rows], np.int32)
+    starts = np.array([row.start for row in rows], np.int32)
     query_starts = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(lengths, out=query_starts[1:])
     positions = np.arange(len(flat), dtype=np.int64) + np.repeat(starts - query_starts[:-1], lengths)
@@ -93,12 +93,12 @@ def fed(rows: Sequence[StepRow], flat: Flat, before: Mapping[RequestId, int | No
     """(batch index, what `before` says of the request) of the rows that follow the step before. Raises StepFailed where
     it says nothing: that step failed, or left no token to go on with."""
     found = []
-    for i, row in enumerate(rows):
+    for first, row in zip(flat.batch.query_starts.tolist(), rows, strict=False):
         if row.follows:
             known = before.get(row.request_id)
             if known is None:
                 raise StepFailed("the step before it failed")
-            found.append((int(flat.batch.query_starts[i]), known))
+            found.append((first, known))
     return found
 
 
