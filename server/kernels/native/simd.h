@@ -212,7 +212,7 @@ INLINE float v_top(vf v) {
 #endif
 }
 
-/* 1 / x within 1 ulp, of x from 1 to 1e30; NaN stays NaN. Dividing takes three times as long. */
+/* 1 / x within 1 ulp, of x from 1 to 1e30; NaN stays NaN. Quicker than dividing. */
 INLINE vf v_inverse(vf x) {
 #if LANES == 16
     const vf r = (vf)_mm512_rcp14_ps((__m512)x);
