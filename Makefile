@@ -65,7 +65,8 @@ sanitize: $(DEV) ## tests of the native kernels under AddressSanitizer and Undef
 	CFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' $(BIN)/python setup.py -q build_ext --inplace --force
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m pytest tests/unit/test_native_linear.py tests/unit/test_native_attention.py \
-	  tests/unit/test_native_rows.py tests/numeric/test_whole_step.py $(ARGS); status=$$?; \
+	  tests/unit/test_native_rows.py tests/unit/test_native_sum.py tests/unit/test_cuda_copy.py tests/unit/test_cuda_tier.py \
+	  tests/numeric/test_whole_step.py $(ARGS); status=$$?; \
 	  $(BIN)/python setup.py -q build_ext --inplace --force && exit $$status
 
 gpu-test: $(CUDA) ## on a GPU: that it computes, moves blocks and answers as a CPU does

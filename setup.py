@@ -1,6 +1,7 @@
-"""Builds the native CPU kernels with the package: one shared library, its hot files once per instruction set.
+"""Builds the native kernels with the package: one shared library, its hot files once per instruction set.
 
-Everything else is in pyproject.toml. Without a C compiler the package installs all the same, and torch computes.
+Everything else is in pyproject.toml. Without a C compiler the package installs all the same: torch computes, and a GPU
+cannot be used.
 """
 
 import platform
@@ -18,7 +19,7 @@ COMMON = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-SOURCES = {"dispatch.c": [], "pool.c": [], "isa_baseline.c": []}
+SOURCES = {"dispatch.c": [], "pool.c": [], "transfer.c": [], "isa_baseline.c": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {"isa_avx2.c": AVX2, "isa_avx512.c": AVX512, "isa_amx.c": AMX}
 YOUNG = {"isa_amx.c"}

@@ -89,9 +89,8 @@ MIN_BLOCKS = 8
 """A device tier with fewer blocks than this serves nobody."""
 FIRST_GUESSES = ((4e9, 0.0005), (1e9, 0.002))
 """Bytes per second and latency of the two hops below the device, until they are measured."""
-IN_FLIGHT_BYTES = 64 * 2**20
 MIN_IN_FLIGHT, MAX_IN_FLIGHT = 8, 256
-"""Blocks moving at once between two tiers, per direction: this many bytes, within these bounds."""
+"""Blocks moving at once between two tiers, per direction: as many bytes as the place allows, within these bounds."""
 CALIBRATION_TOKENS = 64
 RELOADED = frozenset(
     f"server.{field}" for field in ("api_keys", "api_key_file", "admin_keys", "admin_key_file", "log_level")
@@ -236,7 +235,8 @@ def build(
     kinds = [str(model.dtype), str(kv_dtype), config.model.quantization, place.computed_by, backend]
     identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=kinds)
     with startup.timed("host_alloc"):
-        tiers, specs = _lower_tiers(config, layout, partial(place.device_tier, arena), identity, metrics, disk)
+        device = partial(place.device_tier, arena)
+        tiers, specs = _lower_tiers(config, layout, place.in_flight_bytes, device, identity, metrics, disk)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
     recorder = _recorder(config)
     if recorder is not None:
@@ -475,6 +475,7 @@ def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity
 def _lower_tiers(
     config: Config,
     layout: BlockLayout,
+    in_flight_bytes: int,
     device: Callable[[HostArena], Tier],
     identity: bytes,
     metrics: Metrics,
@@ -484,7 +485,7 @@ def _lower_tiers(
     knobs = config.kv
     if not knobs.dram_gib:
         return {}, []
-    in_flight = min(MAX_IN_FLIGHT, max(MIN_IN_FLIGHT, IN_FLIGHT_BYTES // layout.block_bytes))
+    in_flight = min(MAX_IN_FLIGHT, max(MIN_IN_FLIGHT, in_flight_bytes // layout.block_bytes))
     frames = int(knobs.dram_gib * 2**30) // layout.block_bytes
     if frames < MIN_BLOCKS:
         raise ConfigError(

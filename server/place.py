@@ -39,14 +39,17 @@ GRAPH_ROWS = 256
 """Of the largest decode step that is captured. A step of more is launched kernel by kernel, which then costs little."""
 FP8_CAPABILITY = (9, 0)
 """From which on torch multiplies fp8 with a scale for each row and each output."""
-RUN_BYTES, GPU_RUN_BYTES = 2**20, 16 * 2**20
-"""Neighbouring blocks that go in one call to a tier. A link to a GPU takes a block in less time than a call."""
+RUN_BYTES, GPU_RUN_BYTES = 2**20, 64 * 2**20
+"""Neighbouring blocks that go in one call to a tier. A link to a GPU takes a block in less time than a call, and the
+threads of its tier share the blocks of one."""
+IN_FLIGHT_BYTES, GPU_IN_FLIGHT_BYTES = 64 * 2**20, 256 * 2**20
+"""Blocks moving at once between two tiers, per direction: a few calls."""
 
 
 class Place(Protocol):
     """`dtype`: of weights where none is asked for. `quantizations`: what can be made of them. `native`: the native CPU
     kernels compute. `computed_by`: what does, in a word or two. `run_bytes`: of neighbouring blocks, what goes in one
-    call to a tier."""
+    call to a tier. `in_flight_bytes`: of blocks that move at once between two tiers, per direction."""
 
     device: str
     dtype: DTypeName
@@ -54,6 +57,7 @@ class Place(Protocol):
     native: bool
     computed_by: str
     run_bytes: int
+    in_flight_bytes: int
 
     def fit(self, name: str, weights: Mapping[str, int], precision: str) -> float:
         """GiB of the device tier. Raises ConfigError unless model `name` with its tiers fits; see
@@ -85,7 +89,7 @@ class Cpu:
     """All tiers are in the same memory; the device tier is a part of it of its own, that kernels read."""
 
     device = "cpu"
-    run_bytes = RUN_BYTES
+    run_bytes, in_flight_bytes = RUN_BYTES, IN_FLIGHT_BYTES
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -132,7 +136,7 @@ class Cuda:
     dtype: DTypeName = "auto"
     native = False
     computed_by = "cuda"
-    run_bytes = GPU_RUN_BYTES
+    run_bytes, in_flight_bytes = GPU_RUN_BYTES, GPU_IN_FLIGHT_BYTES
 
     def __init__(self, config: Config) -> None:
         import torch
@@ -198,8 +202,8 @@ class Cuda:
         from server.kvcache.tiers.cuda import CudaTier
 
         driver = Driver(arena.device.index or 0)
+        up, down = CudaCopyStream(driver, "up"), CudaCopyStream(driver, "down")
         host.register(driver)
-        up, down = (CudaCopyStream(driver, direction, host.edges) for direction in ("up", "down"))
         return CudaTier(arena, host, up, down, time.monotonic)
 
     def runner(self, model: Model, attention: AttentionBackend) -> StepRunner:

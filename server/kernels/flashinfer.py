@@ -9,9 +9,12 @@ block apart. Decode rows (one query) take the decode kernel, prefill chunks the 
 window length, over a table that begins with the oldest visible block: attention depends on distances alone, and a block
 that is not in the table cannot be read, whatever it holds.
 
-GPU memory beside the arena: `workspace_bytes` (128 MiB for Llama-3-8B), 16 MiB for each window length, and for decode
-graphs, all of them together, `max_rows` block tables for each window length (8 MiB at 256 rows of 128k tokens). Pinned
-memory: 16 MiB for each window length, and 1 MiB of each for each graph.
+GPU memory beside the arena: `workspace_bytes` (128 MiB for Llama-3-8B), 16 MiB for what is sent, 16 MiB for each window
+length, and for decode graphs, all of them together, 5 MiB and `max_rows` block tables for each window length (8 MiB at
+256 rows of 128k tokens). Pinned memory: 16 MiB, as much for each window length, and 1 MiB of each for each graph.
+
+**Plans of decode graphs go ahead.** A plan is a dozen small arrays. They are copied together, in a stream of their own,
+while the step before computes, and one kernel then puts them where the graph reads (`uploads.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 
 from server.kernels.attention import AttentionBatch
+from server.kernels.uploads import SLOTS, Uploads
 from server.types import ModelGeometry
 
 PrefillKernel = Literal["auto", "fa2", "fa3"]
@@ -85,10 +89,27 @@ def workspace_bytes(geometry: ModelGeometry, max_rows: int) -> int:
 
 
 class Host:
-    """Pinned memory, and when the copies of a plan have been made. Device thread, current stream."""
+    """What goes up for a plan, and when it has. Device thread; the current stream computes.
 
-    def __init__(self) -> None:
+    FlashInfer copies plans from pinned memory of its own, which the next plan overwrites, so that one waits for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._uploads = Uploads(device)
         self._copied = torch.cuda.Event()
+
+    @property
+    def slot(self) -> int:
+        """Which of SLOTS copies of a memory this plan may write to: a plan is written while two others are read."""
+        return self._uploads.slot
+
+    def turn(self) -> None:
+        """Another plan begins, see `Uploads`."""
+        self._uploads.turn()
+
+    def send(self, *arrays: Ints) -> list[Tensor]:
+        """On the GPU, until SLOTS more plans have begun."""
+        return self._uploads.send(arrays)
 
     def pinned(self, array: Ints) -> Tensor:
         """A copy that goes to the GPU without a wait. Torch gives the memory to nobody before the GPU has read it."""
@@ -96,13 +117,25 @@ class Host:
 
     @contextmanager
     def planning(self) -> Iterator[None]:
-        """FlashInfer copies plans from pinned memory of its own, which the next plan overwrites, so that one waits. The
-        copies lie before their step's kernels in the stream: what is waited for is at most the step before."""
+        """Plans within are copied in the current stream, to memory that the step before may read: they lie behind it,
+        and what the next plan waits for is at most that step."""
         self._copied.synchronize()
         try:
             yield
         finally:
             self._copied.record()
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Plans within are copied while the step before computes, to memory that nobody reads. The current stream finds
+        them there afterwards."""
+        self._copied.synchronize()
+        try:
+            with self._uploads.ahead:
+                yield
+        finally:
+            self._copied.record(self._uploads.stream)
+            self._uploads.arrive()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +150,14 @@ class _Table:
     def of(cls, batch: AttentionBatch, rows: npt.NDArray[np.intp], window: Window, block_tokens: int) -> _Table:
         contexts = batch.context_lens[rows]
         blocks = -(-contexts // block_tokens)
-        skipped = np.zeros_like(blocks)
-        if window is not None:
+        frames, ends = [batch.frames[row] for row in rows.tolist()], blocks.tolist()
+        if window is None:
+            skipped, seen = np.zeros_like(blocks), [table[:end] for table, end in zip(frames, ends, strict=True)]
+        else:
             skipped = np.maximum(batch.starts[rows] - window + 1, 0) // block_tokens
-        bounds = zip(rows.tolist(), skipped.tolist(), blocks.tolist(), strict=True)
-        indices = np.concatenate([batch.frames[row][first:last] for row, first, last in bounds])
+            bounds = zip(frames, skipped.tolist(), ends, strict=True)
+            seen = [table[first:end] for table, first, end in bounds]
+        indices = np.concatenate(seen)
         return cls(_indptr(blocks - skipped), contexts - (blocks - 1) * block_tokens, indices)
 
     def padded(self, rows: int, frame: int) -> _Table:
@@ -146,12 +182,14 @@ class _Places:
 
 @dataclass(frozen=True, slots=True)
 class _Fixed:
-    """What decode graphs read for the layers of one window length: memory that never moves, int32 but for `scratch`."""
+    """What decode graphs read for the layers of one window length: memory that never moves, int32. Plans are written to
+    `staging`, and copied from there by the GPU when the step before is over."""
 
     indptr: Tensor  # [max_rows + 1]
     last_page_len: Tensor  # [max_rows]
     indices: Tensor  # [max_rows * most blocks of a row]
-    scratch: Tensor  # uint8 [GRAPH_SCRATCH_BYTES]
+    scratch: Tensor  # [GRAPH_SCRATCH_BYTES / 4]
+    staging: Tensor  # [SLOTS, GRAPH_SCRATCH_BYTES / 4]
 
 
 class _Paged:
@@ -183,17 +221,16 @@ class _Paged:
                 indptr=self.zeros(self.max_rows + 1),
                 last_page_len=self.zeros(self.max_rows),
                 indices=self.zeros(self.max_rows * self.most_blocks),
-                scratch=self.zeros(GRAPH_SCRATCH_BYTES, torch.uint8),
+                scratch=self.zeros(GRAPH_SCRATCH_BYTES // 4),
+                staging=self.zeros(SLOTS * GRAPH_SCRATCH_BYTES // 4).view(SLOTS, -1),
             )
             for window in self.windows
         }
 
-    def send(self, array: Ints) -> Tensor:
-        return self.host.pinned(array).to(self.device, non_blocking=True)
-
     def places(self, batch: AttentionBatch) -> _Places:
         frames, offsets = batch.places(self.block_tokens)
-        return _Places(self.send(frames), self.send(offsets), self.send(offsets + 1), self.count(batch.tokens + 1))
+        sent_frames, sent_offsets, lengths = self.host.send(frames, offsets, offsets + 1)
+        return _Places(sent_frames, sent_offsets, lengths, self.count(batch.tokens + 1))
 
     def count(self, size: int) -> Tensor:
         return torch.arange(size, dtype=torch.int32, device=self.device)
@@ -256,7 +293,8 @@ class FlashInferAttention:
         host: Host | None = None,
     ) -> None:
         library = library or load()
-        self._paged = paged = _Paged(arena, geometry, query_dtype, max_rows, library, host or Host())
+        host = host or Host(arena.device)
+        self._paged = paged = _Paged(arena, geometry, query_dtype, max_rows, library, host)
         group = geometry.heads // geometry.kv_heads
         by_rule = paged.fp8 or group >= TENSOR_CORE_GROUP
         self._tensor_cores = by_rule if decode == "auto" else decode == "tensor-cores"
@@ -285,6 +323,7 @@ class FlashInferAttention:
         order = np.argsort(lengths != 1, kind="stable")  # decode rows first
         singles = int(np.count_nonzero(lengths == 1))
         self._parts = []
+        self._paged.host.turn()
         with self._paged.host.planning():
             self._places = self._paged.places(batch)
             self._order = self._permutation(batch, order)
@@ -319,7 +358,8 @@ class FlashInferAttention:
         tokens = np.concatenate([np.arange(bounds[row], bounds[row + 1], dtype=np.int32) for row in order.tolist()])
         back = np.empty_like(tokens)
         back[tokens] = np.arange(len(tokens), dtype=np.int32)
-        return self._paged.send(tokens), self._paged.send(back)
+        there, again = self._paged.host.send(tokens, back)
+        return there, again
 
     def _plan_decode(self, batch: AttentionBatch, rows: npt.NDArray[np.intp]) -> None:
         paged = self._paged
@@ -327,7 +367,7 @@ class FlashInferAttention:
             table = _Table.of(batch, rows, window, paged.block_tokens)
             wrapper.plan(
                 indptr=paged.host.pinned(table.indptr),
-                indices=paged.send(table.indices),
+                indices=paged.host.send(table.indices)[0],
                 last_page_len=paged.host.pinned(table.last_page_len),
                 head_dim=paged.geometry.head_dim,
                 **paged.shape(window),
@@ -341,7 +381,7 @@ class FlashInferAttention:
             wrapper.plan(
                 qo_indptr=queries,
                 paged_kv_indptr=paged.host.pinned(table.indptr),
-                paged_kv_indices=paged.send(table.indices),
+                paged_kv_indices=paged.host.send(table.indices)[0],
                 paged_kv_last_page_len=paged.host.pinned(table.last_page_len),
                 head_dim_qk=paged.geometry.head_dim,
                 causal=True,
@@ -364,11 +404,16 @@ class GraphAttention:
         self._wrappers = {window: self._wrapper(paged.fixed[window], tensor_cores) for window in paged.windows}
         self._layouts: dict[Window, list[int]] = {}
         none = _Table(np.zeros(1, np.int32), np.empty(0, np.int32), np.empty(0, np.int32))
+        table = none.padded(rows, paged.spare_frame)
+        paged.host.turn()
         with paged.host.planning():
             for window, wrapper in self._wrappers.items():
                 # The first plan loads the kernels. It takes 2 us for each row to find the longest, later ones do not.
                 wrapper.plan(
-                    **self._upload(none.padded(rows, paged.spare_frame), paged.fixed[window]), **self._shape(window)
+                    indptr=paged.host.pinned(table.indptr),
+                    indices=paged.host.send(table.indices)[0],
+                    last_page_len=paged.host.pinned(table.last_page_len),
+                    **self._shape(window),
                 )
                 self._layouts[window] = list(wrapper._plan_info)
 
@@ -376,22 +421,25 @@ class GraphAttention:
         paged, spare = self._paged, self._rows - batch.rows
         assert 0 <= spare < self._rows, f"{batch.rows} rows in a decode graph of {self._rows}"
         assert batch.tokens == batch.rows, "a decode graph takes rows of one token"
-        places = self._places
+        paged.host.turn()
         frames, offsets = batch.places(paged.block_tokens)
         frames = np.concatenate((frames, np.full(spare, paged.spare_frame, np.int32)))
         offsets = np.concatenate((offsets, np.zeros(spare, np.int32)))
-        rows = np.arange(batch.rows)
-        with paged.host.planning():
-            for array, fixed in ((frames, places.frames), (offsets, places.offsets), (offsets + 1, places.lengths)):
-                fixed.copy_(paged.host.pinned(array), non_blocking=True)
+        arrays, rows = [frames, offsets, offsets + 1], np.arange(batch.rows)
+        places = self._places
+        targets, staged = [places.frames, places.offsets, places.lengths], []
+        with paged.host.ahead():
             for window, wrapper in self._wrappers.items():
-                table = _Table.of(batch, rows, window, paged.block_tokens).padded(spare, paged.spare_frame)
-                tables = self._upload(table, paged.fixed[window])
-                paged.flashinfer.fast_decode_plan(
-                    wrapper, **tables, **self._shape(window), global_override_indptr_cpu=tables["indptr"]
-                )
-                same = list(wrapper._plan_info) == self._layouts[window]
-                assert same, "FlashInfer laid out this step otherwise than the captured one: a replay would read amiss"
+                table, fixed = _Table.of(batch, rows, window, paged.block_tokens), paged.fixed[window]
+                table = table.padded(spare, paged.spare_frame)
+                staged.append(self._replan(window, wrapper, table))
+                arrays += [table.indptr, table.last_page_len, table.indices]
+                targets += [fixed.indptr[: self._rows + 1], fixed.last_page_len[: self._rows],
+                            fixed.indices[: len(table.indices)]]  # fmt: skip
+        # One kernel for all, when the step before is over and nobody reads the memory of graphs.
+        torch._foreach_copy_(
+            targets + [paged.fixed[window].scratch for window in self._wrappers], paged.host.send(*arrays) + staged
+        )
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         paged = self._paged
@@ -408,20 +456,30 @@ class GraphAttention:
             kv_layout=LAYOUT,
             use_tensor_cores=tensor_cores,
         )
-        wrapper.reset_workspace_buffer(self._paged.workspace, fixed.scratch)  # instead of 8 MiB for each graph
+        wrapper.reset_workspace_buffer(self._paged.workspace, _bytes(fixed.scratch))  # instead of 8 MiB for each graph
         return wrapper
+
+    def _replan(self, window: Window, wrapper: Any, table: _Table) -> Tensor:
+        """Have a step planned. Returns where on the GPU its plan is copied to."""
+        paged, fixed = self._paged, self._paged.fixed[window]
+        staging = fixed.staging[paged.host.slot]
+        indptr = torch.from_numpy(table.indptr)
+        wrapper._int_workspace_buffer = _bytes(staging)  # a plan is copied there
+        paged.flashinfer.fast_decode_plan(
+            wrapper,
+            indptr=indptr,
+            indices=fixed.indices[: len(table.indices)],
+            last_page_len=torch.from_numpy(table.last_page_len),
+            global_override_indptr_cpu=indptr,
+            **self._shape(window),
+        )
+        wrapper._int_workspace_buffer = _bytes(fixed.scratch)  # what is captured reads this
+        same = list(wrapper._plan_info) == self._layouts[window]
+        assert same, "FlashInfer laid out this step otherwise than the captured one: a replay would read amiss"
+        return staging
 
     def _shape(self, window: Window) -> dict[str, Any]:
         return {"head_dim": self._paged.geometry.head_dim, **self._paged.shape(window)}
-
-    def _upload(self, table: _Table, fixed: _Fixed) -> dict[str, Tensor]:
-        """Copies a table to the memory that the graph reads. Returns what a plan takes: sizes on the host."""
-        indptr, last_page_len = self._paged.host.pinned(table.indptr), self._paged.host.pinned(table.last_page_len)
-        indices = fixed.indices[: len(table.indices)]
-        indices.copy_(self._paged.host.pinned(table.indices), non_blocking=True)
-        fixed.indptr[: self._rows + 1].copy_(indptr, non_blocking=True)
-        fixed.last_page_len[: self._rows].copy_(last_page_len, non_blocking=True)
-        return {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
 
 
 class Operations:
@@ -448,6 +506,10 @@ class Operations:
         self._library.apply_rope_with_cos_sin_cache_inplace(
             positions=rows, query=q, key=k, head_size=q.shape[-1], cos_sin_cache=angles, is_neox=True
         )
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8)
 
 
 def _indptr(lengths: npt.NDArray[np.integer]) -> Ints:

@@ -82,8 +82,8 @@ class HostArena:
         self._counting = threading.Lock()
         self._pins: Pins | None = None
         self.edges: list[int] = []
-        """Addresses where pinned ranges begin, each on the edge of a frame; empty while nothing is pinned. One copy of
-        a device must not cross such an edge."""
+        """Addresses where pinned ranges begin, each on the edge of a frame, since no copy of a device may cross one;
+        empty while nothing is pinned."""
         self._memmove = _held_memmove() if block_bytes <= HELD_BYTES else ctypes.memmove
 
     def prefault(self) -> None:
@@ -153,12 +153,11 @@ class HostArena:
         label = self._labels[frame]
         return label[1] if label is not None and label[0] == hash else None
 
-    def verify(self, frame: FrameId, hash: BlockHash) -> TierFault | None:
-        """A fault unless `frame` holds block `hash`, its bytes unchanged since they arrived."""
-        digest = self.digest_of(frame, hash)
-        if digest is None:
-            return self._refused("label", frame)
-        return None if checksum(self.view(frame)) == digest else self._refused("payload", frame)
+    def refuse(self, kind: str, frame: FrameId) -> TierFault:
+        """Count a block that may not leave `frame`, for a reason of `REFUSALS`; the fault to tell."""
+        with self._counting:
+            self.corrupt[kind] += 1
+        return TierFault("corrupt", f"host frame {frame} {REFUSALS[kind]}")
 
     # --- copies to and from other memory -----------------------------------------------------------------------------
 
@@ -172,14 +171,9 @@ class HostArena:
         holds something else or its bytes have changed since they arrived."""
         digest = self.digest_of(frame, hash)
         if digest is None:
-            return self._refused("label", frame)
+            return self.refuse("label", frame)
         same = self._copy(frame, target, self.frame_address(frame)) == digest
-        return None if same else self._refused("payload", frame)
-
-    def _refused(self, kind: str, frame: FrameId) -> TierFault:
-        with self._counting:
-            self.corrupt[kind] += 1
-        return TierFault("corrupt", f"host frame {frame} {REFUSALS[kind]}")
+        return None if same else self.refuse("payload", frame)
 
     def _copy(self, frame: FrameId, target: int, source: int) -> bytes:
         """Copy one block, of which `frame` is one end; the checksum of what is in `frame` then. Piece by piece: the sum

@@ -25,11 +25,13 @@ token. Time that the device waited for a late launch in between counts.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -96,7 +98,7 @@ class CudaRunner:
         self._attention = attention
         self._device = device
         self._clock = clock
-        self._readout = Readout(model, BlindSampler(model.geometry.vocab, device.put), device.put)
+        self._readout = Readout(model, BlindSampler(model.geometry.vocab, self._put), self._put)
         self._graph_rows = graph_rows
         self._graphs = DecodeGraphs(device, model, graph_rows)
         self._before: Launched | None = None
@@ -133,8 +135,7 @@ class CudaRunner:
         # Every block of the prompt is frame 0: what ends up there is of no consequence.
         self._attention.plan(AttentionBatch(fed, none, fed[1:], [np.zeros(tokens, np.int32)]))
         wanted = flat[: max(self._graph_rows, 1)]
-        inputs = self._device.put(np.concatenate((np.zeros_like(flat), flat, wanted)))
-        ids, positions, last = inputs.split((tokens, tokens, len(wanted)))
+        ids, positions, last = self._device.put(np.zeros_like(flat), flat, wanted)
         self._model.logits(self._model.forward(ids, positions, self._attention, last))
         self._device.synchronise()
         step = self._device.used_bytes() - before
@@ -180,11 +181,10 @@ class CudaRunner:
     def _forward(self, flat: Flat, followed: list[tuple[int, int]], before: Launched | None) -> Tensor:
         """The wanted states [m, hidden], kernel by kernel."""
         self._attention.plan(flat.batch)
-        inputs = self._device.put(np.concatenate((flat.tokens, flat.positions, flat.wanted)))
-        count = len(flat.tokens)
-        tokens, positions, wanted = inputs.split((count, count, len(flat.wanted)))
+        arrays = flat.tokens, flat.positions, flat.wanted, _sources(len(flat.tokens), followed)
+        tokens, positions, wanted, sources = self._device.put(*arrays)
         if before is not None and followed:
-            tokens = self._with_sampled(tokens, followed, before)
+            tokens = torch.cat((tokens, before.outputs.chosen)).index_select(0, sources)
         return self._model.forward(tokens, positions, self._attention, wanted)
 
     def _replay(self, graph: DecodeGraph, flat: Flat, followed: list[tuple[int, int]], before: Launched | None) -> None:
@@ -193,18 +193,15 @@ class CudaRunner:
         inputs = np.zeros(2 * graph.rows, np.int64)
         inputs[:rows] = flat.tokens
         inputs[graph.rows : graph.rows + rows] = flat.positions
-        self._device.put(inputs, graph.inputs)
+        values, sources = self._device.put(inputs, _sources(len(inputs), followed))
         if before is not None and followed:
-            graph.tokens.copy_(self._with_sampled(graph.tokens, followed, before))
+            torch.index_select(torch.cat((values, before.outputs.chosen)), 0, sources, out=graph.inputs)
+        else:
+            graph.inputs.copy_(values)
         graph.replay()
 
-    def _with_sampled(self, tokens: Tensor, followed: list[tuple[int, int]], before: Launched) -> Tensor:
-        """`tokens` [n], with those that the step before sampled in the rows that follow it; on the device."""
-        known = before.outputs.chosen
-        sources = np.arange(len(known), len(known) + len(tokens))
-        places, indices = zip(*followed, strict=True)
-        sources[list(places)] = indices
-        return torch.cat((known, tokens)).index_select(0, self._device.put(sources))
+    def _put(self, array: npt.NDArray[Any]) -> Tensor:
+        return self._device.put(array)[0]
 
     def _failure(self, error: Exception) -> TerraceError:
         """What to raise for an error of a step, once the device has nothing left to do. Any thread but the loop's."""
@@ -233,3 +230,13 @@ class CudaRunner:
             raise self._failure(error) from error
         self._failed = False
         return result
+
+
+def _sources(count: int, followed: Sequence[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """Where each of `count` values is, int64 [count], if what the step before sampled is appended to them: `followed`
+    are the places that have theirs there, with where."""
+    sources = np.arange(count)
+    if followed:
+        places, indices = zip(*followed, strict=True)
+        sources[list(places)] = np.add(indices, count)
+    return sources

@@ -7,8 +7,8 @@ downloads end when the test says so.
 who asks (`Download.wait`, `synchronise`). Downloads have a stream of their own, behind what they read: a copy that has
 to queue for the copy engine, behind blocks on their way to DRAM, does not hold up the step after it.
 
-**Pinned memory** comes from torch's allocator, which hands a buffer out again only when the copies from and to it have
-been made. So a buffer that is still being copied cannot be overwritten, however far the host runs ahead.
+**What goes up** has a stream of its own, too, ahead of the step that reads it (`server.kernels.uploads`): between two
+steps, the device would else wait for each small copy, and that for blocks on their way from DRAM.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from server.kernels.uploads import Uploads
 
 
 class Download(Protocol):
@@ -44,9 +46,9 @@ class Device(Protocol):
         """The calling thread is the one whose work, from now on, goes to this device. Waits for what others gave it."""
         ...
 
-    def put(self, values: npt.NDArray[Any], target: Tensor | None = None) -> Tensor:
-        """The values on the device, in `target` if one is given. The array is given away: it may be read until the copy
-        was made, so nobody writes to it any more."""
+    def put(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+        """The arrays on the device, for the work up to the next `download`: who wants them longer makes a copy. They
+        are given away: they may be read until that work is over, so nobody writes to them any more."""
         ...
 
     def mark(self) -> Any:
@@ -54,7 +56,8 @@ class Device(Protocol):
         ...
 
     def download(self, tensors: Sequence[Tensor], since: Any) -> Download:
-        """Start to copy to the host what the tensors hold at this point of the work. Keeps them until that is done."""
+        """Start to copy to the host what the tensors hold at this point of the work. Keeps them until that is done. The
+        end of a step."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -79,6 +82,8 @@ class CudaDevice:
         self._device = torch.device("cuda", index)
         self._compute = torch.cuda.Stream(self._device)
         self._readback = torch.cuda.Stream(self._device)
+        self._reading = torch.cuda.stream(self._readback)  # made once: it takes several microseconds
+        self._uploads = Uploads(self._device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def adopt(self) -> None:
@@ -86,11 +91,8 @@ class CudaDevice:
         torch.cuda.set_stream(self._compute)
         self.synchronise()  # weights and arena were filled on other streams
 
-    def put(self, values: npt.NDArray[Any], target: Tensor | None = None) -> Tensor:
-        host = torch.from_numpy(values).pin_memory()
-        if target is None:
-            return host.to(self._device, non_blocking=True)
-        return target.copy_(host, non_blocking=True)
+    def put(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+        return self._uploads.send(arrays)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -100,11 +102,12 @@ class CudaDevice:
     def download(self, tensors: Sequence[Tensor], since: torch.cuda.Event) -> CudaDownload:
         ready = self.mark()
         self._readback.wait_event(ready)
-        with torch.cuda.stream(self._readback):
+        with self._reading:
             arrays = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors]
             # Blocking: the waiting thread sleeps. Spinning it would wake 20 us sooner, and take a core for that.
             copied = torch.cuda.Event(blocking=True)
-            copied.record()
+            copied.record(self._readback)
+        self._uploads.turn()
         return CudaDownload(tensors, arrays, since, ready, copied)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:

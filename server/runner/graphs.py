@@ -41,10 +41,6 @@ class DecodeGraph:
     logits: Tensor  # fp32 [rows, vocab]; overwritten by the next replay of any graph
     replay: Callable[[], None]
 
-    @property
-    def tokens(self) -> Tensor:
-        return self.inputs[: self.rows]
-
 
 class DecodeGraphs:
     """The graphs for steps of up to `most` rows."""
@@ -67,8 +63,7 @@ class DecodeGraphs:
         place for inputs and one for logits, as they never run at the same time.
         """
         before, most = self._device.used_bytes(), self._buckets[-1]
-        inputs = self._device.put(np.zeros(2 * most, np.int64))
-        wanted = self._device.put(np.arange(most))
+        inputs, wanted = (sent.clone() for sent in self._device.put(np.zeros(2 * most, np.int64), np.arange(most)))
         logits = torch.empty(most, self._model.geometry.vocab, dtype=torch.float32, device=inputs.device)
         none = np.zeros(1, np.int32)
         first_token = AttentionBatch(np.arange(2, dtype=np.int32), none, none + 1, [none])

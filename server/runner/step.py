@@ -6,10 +6,9 @@ Knows rows, tensors and the sampler; refuses to know threads, devices, graphs an
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -57,35 +56,28 @@ class Flat:
 
 def flatten(rows: Sequence[StepRow]) -> Flat:
     """The rows in their order, and what is wanted of them."""
-    flat = array("i")
-    for row in rows:
-        flat.extend(row.tokens)
     lengths = np.array([len(row.tokens) for row in rows], np.int32)
     starts = np.array([row.start for row in rows], np.int32)
     query_starts = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(lengths, out=query_starts[1:])
-    positions = np.arange(len(flat), dtype=np.int64) + np.repeat(starts - query_starts[:-1], lengths)
-    batch = AttentionBatch(query_starts, starts, starts + lengths, [row.frames for row in rows])
     bounds: list[int] = query_starts.tolist()
-    sampled, ids, specs, wanted = [], [], [], []
-    for i, row in enumerate(rows):
-        if row.sample is not None:
-            sampled.append(i)
-            ids.append(row.request_id)
-            specs.append(row.sample)
-            wanted.append(bounds[i + 1] - 1)
+    tokens = np.fromiter(chain.from_iterable([row.tokens for row in rows]), np.int64, bounds[-1])
+    positions = np.arange(bounds[-1]) + np.repeat(starts - query_starts[:-1], lengths)
+    batch = AttentionBatch(query_starts, starts, starts + lengths, [row.frames for row in rows])
+    sampled = [i for i, row in enumerate(rows) if row.sample is not None]
+    ids = [rows[i].request_id for i in sampled]
+    specs = [row.sample for row in rows if row.sample is not None]
+    wanted = [bounds[i + 1] - 1 for i in sampled]
     spans = []
-    for i, row in enumerate(rows):
-        if row.targets is not None:
-            spans.append((i, len(wanted), len(wanted) + len(row.targets)))
-            wanted.extend(range(bounds[i], bounds[i] + len(row.targets)))
+    for i, targets in [(i, row.targets) for i, row in enumerate(rows) if row.targets is not None]:
+        spans.append((i, len(wanted), len(wanted) + len(targets)))
+        wanted.extend(range(bounds[i], bounds[i] + len(targets)))
     scored, pools = len(wanted), []
-    for i, row in enumerate(rows):
-        if row.pool is not None and (row.pool.ends or row.pool.pooling == "mean"):
-            first, end = bounds[i] if row.pool.pooling == "mean" else bounds[i + 1] - 1, bounds[i + 1]
+    for i, pool in [(i, row.pool) for i, row in enumerate(rows) if row.pool is not None]:
+        if pool.ends or pool.pooling == "mean":
+            first, end = bounds[i] if pool.pooling == "mean" else bounds[i + 1] - 1, bounds[i + 1]
             pools.append((i, len(wanted), len(wanted) + end - first))
             wanted.extend(range(first, end))
-    tokens = np.array(flat, dtype=np.int64)
     return Flat(batch, tokens, positions, np.array(wanted, np.int64), sampled, ids, specs, scored, spans, pools)
 
 

@@ -29,9 +29,9 @@ async def tier_of(host: HostArena, *, batches: bool) -> AsyncIterator[tuple[Cuda
     torch.cuda.synchronize()
     driver = Driver()
     if not batches:
-        driver.batch = None
+        driver.addresses["batch"] = None
     host.register(driver)
-    up, down = (CudaCopyStream(driver, direction, host.edges) for direction in ("up", "down"))
+    up, down = CudaCopyStream(driver, "up"), CudaCopyStream(driver, "down")
     tier = CudaTier(arena, host, up, down, time.monotonic)
     yield tier, arena
     await tier.aclose()

@@ -17,17 +17,33 @@ import torch
 from torch import Tensor
 
 from server.kernels.flashinfer import FlashInferAttention, Window
+from server.kernels.uploads import SLOTS
 from server.types import ModelGeometry
 
 Kernel = Callable[[], None]
 
 
 class FakeHost:
-    """Stands for `Host`. A second plan before the first one's copies were waited for is an error."""
+    """Stands for `Host`. A second plan before the first one's copies were waited for is an error, and what was sent is
+    spoilt when its slot is used again."""
 
     def __init__(self) -> None:
-        self.open = False
-        self.turns = 0
+        self.open = self.is_ahead = False
+        self.turns = self.slot = 0
+        self.device = torch.device("cpu")
+        self._sent: list[list[Tensor]] = [[] for _ in range(SLOTS)]
+
+    def turn(self) -> None:
+        self.slot = (self.slot + 1) % SLOTS
+        for tensor in self._sent[self.slot]:
+            tensor.fill_(10**6)
+        self._sent[self.slot] = []
+
+    def send(self, *arrays: np.ndarray) -> list[Tensor]:
+        assert not self.is_ahead, "what is sent here is waited for by the stream of the plan"
+        sent = [self.pinned(array).to(self.device) for array in arrays]
+        self._sent[self.slot] += sent
+        return sent
 
     def pinned(self, array: np.ndarray) -> Tensor:
         assert array.dtype == np.int32, f"an index array of {array.dtype}"
@@ -40,6 +56,13 @@ class FakeHost:
         yield
         self.open = False
 
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        self.is_ahead = True
+        with self.planning():
+            yield
+        self.is_ahead = False
+
 
 class _Wrapper:
     """What the wrappers share. Subclasses say which queries a row has."""
@@ -48,7 +71,7 @@ class _Wrapper:
         assert kv_layout == "HND"
         assert workspace.dtype == torch.uint8
         self.flashinfer = library
-        self.workspace, self.scratch = workspace, torch.zeros(8, dtype=torch.int64)
+        self.workspace, self._int_workspace_buffer = workspace, torch.zeros(64, dtype=torch.uint8)
         self.fixed: tuple[Tensor, Tensor, Tensor] | None = None
         self._plan_info: list[int] = []
 
@@ -70,10 +93,10 @@ class _Wrapper:
         else:
             self.tables = self.fixed
         self.qo_indptr, self.shape = qo_indptr.clone(), shape
-        self.scratch[0] = self.mark = self.flashinfer.next_mark()
+        self._int_workspace_buffer[:8].view(torch.int64)[0] = self.mark = self.flashinfer.next_mark()
 
-    def _attend(self, q: Tensor, kv: tuple[Tensor, Tensor], out: Tensor, *, causal: bool) -> None:
-        assert self.scratch[0] == self.mark, "the plan was overwritten by another one"
+    def _attend(self, q: Tensor, kv: tuple[Tensor, Tensor], out: Tensor, plan: Tensor, *, causal: bool) -> None:
+        assert plan[:8].view(torch.int64) == self.mark, "the plan was overwritten by another one, or is elsewhere"
         shape = self.shape
         assert (q.dtype, kv[0].dtype) == (shape["q_data_type"], shape["kv_data_type"])
         assert q.shape[1:] == (shape["num_qo_heads"], shape["head_dim"])
@@ -93,7 +116,7 @@ class _Wrapper:
         assert out.is_contiguous()
         assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
         assert q.shape[0] == self.qo_indptr[-1]
-        kernel = functools.partial(self._attend, q, kv, out, causal=causal)
+        kernel = functools.partial(self._attend, q, kv, out, self._int_workspace_buffer, causal=causal)
         self.flashinfer.launch(kernel, q)
         return out
 
@@ -248,7 +271,7 @@ class _GraphDecode(_Decode):
         self.fixed = (indptr_buffer, indices_buffer, last_page_len_buffer)
 
     def reset_workspace_buffer(self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor) -> None:
-        self.workspace, self.scratch = float_workspace_buffer, int_workspace_buffer.view(torch.int64)
+        self.workspace, self._int_workspace_buffer = float_workspace_buffer, int_workspace_buffer
 
     def plan(self, *, indptr: Tensor, indices: Tensor, last_page_len: Tensor, **shape: Any) -> None:
         assert self.fixed is not None
@@ -284,7 +307,10 @@ class _Recorded:
     """Passes everything on to a wrapper and writes its method calls down."""
 
     def __init__(self, name: str, wrapper: _Wrapper, library: FakeFlashInfer) -> None:
-        self._name, self._wrapper, self._library = name, wrapper, library
+        self.__dict__.update(_name=name, _wrapper=wrapper, _library=library)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        setattr(self._wrapper, attribute, value)
 
     def __getattr__(self, attribute: str) -> Any:
         found = getattr(self._wrapper, attribute)
@@ -303,6 +329,7 @@ class FakedFlashInfer(FlashInferAttention):
 
     def __init__(self, arena: Tensor, geometry: ModelGeometry, **options: Any) -> None:
         self.flashinfer = FakeFlashInfer()
+        self.flashinfer.host.device = arena.device
         options = {"query_dtype": torch.float32, "max_rows": 8, **options}
         super().__init__(arena, geometry, library=self.flashinfer, host=self.flashinfer.host, **options)
 

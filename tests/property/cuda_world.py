@@ -16,7 +16,7 @@ from typing import Literal
 from server.kvcache.host import HostArena
 from server.kvcache.tiers.base import Move
 from server.types import TierFault
-from tests.fake_device import POISON, FakeDevice
+from tests.fake_device import FAULTS, POISON, FakeDevice
 from tests.system.ssd_store import BLOCK_BYTES, Block, content, fill
 
 FRAMES = 12
@@ -41,9 +41,9 @@ class Call:
 class CudaWorld:
     """Frames of the device and of the host are free, or hold a block, or belong to one call. One loop runs it all."""
 
-    def __init__(self, job_bytes: int) -> None:
-        """`job_bytes`: the tier's own limit."""
-        self._job_bytes = job_bytes
+    def __init__(self, burst_bytes: int) -> None:
+        """`burst_bytes`: the tier's own limit of what is in flight each way."""
+        self._burst_bytes = burst_bytes
         self.host = HostArena(FRAMES, BLOCK_BYTES)
         self.device = FakeDevice(FRAMES, self.host)
         self.tier = self.device.tier()
@@ -87,10 +87,10 @@ class CudaWorld:
             fill(self.host, frame, self.there[frame])
 
     def spoil(self, count: int, random: Random) -> None:
-        """A host frame holds something else than is said, or its label is another block's."""
-        for frame in _some(self.there.keys() - self.spoilt, 1, random):
+        """A host frame or two hold something else than is said, or their label is another block's."""
+        for frame in _some(self.there.keys() - self.spoilt, min(count, 2), random):
             self.spoilt.add(frame)
-            if count % 2:
+            if random.randrange(2):
                 self.host.label(frame, Block(0, 9).hash)
             else:
                 self.host.view(frame)[random.randrange(BLOCK_BYTES)] ^= 1
@@ -129,8 +129,8 @@ class CudaWorld:
         random.choice((self.device.up, self.device.down)).happen(random, fail=True)
 
     def refuse(self, count: int, random: Random) -> None:
-        """The next batch of one direction cannot be enqueued."""
-        random.choice((self.device.up, self.device.down)).refuse = 1
+        """A function of the driver fails the next time in one direction."""
+        random.choice((self.device.up, self.device.down)).refuse = random.choice(FAULTS)
 
     def finish(self, count: int, random: Random) -> None:
         """All copies that wait happen."""
@@ -155,7 +155,10 @@ class CudaWorld:
                 self.host.digest_of(frame, move.hash) is None
                 for call in self.calls for move in call.moves if not call.onboard and move.host == frame
             ), "a block has its label before it has come"  # fmt: skip
-        assert self.device.down.most_bytes <= self._job_bytes, "more in flight to the host than one job"
+        for stream in (self.device.up, self.device.down):
+            most = stream.fields.lanes * self._burst_bytes
+            assert stream.most_bytes <= most, "more in flight one way than a burst for each lane"
+        assert not self.device.misuses, "the driver was misused"
 
     def _coming(self) -> set[int]:
         """Host frames that a copy has still to write to: only this thread lets copies happen."""
@@ -180,6 +183,8 @@ class CudaWorld:
         self.spoilt.discard(move.host)
         self._free_there(move.host)
         if fault:
+            refused = fault.reason == "corrupt"
+            assert not refused or self.device.block(move.frame) == FREE, "bytes of a block that was refused went up"
             self._free_here(move.frame)
         else:
             self.here[move.frame] = block

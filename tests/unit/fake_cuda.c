@@ -2,6 +2,7 @@
  * cuda.h where that is installed, so that the compiler checks them. Copies are queued on their stream and happen when
  * it, or an event on it, is waited for; memory is plain memory. fake_* are for the test: fail a function, count calls. */
 
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -42,6 +43,7 @@ struct CUevent_st {
     CUstream stream;
 };
 
+static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER; /* any thread may call a driver */
 static struct CUctx_st primary;
 static __thread CUcontext current;
 static struct {
@@ -87,8 +89,11 @@ int fake_calls(const char *name)
 
 static int called(const char *name)
 {
+    pthread_mutex_lock(&busy);
     int i = entry(name), call = known[i].calls++;
-    return known[i].fail_at >= 0 && call >= known[i].fail_at ? known[i].code : 0;
+    int code = known[i].fail_at >= 0 && call >= known[i].fail_at ? known[i].code : 0;
+    pthread_mutex_unlock(&busy);
+    return code;
 }
 
 #define CALLED                                                                                                         \
@@ -106,17 +111,21 @@ static int called(const char *name)
 
 static void happen(CUstream stream)
 {
+    pthread_mutex_lock(&busy);
     for (int i = stream->count - 1; i >= 0; i--) /* in no order that a caller may count on */
         memcpy((void *)stream->copies[i].target, (void *)stream->copies[i].source, stream->copies[i].size);
     stream->count = 0;
+    pthread_mutex_unlock(&busy);
 }
 
 static void queue(CUstream stream, CUdeviceptr target, CUdeviceptr source, size_t size)
 {
+    pthread_mutex_lock(&busy);
     int i = stream->count++;
     stream->copies[i].target = target;
     stream->copies[i].source = source;
     stream->copies[i].size = size;
+    pthread_mutex_unlock(&busy);
 }
 
 CUresult cuInit(unsigned int flags)

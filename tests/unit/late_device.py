@@ -97,6 +97,7 @@ class LateDevice:
         self.most_put = 0
         self.replays = 0
         self.lost = False
+        self._sent: list[Tensor] = []
 
     def adopt(self) -> None:
         self.thread = threading.get_ident()
@@ -106,12 +107,14 @@ class LateDevice:
         """For a test that adopted it in the thread of all tests."""
         self.looks.__exit__(None, None, None)
 
-    def put(self, values: npt.NDArray[Any], target: Tensor | None = None) -> Tensor:
-        self.most_put = max(self.most_put, values.nbytes)
+    def put(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+        self.most_put = max(self.most_put, sum(array.nbytes for array in arrays))
         with unwatched():
-            copy = torch.from_numpy(values.copy())
-            values[...] = 1 if values.dtype == np.bool_ else 10**8
-            return copy if target is None else target.copy_(copy)
+            sent = [torch.from_numpy(array.copy()) for array in arrays]
+            for array in arrays:
+                array[...] = 1 if array.dtype == np.bool_ else 10**8
+            self._sent += sent
+        return sent
 
     def mark(self) -> None:
         return None
@@ -119,6 +122,9 @@ class LateDevice:
     def download(self, tensors: Sequence[Tensor], since: Any) -> LateDownload:
         with unwatched():
             found = LateDownload(self, tensors)
+            for tensor in self._sent:
+                tensor.fill_(1 if tensor.dtype == torch.bool else 10**8)
+            self._sent = []
         if not self.hold:
             found.release()
         self.downloads.append(found)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from server.errors import ConfigError
-from server.kernels import copy
-from server.kernels.copy import CudaCopyStream, Driver, merged
+from server.kernels import copy, native
+from server.kernels.copy import LEFT, MOVED, REFUSED, CudaCopyStream, Driver, Moved
+from server.kvcache.host import checksum
 
 SOURCE = Path(__file__).parent / "fake_cuda.c"
 HEADERS = [Path("/usr/local/cuda/include")]
@@ -63,9 +64,14 @@ class Memory:
         self.source = np.random.default_rng(1).integers(0, 256, blocks * SIZE, np.uint8)
         self.target = np.zeros(blocks * SIZE, np.uint8)
         self.order = np.random.default_rng(2).permutation(blocks).tolist()
+        self.digests = [checksum(memoryview(self.source[block * SIZE : (block + 1) * SIZE])) for block in self.order]
 
     def addresses(self, memory: np.ndarray) -> list[int]:
         return [memory.ctypes.data + block * SIZE for block in self.order]
+
+    def move(self, stream: CudaCopyStream, direction: str = "up", burst: int = 4 * SIZE) -> Moved:
+        ends = self.addresses(self.target), self.addresses(self.source), SIZE, burst
+        return stream.up(*ends, b"".join(self.digests)) if direction == "up" else stream.down(*ends)
 
     def arrived(self) -> bool:
         return bool((self.source == self.target).all())
@@ -73,22 +79,49 @@ class Memory:
 
 @pytest.mark.parametrize("version", [13000, 12060])
 @pytest.mark.parametrize(("direction", "order"), [("up", 3), ("down", 1)])
-def test_copies_arrive_by_the_time_of_their_mark(fake: Any, library: str, version: int, direction: Any, order: int):
-    """Nothing has moved when `enqueue` returns and all has when `wait` does; also with a driver before 12.8."""
+def test_copies_have_arrived_when_a_call_returns(fake: Any, library: str, version: int, direction: Any, order: int):
+    """Burst by burst, each waited for, and with their checksums; also with a driver before 12.8."""
     ctypes.c_int.in_dll(fake, "fake_version").value = version
     driver, memory = Driver(library=library), Memory(50)
     stream = CudaCopyStream(driver, direction)
-    mark = stream.enqueue(memory.addresses(memory.target), memory.addresses(memory.source), SIZE)
-    assert not memory.target.any()
-    mark.wait()
+    moved = memory.move(stream, direction)
     assert memory.arrived()
+    assert moved == (bytes([MOVED]) * 50, b"".join(memory.digests), None)
+    assert [moved.digest(i) for i in range(50)] == memory.digests
     stream.close()
+    assert (fake.fake_calls(b"cuEventRecord"), fake.fake_calls(b"cuEventSynchronize")) == (13, 13)
     if version == 13000:
-        assert (fake.fake_calls(b"cuMemcpyBatchAsync"), fake.fake_calls(b"cuMemcpyAsync")) == (1, 0)
+        assert (fake.fake_calls(b"cuMemcpyBatchAsync"), fake.fake_calls(b"cuMemcpyAsync")) == (13, 0)
         assert number(fake, "fake_order") == order
     else:
-        assert fake.fake_calls(b"cuMemcpyBatchAsync") == 0
-        assert 1 < fake.fake_calls(b"cuMemcpyAsync") <= 50
+        assert (fake.fake_calls(b"cuMemcpyBatchAsync"), fake.fake_calls(b"cuMemcpyAsync")) == (0, 50)
+
+
+def test_a_block_that_is_not_what_it_should_be_stays(driver: Driver):
+    """It alone; a burst of nothing else is not copied at all."""
+    stream, memory = CudaCopyStream(driver, "up"), Memory(9)
+    bad = [1, 4, 5, 6, 7]
+    for i in bad:
+        memory.digests[i] = bytes(16)
+    moved = memory.move(stream)
+    assert moved.states == bytes(REFUSED if i in bad else MOVED for i in range(9))
+    for i, block in enumerate(memory.order):
+        part = slice(block * SIZE, (block + 1) * SIZE)
+        right = np.zeros_like(memory.source[part]) if i in bad else memory.source[part]
+        assert (memory.target[part] == right).all()
+    stream.close()
+
+
+def test_what_the_link_can_do_is_measured_with_all_in_flight(fake: Any, driver: Driver):
+    """Copies without checksums are enqueued together and waited for once; what fails is an OSError."""
+    stream, memory = CudaCopyStream(driver, "down"), Memory(300)
+    stream.copy(memory.addresses(memory.target), memory.addresses(memory.source), SIZE)
+    assert memory.arrived()
+    assert (fake.fake_calls(b"cuMemcpyBatchAsync"), fake.fake_calls(b"cuEventSynchronize")) == (2, 1)
+    fake.fake_fail(b"cuMemcpyBatchAsync", 0, 2)
+    with pytest.raises(OSError, match=r"cuMemcpyBatchAsync: CUDA_ERROR_OUT_OF_MEMORY \(2\)"):
+        stream.copy(memory.addresses(memory.target), memory.addresses(memory.source), SIZE)
+    stream.close()
 
 
 def test_a_driver_without_batches_is_told_of_once(fake: Any, library: str, caplog: pytest.LogCaptureFixture):
@@ -98,38 +131,37 @@ def test_a_driver_without_batches_is_told_of_once(fake: Any, library: str, caplo
     assert ["cuMemcpyBatchAsync" in record.message for record in caplog.records] == [True]
 
 
-def test_any_thread_may_enqueue(driver: Driver):
-    """A thread that never used the device enters its context, and waits for its own copies."""
-    stream, memories = CudaCopyStream(driver, "up"), [Memory(8) for _ in range(4)]
-    errors: list[BaseException] = []
-
-    def run(memory: Memory) -> None:
-        try:
-            stream.enqueue(memory.addresses(memory.target), memory.addresses(memory.source), SIZE).wait()
-        except OSError as error:
-            errors.append(error)
-
-    for memory in memories:  # one after the other: the fake's queues are for one thread
-        thread = threading.Thread(target=run, args=(memory,))
+def test_any_thread_may_copy(driver: Driver):
+    """Threads that never used the device enter its context, and share a stream at once."""
+    stream, memories = CudaCopyStream(driver, "up"), [Memory(200) for _ in range(4)]
+    found: list[Moved] = []
+    threads = [threading.Thread(target=lambda memory=memory: found.append(memory.move(stream))) for memory in memories]
+    for thread in threads:
         thread.start()
+    for thread in threads:
         thread.join()
     stream.close()
-    assert errors == []
+    assert [moved.states for moved in found] == [bytes([MOVED]) * 200] * 4
     assert all(memory.arrived() for memory in memories)
 
 
-@pytest.mark.parametrize("function", ["cuEventCreate", "cuMemcpyBatchAsync", "cuEventRecord", "cuEventSynchronize"])
-def test_an_error_of_the_device_is_an_os_error(fake: Any, driver: Driver, function: str):
-    """Whichever call fails, the error names it, nothing of the batch is left to move, and the stream goes on."""
-    stream, memory = CudaCopyStream(driver, "up"), Memory(9)
-    fake.fake_fail(function.encode(), 0, 2)
-    with pytest.raises(OSError, match=rf"{function}.*CUDA_ERROR_OUT_OF_MEMORY \(2\)"):
-        stream.enqueue(memory.addresses(memory.target), memory.addresses(memory.source), SIZE).wait()
-    if function != "cuEventSynchronize":  # there the context would be lost
-        memory.target[:] = 0
-        fake.fake_fail(function.encode(), 10**6, 0)
-        stream.enqueue([memory.target.ctypes.data], [memory.source.ctypes.data], SIZE).wait()
-        assert np.flatnonzero(memory.target).max() < SIZE
+@pytest.mark.parametrize("direction", ["up", "down"])
+@pytest.mark.parametrize(("function", "calls"), [
+    ("cuCtxSetCurrent", 0), ("cuMemcpyBatchAsync", 1), ("cuEventRecord", 1), ("cuEventSynchronize", 1),
+])  # fmt: skip
+def test_an_error_of_the_device_is_told(fake: Any, driver: Driver, direction: Any, function: str, calls: int):
+    """Whichever call fails, the error names it; what came before counts, the rest is not tried, nothing is left to
+    move, and the stream goes on."""
+    stream, memory = CudaCopyStream(driver, direction), Memory(9)
+    fake.fake_fail(function.encode(), calls, 2)
+    moved = memory.move(stream, direction)
+    assert str(moved.error) == f"{function}: CUDA_ERROR_OUT_OF_MEMORY (2)"
+    assert moved.states == bytes([MOVED] * 4 * calls + [LEFT] * (9 - 4 * calls))
+    assert fake.fake_calls(b"cuStreamSynchronize") == (function != "cuCtxSetCurrent")
+    fake.fake_fail(function.encode(), 10**6, 0)
+    memory.target[:] = 0
+    moved = memory.move(stream, direction)
+    assert (moved.error, memory.arrived()) == (None, True)
     stream.close()
 
 
@@ -138,9 +170,10 @@ def test_a_copy_that_fails_half_way_leaves_nothing_behind(fake: Any, library: st
     ctypes.c_int.in_dll(fake, "fake_version").value = 12060
     driver, memory = Driver(library=library), Memory(50)
     stream = CudaCopyStream(driver, "down")
-    fake.fake_fail(b"cuMemcpyAsync", 3, 2)
-    with pytest.raises(OSError, match="cuMemcpyAsync"):
-        stream.enqueue(memory.addresses(memory.target), memory.addresses(memory.source), SIZE)
+    fake.fake_fail(b"cuMemcpyAsync", 7, 2)
+    moved = memory.move(stream, "down")
+    assert str(moved.error).startswith("cuMemcpyAsync: ")
+    assert moved.states == bytes([MOVED] * 4 + [LEFT] * 46)
     assert fake.fake_calls(b"cuStreamSynchronize") == 1
     stream.close()
 
@@ -149,9 +182,18 @@ def test_a_misuse_is_no_os_error(fake: Any, driver: Driver):
     """What only a bug of ours can cause is not taken for a sick device."""
     stream, memory = CudaCopyStream(driver, "up"), Memory(1)
     fake.fake_fail(b"cuMemcpyBatchAsync", 0, 1)
-    with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync of 1 copies: CUDA error"):
-        stream.enqueue([memory.target.ctypes.data], [memory.source.ctypes.data], SIZE)
+    with pytest.raises(RuntimeError, match="cuMemcpyBatchAsync: CUDA error"):
+        memory.move(stream)
     stream.close()
+
+
+def test_without_the_native_library_the_operator_is_told(driver: Driver, monkeypatch: pytest.MonkeyPatch):
+    """A package that was installed without a compiler says what to do, in one line."""
+    monkeypatch.setattr(copy, "load", lambda: None)
+    with pytest.raises(ConfigError, match=r"native library.*install a C compiler and reinstall, `pip install") as told:
+        CudaCopyStream(driver, "up")
+    assert told.value.param == "model.device"
+    assert "\n" not in str(told.value)
 
 
 def test_memory_is_pinned_and_unpinned(fake: Any, driver: Driver):
@@ -174,20 +216,30 @@ def test_without_a_device_the_operator_is_told(fake: Any, library: str, tmp_path
         Driver(3, library)
 
 
-@pytest.mark.parametrize(
-    ("targets", "sources", "edges", "runs"),
-    [
-        ([0, 10, 20], [100, 110, 120], [], [(0, 100, 30)]),
-        ([0, 10, 20], [100, 112, 124], [], [(0, 100, 10), (10, 112, 10), (20, 124, 10)]),
-        ([0, 10, 30], [100, 110, 120], [], [(0, 100, 20), (30, 120, 10)]),
-        ([20, 10, 0], [120, 110, 100], [], [(20, 120, 10), (10, 110, 10), (0, 100, 10)]),
-        ([0, 10, 20], [100, 110, 120], [100, 110], [(0, 100, 10), (10, 110, 20)]),
-        ([0, 10, 20], [100, 110, 120], [20], [(0, 100, 20), (20, 120, 10)]),
-    ],
-)
-def test_neighbours_are_one_copy(targets: list[int], sources: list[int], edges: list[int], runs: list[Any]):
-    """Blocks that are neighbours at both ends, in this order, go as one, but not across an edge of pinned memory."""
-    assert merged(targets, sources, 10, edges) == runs
+def facts_of(name: str, structure: type[ctypes.Structure]) -> dict[str, int]:
+    """C expression -> its value, of a structure `name`: how large it is, and where its fields are."""
+    facts = {f"sizeof({name})": ctypes.sizeof(structure)}
+    for field, *_ in structure._fields_:
+        facts[f"offsetof({name}, {field})"] = getattr(structure, field).offset
+        facts[f"sizeof((({name} *)0)->{field})"] = getattr(structure, field).size
+    return facts
+
+
+def assert_facts(header: str, facts: dict[str, int], folder: Path, *flags: str) -> None:
+    """The compiler says so with this header."""
+    lines = [f'_Static_assert({fact} == {value}, "{fact}");' for fact, value in facts.items()]
+    source = folder / "facts.c"
+    source.write_text("\n".join([f"#include <{header}>", "#include <stddef.h>", *lines, ""]))
+    compile_with(source, Path(os.devnull), "-c", *flags)
+
+
+def test_structures_are_those_of_the_native_library(tmp_path: Path):
+    """Sizes, offsets and numbers are what transfer.h says."""
+    facts = facts_of("struct link", copy._Fields) | facts_of("struct job", copy._Job)
+    facts |= {"LANES": copy.LANES, "LEFT": LEFT, "MOVED": MOVED, "REFUSED": REFUSED}
+    facts |= {step: i for i, step in enumerate(("ENTER", "BATCH", "COPY", "RECORD", "WAIT"))}
+    assert_facts("transfer.h", facts, tmp_path, f"-I{Path(native.__file__).parent}")
+    assert [copy.NATIVE[step] for step in ("enter", "batch", "copy", "record", "wait")] == list(copy.STEPS)
 
 
 def test_structures_are_those_of_the_header(tmp_path: Path):
@@ -202,21 +254,14 @@ def test_structures_are_those_of_the_header(tmp_path: Path):
         "CU_MEMCPY_SRC_ACCESS_ORDER_STREAM": copy.SOURCE_IN_STREAM_ORDER,
         "CU_MEMCPY_SRC_ACCESS_ORDER_ANY": copy.SOURCE_ANY_ORDER,
         "sizeof(CUdeviceptr)": 8,
+        "CUDA_ERROR_INVALID_VALUE": 1,
+        "CUDA_ERROR_NOT_INITIALIZED": 3,
+        "CUDA_ERROR_INVALID_CONTEXT": 201,
+        "CUDA_ERROR_INVALID_HANDLE": 400,
     }
-    for name, structure in (("CUmemLocation", copy.Location), ("CUmemcpyAttributes", copy.Attributes)):
-        facts[f"sizeof({name})"] = ctypes.sizeof(structure)
-        for field, *_ in structure._fields_:
-            facts[f"offsetof({name}, {field})"] = getattr(structure, field).offset
-            facts[f"sizeof((({name} *)0)->{field})"] = getattr(structure, field).size
-    lines = [f'_Static_assert({fact} == {value}, "{fact}");' for fact, value in facts.items()]
-    misuses = "VALUE", "CONTEXT", "HANDLE"
-    names = {*(f"CUDA_ERROR_INVALID_{misuse}" for misuse in misuses), "CUDA_ERROR_NOT_INITIALIZED"}
-    cases = " || ".join(f"{name} == {code}" for name in sorted(names) for code in sorted(copy.MISUSE))
-    assert len(names) == len(copy.MISUSE)
-    lines += [f'_Static_assert({cases}, "misuse");']
-    source = tmp_path / "facts.c"
-    source.write_text("\n".join(["#include <cuda.h>", "#include <stddef.h>", *lines, ""]))
-    compile_with(source, Path(os.devnull), "-c")
+    assert {value for fact, value in facts.items() if "ERROR" in fact} == copy.MISUSE
+    facts |= facts_of("CUmemLocation", copy.Location) | facts_of("CUmemcpyAttributes", copy.Attributes)
+    assert_facts("cuda.h", facts, tmp_path)
 
 
 @pytest.mark.gpu
@@ -232,17 +277,19 @@ def test_a_round_trip_over_a_device_changes_nothing(batches: bool):
     host.prefault()
     driver = Driver()
     if not batches:
-        driver.batch = None
+        driver.addresses["batch"] = None
     host.register(driver)
     arena = torch.zeros(blocks, size, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
-    up, down = (CudaCopyStream(driver, direction, host.edges) for direction in ("up", "down"))
+    up, down = CudaCopyStream(driver, "up"), CudaCopyStream(driver, "down")
     device = [arena.data_ptr() + (5 * block % blocks) * size for block in range(blocks)]
     data = np.random.default_rng(1).integers(0, 256, (blocks, size), np.uint8)
     for block in range(blocks):
         host.view(block)[:] = data[block].tobytes()
-    up.enqueue(device, [host.frame_address(block) for block in range(blocks)], size).wait()
-    down.enqueue([host.frame_address(blocks + block) for block in range(blocks)], device, size).wait()
+    digests = b"".join(checksum(host.view(block)) for block in range(blocks))
+    went = up.up(device, [host.frame_address(block) for block in range(blocks)], size, 4 * size, digests)
+    came = down.down([host.frame_address(blocks + block) for block in range(blocks)], device, size, 4 * size)
+    assert went == came == (bytes([MOVED]) * blocks, digests, None)
     assert all(bytes(host.view(blocks + block)) == data[block].tobytes() for block in range(blocks))
     up.close()
     down.close()

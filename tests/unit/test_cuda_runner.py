@@ -383,10 +383,10 @@ def test_the_count_of_looks_counts(rigs: Rigs) -> None:
     seen = rig.device.looks.seen
     logits = torch.randn(2, VOCAB)
     specs = [SampleSpec(SamplingParams(9, top_p=0.9), 5, 1, range(5))] * 2
-    Sampler(VOCAB, rig.device.put).choose(logits, range(2), specs)
+    Sampler(VOCAB, lambda array: rig.device.put(array)[0]).choose(logits, range(2), specs)
     assert "tolist" in seen
     seen.clear()
-    BlindSampler(VOCAB, rig.device.put).choose(logits, range(2), specs)
+    BlindSampler(VOCAB, lambda array: rig.device.put(array)[0]).choose(logits, range(2), specs)
     assert seen == []
     rig.device.hold = False
     params = SamplingParams(9, grammar=GRAMMARS[0])
@@ -565,7 +565,7 @@ def test_on_a_gpu_nothing_waits_and_graphs_replay() -> None:
     logits = torch.randn(4, 152_064, device="cuda")
     asked: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 50, "min_p": 0.1}, {"min_p": 0.5}]
     specs = [SampleSpec(SamplingParams(9, seed=row, **one), 5, 1, range(5)) for row, one in enumerate(asked)]
-    sampler = BlindSampler(152_064, device.put)
+    sampler = BlindSampler(152_064, lambda array: device.put(array)[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         since = device.mark()
@@ -576,8 +576,8 @@ def test_on_a_gpu_nothing_waits_and_graphs_replay() -> None:
     on_host = Sampler(152_064).choose(logits.cpu(), range(4), specs)
     assert download.wait()[0].tolist()[0] == on_host.tolist()[0]
     assert download.busy_s() > 0
-    numbers, doubled = device.put(np.arange(8)), torch.zeros(8, dtype=torch.int64, device="cuda")
+    numbers, doubled = device.put(np.arange(8))[0].clone(), torch.zeros(8, dtype=torch.int64, device="cuda")
     replay = device.capture(lambda: doubled.copy_(numbers * 2))
-    device.put(np.arange(8) + 100, numbers)
+    numbers.copy_(device.put(np.arange(8) + 100)[0])
     replay()
     assert device.download([doubled], device.mark()).wait()[0].tolist() == list(range(200, 216, 2))

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from server.config import Config
 from server.kernels.attention import AttentionBackend
+from server.kernels.copy import DIGEST_BYTES, MOVED, REFUSED, CudaCopyStream, Driver, Moved
 from server.kernels.cpu import CpuAttention
-from server.kvcache.host import HostArena
+from server.kvcache.host import HostArena, checksum
 from server.kvcache.tiers.base import Tier
 from server.kvcache.tiers.cuda import CopyStream, CudaTier
 from server.models.base import Model, Parts
@@ -34,6 +35,14 @@ from server.runner.device import CudaDevice
 from server.types import ModelGeometry, StepRunner
 
 Work = Callable[[], Any]
+
+
+class BareStream(CopyStream, Protocol):
+    """Also without checksums."""
+
+    def copy(self, targets: Sequence[int], sources: Sequence[int], size: int) -> None:
+        """Copy `size` bytes from each address of `sources` to that of `targets`, all in flight at once."""
+        ...
 
 
 class Chip(Protocol):
@@ -64,7 +73,7 @@ class Chip(Protocol):
         """Calling what this gives does `work` again, with a single launch."""
         ...
 
-    def copies(self, host: HostArena) -> tuple[CopyStream, CopyStream]:
+    def copies(self, host: HostArena) -> tuple[BareStream, BareStream]:
         """Streams up to the device and down from it; pins `host`."""
         ...
 
@@ -127,12 +136,10 @@ class Gpu:
     def capture(self, work: Work) -> Work:
         return self._cuda.capture(work)
 
-    def copies(self, host: HostArena) -> tuple[CopyStream, CopyStream]:
-        from server.kernels.copy import CudaCopyStream, Driver
-
+    def copies(self, host: HostArena) -> tuple[BareStream, BareStream]:
         driver = Driver()
         host.register(driver)
-        return CudaCopyStream(driver, "up", host.edges), CudaCopyStream(driver, "down", host.edges)
+        return CudaCopyStream(driver, "up"), CudaCopyStream(driver, "down")
 
     def parts(self, quantization: str) -> Parts:
         return torch_parts(self.dtype, self.device, quantization)
@@ -197,7 +204,7 @@ class StandIn:
     def capture(self, work: Work) -> Work:
         return work
 
-    def copies(self, host: HostArena) -> tuple[CopyStream, CopyStream]:
+    def copies(self, host: HostArena) -> tuple[BareStream, BareStream]:
         host.register(_NoPins())
         return _Memmove(), _Memmove()
 
@@ -239,15 +246,31 @@ class _NoPins:
 
 
 class _Memmove:
-    """See `CopyStream` and `Mark`: all copies are over when `enqueue` returns."""
+    """See `BareStream`: blocks of plain memory, one after the other."""
 
-    def enqueue(self, targets: Sequence[int], sources: Sequence[int], size: int) -> _Memmove:
+    def up(self, targets: Sequence[int], sources: Sequence[int], size: int, burst: int, digests: bytes) -> Moved:
+        states = bytearray()
+        for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+            good = _checksum(source, size) == digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]
+            if good:
+                ctypes.memmove(target, source, size)
+            states.append(MOVED if good else REFUSED)
+        return Moved(bytes(states), digests, None)
+
+    def down(self, targets: Sequence[int], sources: Sequence[int], size: int, burst: int) -> Moved:
+        self.copy(targets, sources, size)
+        digests = b"".join(_checksum(target, size) for target in targets)
+        return Moved(bytes([MOVED]) * len(targets), digests, None)
+
+    def copy(self, targets: Sequence[int], sources: Sequence[int], size: int) -> None:
         for target, source in zip(targets, sources, strict=True):
             ctypes.memmove(target, source, size)
-        return self
 
-    def wait(self) -> None: ...
     def close(self) -> None: ...
+
+
+def _checksum(address: int, size: int) -> bytes:
+    return checksum(memoryview((ctypes.c_uint8 * size).from_address(address)))
 
 
 class _HostDevice:
@@ -258,8 +281,8 @@ class _HostDevice:
     def used_bytes(self) -> int:
         return 0
 
-    def put(self, values: npt.NDArray[Any], target: Tensor | None = None) -> Tensor:
-        return torch.from_numpy(values) if target is None else target.copy_(torch.from_numpy(values))
+    def put(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+        return [torch.from_numpy(array) for array in arrays]
 
     def mark(self) -> float:
         return time.monotonic()

@@ -1,7 +1,7 @@
-"""The library of CPU kernels: found, loaded, and its functions as Python sees them.
+"""The library of CPU kernels and of copies to a device: found, loaded, and its functions as Python sees them.
 
-Built with the package (setup.py) where there is a C compiler; without it `load` returns None and everything runs in
-torch. ctypes releases the interpreter's lock during a call.
+Built with the package (setup.py) where there is a C compiler; without it `load` returns None: everything runs in torch,
+and a GPU cannot be used. ctypes releases the interpreter's lock during a call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 FUNCTIONS = {
     "terrace_read": (_P, _N, _P, _I),
+    "terrace_sum": (_P, _N, _P),
     "terrace_rmsnorm": (_P, _P, _F, _P, _N, _N, _I),
     "terrace_qk_rope": (_P, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I),
     "terrace_angles": (_P, _P, _F, _P, _P, _N, _N, _I),
@@ -34,14 +35,21 @@ FUNCTIONS = {
     "terrace_rows": (_P, _P, _N, _P, _N, _I),
     "terrace_linear": (_P, _P, _N, _P, _N, _N, _I, _P, _I),
     "terrace_decode": (_P,) * 5,
+    "terrace_link": (_P,),
 }
-"""Name -> argument types, as in kernels.h. Tensors go as `tensor.data_ptr()`."""
+"""Name -> argument types, as in kernels.h and transfer.h. Tensors go as `tensor.data_ptr()`."""
 SIZES = {
     "terrace_matrix_bytes": (_P,),
     "terrace_linear_scratch": (_P, _N, _I),
     "terrace_decode_scratch": (_P, _P, _N),
 }
 """Likewise, of those that return a number of bytes."""
+CODES = {
+    "terrace_up": (_P, _P),
+    "terrace_down": (_P, _P),
+    "terrace_copy": (_P, _P),
+}
+"""Likewise, of those that return a driver's error, or 0."""
 
 
 @functools.cache
@@ -58,9 +66,10 @@ def load() -> ctypes.CDLL | None:
         return None
     library.terrace_select.restype = ctypes.c_char_p
     library.terrace_select.argtypes = (ctypes.c_char_p,)
-    for name, types in (FUNCTIONS | SIZES).items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, _N if name in SIZES else None
+    for table, result in ((FUNCTIONS, None), (SIZES, _N), (CODES, _I)):
+        for name, types in table.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, result
     select(library, "auto")
     return library
 

@@ -64,6 +64,8 @@ EXPORT void terrace_read(const void *memory, int64_t bytes, uint64_t *sum, int t
     chosen->read_all(memory, bytes, sum, threads);
 }
 
+EXPORT void terrace_sum(const void *data, int64_t bytes, uint8_t *digest) { chosen->sum(data, bytes, digest); }
+
 EXPORT void terrace_rmsnorm(const float *x, const float *gain, float eps, float *y, int64_t rows, int64_t size, int threads) {
     chosen->rmsnorm(x, gain, eps, y, rows, size, threads);
 }
