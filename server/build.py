@@ -235,8 +235,7 @@ def build(
     kinds = [str(model.dtype), str(kv_dtype), config.model.quantization, place.computed_by, backend]
     identity = fingerprint(weights, load_config(folder).to_dict(), layout, dtypes=kinds)
     with startup.timed("host_alloc"):
-        device = partial(place.device_tier, arena)
-        tiers, specs = _lower_tiers(config, layout, place.in_flight_bytes, device, identity, metrics, disk)
+        tiers, specs = _lower_tiers(config, layout, place, arena, identity, metrics, disk)
     kv = _kv(config, layout, [TierSpec(DEVICE, frames, config.kv.eviction), *specs], identity)
     recorder = _recorder(config)
     if recorder is not None:
@@ -475,8 +474,8 @@ def _kv(config: Config, layout: BlockLayout, specs: Sequence[TierSpec], identity
 def _lower_tiers(
     config: Config,
     layout: BlockLayout,
-    in_flight_bytes: int,
-    device: Callable[[HostArena], Tier],
+    place: Place,
+    arena: Any,
     identity: bytes,
     metrics: Metrics,
     disk: OsIo | None,
@@ -485,7 +484,7 @@ def _lower_tiers(
     knobs = config.kv
     if not knobs.dram_gib:
         return {}, []
-    in_flight = min(MAX_IN_FLIGHT, max(MIN_IN_FLIGHT, in_flight_bytes // layout.block_bytes))
+    in_flight = min(MAX_IN_FLIGHT, max(MIN_IN_FLIGHT, place.in_flight_bytes // layout.block_bytes))
     frames = int(knobs.dram_gib * 2**30) // layout.block_bytes
     if frames < MIN_BLOCKS:
         raise ConfigError(
@@ -496,7 +495,7 @@ def _lower_tiers(
         host = HostArena(frames, layout.block_bytes)
         host.prefault()
     metrics.bind_host(host)
-    tiers: dict[TierName, Tier] = {DEVICE: device(host)}
+    tiers: dict[TierName, Tier] = {DEVICE: place.device_tier(arena, host)}
     specs = [TierSpec(DRAM, frames, knobs.dram_eviction, in_flight)]
     if knobs.ssd_path is not None:
         ssd = _ssd(config, host, identity, knobs.ssd_path, disk)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -513,6 +513,23 @@ class SpanReport:
     reason: str
     load_s: float
     compute_s: float
+
+
+DIGEST_BYTES = 16
+"""Of a block's checksum."""
+LEFT, MOVED, REFUSED = range(3)
+"""What became of a block: its target holds anything; it is there; it was not what it should be, and did not go."""
+
+
+class Moved(NamedTuple):
+    """Of each block its state, and the checksum that it has or should have, 16 bytes. `error`: why some are `LEFT`."""
+
+    states: bytes
+    digests: bytes
+    error: OSError | None
+
+    def digest(self, block: int) -> bytes:
+        return self.digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
 
 
 @dataclass(frozen=True, slots=True)

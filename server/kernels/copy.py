@@ -17,10 +17,11 @@ import logging
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from server.errors import ConfigError
 from server.kernels.native import load
+from server.types import DIGEST_BYTES, Moved
 
 log = logging.getLogger("terrace")
 
@@ -70,11 +71,8 @@ NATIVE = {
 """Fields of `struct link` -> driver functions that the native library calls. The first five are also what can fail of a
 copy, in the order of `enum step`."""
 STEPS = tuple(NATIVE.values())[:5]
-LEFT, MOVED, REFUSED = range(3)
-"""`enum state`: what became of a block."""
 LANES = 2
 """Bursts that may be in flight at once, at most: `LANES` of transfer.h."""
-DIGEST_BYTES = 16
 SUM_MIN_BYTES = 241
 """The smallest block that the native library has a checksum for."""
 
@@ -203,17 +201,6 @@ class _Job(ctypes.Structure):
         *((field, ctypes.c_void_p) for field in ("targets", "sources", "digests", "states")),
         ("step", ctypes.c_int32),
     )
-
-
-class Moved(NamedTuple):
-    """Of each block its state, and the checksum that it has or should have, 16 bytes. `error`: why some are `LEFT`."""
-
-    states: bytes
-    digests: bytes
-    error: OSError | None
-
-    def digest(self, block: int) -> bytes:
-        return self.digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
 
 
 class Link:

@@ -16,8 +16,9 @@ import pytest
 
 from server.errors import ConfigError
 from server.kernels import copy, native
-from server.kernels.copy import LEFT, MOVED, REFUSED, CudaCopyStream, Driver, Moved
+from server.kernels.copy import CudaCopyStream, Driver
 from server.kvcache.host import checksum
+from server.types import LEFT, MOVED, REFUSED, Moved
 
 SOURCE = Path(__file__).parent / "fake_cuda.c"
 HEADERS = [Path("/usr/local/cuda/include")]

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from server.errors import ConfigError
-from server.kernels.copy import LANES, MOVED
+from server.kernels.copy import LANES
 from server.kvcache import host as host_module
 from server.kvcache.host import HostArena, checksum
 from server.kvcache.tiers import cuda
 from server.kvcache.tiers.cuda import CudaTier
+from server.types import MOVED
 from tests.fake_device import FAULTS, POISON, FakeDevice, FakePins
 from tests.system.ssd_store import BLOCK_BYTES, Block, content, fill, holds
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from server.config import Config
 from server.kernels.attention import AttentionBackend
-from server.kernels.copy import DIGEST_BYTES, MOVED, REFUSED, CudaCopyStream, Driver, Moved
+from server.kernels.copy import CudaCopyStream, Driver
 from server.kernels.cpu import CpuAttention
 from server.kvcache.host import HostArena, checksum
 from server.kvcache.tiers.base import Tier
@@ -32,7 +32,7 @@ from server.models.weights import torch_parts
 from server.place import Cpu, Place, place_of
 from server.runner.cuda import CudaRunner
 from server.runner.device import CudaDevice
-from server.types import ModelGeometry, StepRunner
+from server.types import DIGEST_BYTES, MOVED, REFUSED, ModelGeometry, Moved, StepRunner
 
 Work = Callable[[], Any]
 

@@ -40,11 +40,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from server.kernels.copy import MOVED, REFUSED, Moved
 from server.kvcache.host import HostArena
 from server.kvcache.tiers.base import Move, Recovered
 from server.kvcache.tiers.pool import IoPool
-from server.types import DEVICE, Note, TierFault
+from server.types import DEVICE, MOVED, REFUSED, Moved, Note, TierFault
 
 if TYPE_CHECKING:
     from torch import Tensor
