@@ -93,7 +93,10 @@ class FakeStream(Link):
         self.misuses: list[BaseException] = []
         """What was done that a device would not forgive. There must not be any."""
         self._ends = (targets, sources)
-        self._recorded: dict[int, Batch | None] = {}
+        self._mine: dict[int, list[Batch]] = {}
+        """By thread: what it has enqueued since it recorded an event. That is what it learns the fate of; on a device
+        where a copy has failed, the others' waits would fail, too."""
+        self._recorded: dict[int, list[Batch]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -160,19 +163,20 @@ class FakeStream(Link):
             for target, _, size in copies:
                 ctypes.memset(target, TORN, size)
             self.batches.append(Batch(copies))
+            self._mine.setdefault(threading.get_ident(), []).append(self.batches[-1])
             self.most_bytes = max(self.most_bytes, self.in_flight_bytes)
 
     def _record(self, event: int, stream: int) -> None:
         with self._lock:
-            self._recorded[event] = self.batches[-1] if self.batches else None
+            self._recorded[event] = self._mine.pop(threading.get_ident(), [])
 
     def _wait(self, event: int) -> int:
-        batch = self._recorded[event]
-        return self._until_over(batch) if batch is not None else 0
+        return max(map(self._until_over, self._recorded.get(event, [])), default=0)
 
     def _sync(self, stream: int) -> int:
         with self._lock:
             batches = list(self.batches)
+            self._mine.pop(threading.get_ident(), None)
         return max(map(self._until_over, batches), default=0)
 
     def _until_over(self, batch: Batch) -> int:

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(run=_install)
     actions.add_parser("list", help="which are installed").set_defaults(run=_list)
     table = actions.add_parser("table", help="of the kept results, as loadgen/README.md has it")
+    table.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="where they are [loadgen/results]")
     table.set_defaults(run=_table)
     run = actions.add_parser("run", help="measure (this word may be left out)")
     run.add_argument("--only", default="", metavar="NAMES", help="these peers, with commas between [all]")
@@ -93,14 +94,13 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    del args
-    print(side_by_side.summary(kept()))
+    print(side_by_side.summary(kept(args.folder)))
     return 0
 
 
-def kept() -> list[dict[str, Any]]:
-    """The results in the repository."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("cpu-peers-*.json"))]
+def kept(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results in a folder, or those in the repository of the machine that most were measured on."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu-peers-*.json"))]
 
 
 def _run(args: argparse.Namespace) -> int:

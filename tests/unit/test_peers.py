@@ -359,10 +359,11 @@ def test_no_stack_is_left_behind(tmp_path, monkeypatch):
         pass
 
 
-def test_the_documentation_has_the_table_of_the_kept_results() -> None:
-    """`python -m loadgen.peers table` makes it; every figure with a goal is in it, missed ones too."""
+@pytest.mark.parametrize("folder", [command.RESULTS, command.RESULTS / "avx2"], ids=lambda folder: folder.name)
+def test_the_documentation_has_the_tables_of_the_kept_results(folder: Path) -> None:
+    """`python -m loadgen.peers table` makes them; every figure with a goal is in them, missed ones too."""
     page = (command.RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    results = command.kept()
+    results = command.kept(folder)
     table = side_by_side.summary(results)
     assert table in page
     goals = [figure for result in results for load in result["loads"] for figure in load["figures"] if figure["goal"]]
