@@ -98,8 +98,8 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
-def kept(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """The results in a folder, or those in the repository of the machine that most were measured on."""
+def kept(folder: Path) -> list[dict[str, Any]]:
+    """The results in a folder."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu-peers-*.json"))]
 
 

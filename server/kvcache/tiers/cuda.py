@@ -9,14 +9,13 @@ errors.
 
 **Bursts.** Whatever waits in a copy engine stands before the small copies of a step: its tokens going up, its sampled
 tokens coming back. So the bound is on what is in flight, for each direction, and not on the number of threads: two
-bursts up, the second of which is copied while the thread of the first wakes up, and one down. On an H200 the time
-between tokens of 32 rows is 1.04 times as long at the 99th percentile while 45 GB/s move; with as many copies queued as
-there were threads, and the small ones behind them, it was 1.2 to 6 times.
+bursts up, the second of which is copied while the thread of the first wakes up, and one down. What they cost the time
+between tokens is the benchmark's `decode.moving` (`server.bench.gpu.steps`).
 
 **One call.** A job is one call into the native library, which hashes, copies and waits without the interpreter lock.
 Done in Python, each block takes that lock several times: the threads then wait for it longer than for the link, and
-the thread that launches steps waits for them. What is left of Python is some 0.1 ms a job, so that halving the jobs'
-size was felt: the launch of a step, which asks for the lock fifty times, took twice as long.
+the thread that launches steps waits for them. What is left of Python is the same for each job, whatever its size, so
+that jobs are large.
 
 **Order.** No event ties these streams to the compute stream, because a frame changes its role only when the host has
 seen the end of what went before:
@@ -68,8 +67,9 @@ Outcomes = list[TierFault | None]
 
 
 class CopyStream(Protocol):
-    """Copies between pinned host memory and a device in one direction. Any thread, without the interpreter lock. At
-    most `burst` bytes are in flight at a time, whoever calls; when a call returns, no byte of it moves any more."""
+    """Copies between pinned host memory and a device in one direction. Any thread, without the interpreter lock. What
+    is in flight is a few bursts of at most `burst` bytes, whoever calls; when a call returns, no byte of it moves any
+    more."""
 
     def up(self, targets: Sequence[int], sources: Sequence[int], size: int, burst: int, digests: bytes) -> Moved:
         """Copy `size` bytes from each address of `sources`, in host memory, to that of `targets`, unless their checksum
