@@ -55,8 +55,9 @@ IDLE_AUDIT_S = 1.0
 IDLE_AUDIT_FRAMES = 4096
 """An audit costs 5 us per frame on the loop thread: larger caches (20 ms and more) are not audited in production."""
 
-LEAD_S = 0.002
-"""How long before its end, as far as that can be foreseen, a step is followed by the next: planning takes less."""
+LEAD_S, LEAD_SHARE = 0.002, 0.25
+"""How long before its end, as far as that can be foreseen, a step is followed by the next: planning takes less, and
+steps vary by such a share."""
 
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
 
@@ -88,11 +89,13 @@ class EngineSnapshot:
 
 @dataclass(slots=True)
 class _Step:
-    """A step that was handed to the device. `since_s`: when it was, or when the one before it was committed."""
+    """A step that was handed to the device. `since_s`: when it was, or when the one before it was committed; `runs_s`:
+    when it was, or when the one before it was over."""
 
     plan: StepPlan
     kind: str
     since_s: float
+    runs_s: float
     work: asyncio.Future[StepResult]
 
 
@@ -452,7 +455,8 @@ class Engine:
             return None
         kind = _kind(plan)
         self._prefilling = kind != "decode"
-        return _Step(plan, kind, self._clock(), asyncio.ensure_future(self._runner.run(plan)))
+        now = self._clock()
+        return _Step(plan, kind, now, now, asyncio.ensure_future(self._runner.run(plan)))
 
     async def _finish(self, step: _Step) -> _Step | None:
         """Wait for the step and commit it. The step after it, if that was clear before: it runs by now."""
@@ -475,7 +479,7 @@ class Engine:
         self._metrics.step(step.kind, busy_s, work.tokens, ended_s - step.since_s - busy_s)
         self._decode_s = busy_s if step.kind == "decode" else inf
         if following is not None:
-            following.since_s = ended_s
+            following.since_s, following.runs_s = ended_s, max(following.runs_s, result.finished_s)
         return following
 
     async def _follow(self, step: _Step) -> _Step | None:
@@ -483,7 +487,7 @@ class Engine:
         need not wait for the commit between the two. Not earlier: who comes meanwhile would wait for both."""
         if step.kind != "decode":
             return None
-        left_s = step.since_s + self._decode_s - self._lead_s - self._clock()
+        left_s = step.runs_s + self._decode_s * (1 - LEAD_SHARE) - self._lead_s - self._clock()
         if left_s > 0:
             await asyncio.wait((step.work,), timeout=left_s)
         return None if step.work.done() else self._begin(self.scheduler.plan_ahead())

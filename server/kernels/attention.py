@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -32,7 +34,7 @@ INT8_BACKENDS = frozenset({"reference", "native"})
 """Those that take an int8 arena, see `server.kernels.int8`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionBatch:
     """The rows of one step. Row r feeds the tokens `query_starts[r] : query_starts[r + 1]` of the flat batch.
 
@@ -53,6 +55,12 @@ class AttentionBatch:
     @property
     def tokens(self) -> int:
         return int(self.query_starts[-1])
+
+    @cached_property
+    def joined(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The block tables one behind the other, and where each begins there, [rows]."""
+        starts = np.array(list(accumulate(map(len, self.frames[:-1]), initial=0)), np.int64)
+        return self.frames[0] if self.rows == 1 else np.concatenate(self.frames), starts
 
     def places(self, block_tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Where the fed tokens go: the frame of each and its offset there, int32 [tokens] each."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from server.errors import ConfigError
@@ -143,7 +142,6 @@ class Decoder:
             yield prefix + "self_attn.q_norm.weight", layer.heads.gain[0]
             yield prefix + "self_attn.k_norm.weight", layer.heads.gain[1]
 
-    @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
         cos, sin = self._parts.angles(self.rotary, positions)
         if self._whole is not None and self._whole.takes(attention):
@@ -161,7 +159,6 @@ class Decoder:
             x = layer.down.add_to(layer.gate_up(layer.mlp_norm(x)), x)
         return self.norm(x)
 
-    @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         return self.head(states).float()
 

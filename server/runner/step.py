@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import numpy as np
@@ -56,14 +56,20 @@ class Flat:
 
 def flatten(rows: Sequence[StepRow]) -> Flat:
     """The rows in their order, and what is wanted of them."""
-    lengths = np.array([len(row.tokens) for row in rows], np.int32)
+    counts = [len(row.tokens) for row in rows]
     starts = np.array([row.start for row in rows], np.int32)
-    query_starts = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(lengths, out=query_starts[1:])
-    bounds: list[int] = query_starts.tolist()
-    tokens = np.fromiter(chain.from_iterable([row.tokens for row in rows]), np.int64, bounds[-1])
-    positions = np.arange(bounds[-1]) + np.repeat(starts - query_starts[:-1], lengths)
-    batch = AttentionBatch(query_starts, starts, starts + lengths, [row.frames for row in rows])
+    if max(counts) == 1:  # the usual step: less to be done while a fast device waits
+        bounds = list(range(len(rows) + 1))
+        query_starts = np.arange(len(rows) + 1, dtype=np.int32)
+        tokens = np.array([row.tokens[0] for row in rows], np.int64)
+        positions, contexts = starts.astype(np.int64), starts + np.int32(1)
+    else:
+        bounds = list(accumulate(counts, initial=0))
+        query_starts, lengths = np.array(bounds, np.int32), np.array(counts, np.int32)
+        contexts = starts + lengths
+        tokens = np.fromiter(chain.from_iterable([row.tokens for row in rows]), np.int64, bounds[-1])
+        positions = np.arange(bounds[-1]) + np.repeat(starts - query_starts[:-1], lengths)
+    batch = AttentionBatch(query_starts, starts, contexts, [row.frames for row in rows])
     sampled = [i for i, row in enumerate(rows) if row.sample is not None]
     ids = [rows[i].request_id for i in sampled]
     specs = [row.sample for row in rows if row.sample is not None]

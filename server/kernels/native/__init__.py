@@ -1,7 +1,7 @@
 """The library of CPU kernels and of copies to a device: found, loaded, and its functions as Python sees them.
 
 Built with the package (setup.py) where there is a C compiler; without it `load` returns None: everything runs in torch,
-and a GPU cannot be used. ctypes releases the interpreter's lock during a call.
+and a GPU cannot be used. ctypes releases the interpreter's lock during a call, but for those in `SHORT`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ CODES = {
     "terrace_copy": (_P, _P),
 }
 """Likewise, of those that return a driver's error, or 0."""
+SHORT = ("terrace_attention_plan", *SIZES)
+"""Calls that keep the interpreter's lock: they take less time than giving it up and waiting for it again."""
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def load() -> ctypes.CDLL | None:
         log.info("the native kernels were not built (no C compiler at installation): torch computes instead")
         return None
     try:
-        library = ctypes.CDLL(found.origin)
+        library, keeping = ctypes.CDLL(found.origin), ctypes.PyDLL(found.origin)
     except OSError as error:
         log.warning("the native kernels cannot be loaded (%s): torch computes instead", error)
         return None
@@ -68,8 +70,9 @@ def load() -> ctypes.CDLL | None:
     library.terrace_select.argtypes = (ctypes.c_char_p,)
     for table, result in ((FUNCTIONS, None), (SIZES, _N), (CODES, _I)):
         for name, types in table.items():
-            function = getattr(library, name)
+            function = getattr(keeping if name in SHORT else library, name)
             function.argtypes, function.restype = types, result
+            setattr(library, name, function)
     select(library, "auto")
     return library
 

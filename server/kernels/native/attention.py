@@ -74,9 +74,7 @@ class NativeAttention:
 
     def plan(self, batch: AttentionBatch) -> None:
         step = self._step
-        frames = np.concatenate(batch.frames)
-        tables = np.zeros(batch.rows, np.int64)
-        np.cumsum([len(table) for table in batch.frames[:-1]], out=tables[1:])
+        frames, tables = batch.joined
         units = np.empty((2, batch.rows + 1), np.int64)
         query_starts, starts = np.ascontiguousarray(batch.query_starts), np.ascontiguousarray(batch.starts)
         self._tables = frames, tables, units, query_starts, starts  # alive as long as the kernels may look at them
