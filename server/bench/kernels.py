@@ -31,6 +31,8 @@ SHAPES = {
 """Inputs and outputs: a square, and layers in the shapes of a Llama of 125M and of Qwen3-0.6B."""
 FEW, MANY = (1, 4, 16), (512, 2048)
 GOAL_READ, GOAL_TORCH = 0.85, 0.90
+IDLE_S = 0.02
+"""Torch's threads spin for a while after a product, which whoever comes next would pay for."""
 
 
 def run(*, quick: bool) -> Report:
@@ -103,6 +105,7 @@ def _product_times(rows: int, inputs: int, outputs: int, turns: int, repeats: in
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(turns):
         for name, product in contenders.items():
+            time.sleep(IDLE_S)
             product()
             times[name].append(_timed([product] * repeats) / repeats)
     return times
