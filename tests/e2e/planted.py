@@ -11,13 +11,13 @@ from server.cli import main
 from server.runner.runner import TorchRunner
 
 
-def hang(runner: TorchRunner, plan: object) -> None:
+def hang(runner: TorchRunner, *step: object) -> None:
     """A forward pass that never comes back, as on a device that does not answer."""
     threading.Event().wait()
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "hang":
-        TorchRunner.step = hang  # type: ignore[method-assign, assignment]
+        TorchRunner._compute = hang  # type: ignore[method-assign, assignment]
     process.FILES_PROBE_S = 0.2
     sys.exit(main(sys.argv[2:]))
