@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -79,7 +80,7 @@ class TorchRunner:
         """What the step before this one sampled; nothing if it failed."""
         self._clock = clock
         self._torch_threads = threads
-        self._jobs: SimpleQueue[tuple[StepPlan, _Inputs, _Done] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[StepPlan, _Inputs | None, _Done] | None] = SimpleQueue()
         self._computed: SimpleQueue[tuple[_Computed | BaseException, _Done] | None] = SimpleQueue()
         self._threads: list[Thread] = []
 
@@ -89,10 +90,10 @@ class TorchRunner:
                 self._threads.append(Thread(target=target, name=f"terrace-{name}", daemon=True))
                 self._threads[-1].start()
         done: _Done = asyncio.get_running_loop().create_future()
-        try:
-            self._jobs.put((plan, _Inputs.of(plan), done))
-        except Exception as error:  # noqa: BLE001 - of this step, whatever it is
-            done.set_exception(error)
+        inputs = None
+        with suppress(Exception):  # the device thread meets it again, in its turn: what follows the step fails, too
+            inputs = _Inputs.of(plan)
+        self._jobs.put((plan, inputs, done))
         return done
 
     async def aclose(self) -> None:
@@ -114,8 +115,9 @@ class TorchRunner:
         while (job := self._jobs.get()) is not None:
             plan, inputs, done = job
             try:
-                self._computed.put((self._compute(plan, inputs), done))
+                self._computed.put((self._compute(plan, inputs or _Inputs.of(plan)), done))
             except BaseException as error:  # noqa: BLE001 - whoever waits for the step is told
+                self._sampled = {}
                 self._computed.put((error, done))
         self._computed.put(None)
 
