@@ -1,14 +1,15 @@
 """Native attention beside what the machine allows: decode against memory bandwidth, prefill against torch's kernel.
 
-Decode rows read all layers of an arena larger than the last-level cache, in turn with a plain loop that reads as many
-bytes; what counts is the ratio within a turn, because a shared machine's bandwidth drifts.
+Decode rows read all layers of an arena larger than the last-level cache, in turn with two plain loops that read as many
+bytes: in order, and block by block as the tables have them, a layer's share of a block at a time. What counts is the
+ratio within a turn, because a shared machine's bandwidth drifts.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -44,6 +45,8 @@ class _Case:
     geometry: ModelGeometry
     kv_bytes: int
     """Read by one step over all layers."""
+    frames: np.ndarray
+    """int64: the blocks of all rows, as their tables have them."""
     q: Tensor
     k: Tensor
     v: Tensor
@@ -61,18 +64,18 @@ def run(*, quick: bool = False) -> Report:
 
 
 def _decode(report: Report, quick: bool) -> None:
-    report.header("decode", "heads", "GB/s", "memory GB/s", "share [min-max]")
+    report.header("decode", "heads", "GB/s", "in order", "share [min-max]", "by blocks", "share [min-max]")
     context = 128 if quick else CONTEXT
     size = ARENA_BYTES // 64 if quick else ARENA_BYTES
     for dtype in FORMATS:
         for heads, kv_heads in GROUPS:
             case = _case("native", dtype, heads, kv_heads, [(context - 1, 1)] * ROWS, size)
-            turns = [(_seconds(case.step), _seconds(partial(_read, case))) for _ in range(1 if quick else ROUNDS)]
-            shares = [read_s / step_s for step_s, read_s in turns]
-            ours, limit = (case.kv_bytes / median(times) / 1e9 for times in zip(*turns, strict=True))
+            calls: list[Callable[[], object]] = [case.step, partial(_read, case), partial(_read_blocks, case)]
+            turns = [[_seconds(call) for call in calls] for _ in range(1 if quick else ROUNDS)]
+            shares, of_blocks = ([turn[i] / turn[0] for turn in turns] for i in (1, 2))
+            rates = [f"{case.kv_bytes / median(times) / 1e9:.1f}" for times in zip(*turns, strict=True)]
             name = f"{heads}/{kv_heads}"
-            spread = f"{median(shares):.2f} [{min(shares):.2f}-{max(shares):.2f}]"
-            report.row(_name(dtype), name, f"{ours:.1f}", f"{limit:.1f}", spread)
+            report.row(_name(dtype), name, *rates[:2], _spread(shares), rates[2], _spread(of_blocks))
             report.keep(part="decode", kv_dtype=_name(dtype), heads=name, kv_bytes=case.kv_bytes, turns_s=turns)
             if not quick:
                 statement = f"decode {_name(dtype)} {name}: at least {BANDWIDTH_SHARE:.0%} of the memory's bandwidth"
@@ -132,7 +135,7 @@ def _case(
     backend.plan(AttentionBatch(bounds, starts, starts + fed, np.split(frames, np.cumsum(counts)[:-1])))
     tokens = int(bounds[-1])
     vectors = (torch.randn(tokens, n, HEAD_DIM) for n in (heads, kv_heads, kv_heads))
-    return _Case(backend, arena, shape, layers * layer_bytes, *vectors)
+    return _Case(backend, arena, shape, layers * layer_bytes, frames.astype(np.int64), *vectors)
 
 
 def _read(case: _Case) -> None:
@@ -141,6 +144,23 @@ def _read(case: _Case) -> None:
     assert library is not None
     size = case.arena.nbytes // 64 * 64
     library.terrace_read(case.arena.data_ptr(), size, ctypes.addressof(total), torch.get_num_threads())
+
+
+def _read_blocks(case: _Case) -> None:
+    """Likewise, block by block: layer after layer, the blocks as the rows' tables have them."""
+    library, total, frames = load(), ctypes.c_uint64(), case.arena.shape[0]
+    assert library is not None
+    layers = case.geometry.layers
+    order = (case.frames * layers + np.arange(layers)[:, None]).ravel()
+    size = case.arena.nbytes // (frames * layers)
+    address, count = case.arena.data_ptr(), len(order)
+    library.terrace_read_pieces(
+        address, size, order.ctypes.data, count, ctypes.addressof(total), torch.get_num_threads()
+    )
+
+
+def _spread(shares: Sequence[float]) -> str:
+    return f"{median(shares):.2f} [{min(shares):.2f}-{max(shares):.2f}]"
 
 
 def _seconds(call: Callable[[], object]) -> float:

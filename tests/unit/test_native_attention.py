@@ -202,6 +202,28 @@ def test_a_row_has_the_same_bits_in_any_batch(isa: str, dtype: torch.dtype) -> N
             assert torch.equal(rows[-1], alone[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "window", "fed"), [(6, 2, None, 1), (4, 4, 300, 1), (12, 4, None, 2), (8, 1, 40, 1)]
+)
+def test_steps_of_few_queries_have_the_bits_of_prompts(
+    isa: str, dtype: torch.dtype, heads: int, kv_heads: int, window: int | None, fed: int
+) -> None:
+    """Steps of rows of one or two tokens alone, however many there are and however their work is dealt out, give the bits
+    that their tokens had within a prompt."""
+    shape = geometry(layers=1, heads=heads, kv_heads=kv_heads, head_dim=64, windows=(window,))
+    lengths = [1100, 300, 700, 515, 40, 3, *(200 + 13 * i for i in range(10))]
+    whole = Sequences.of(lengths, shape, dtype)
+    attention = NativeAttention(whole.arena, shape)
+    expected = [result[-fed:] for result in whole.step(attention, [(i, 0, n) for i, n in enumerate(lengths)])]
+    rows = [(i, n - fed, n) for i, n in enumerate(lengths)]
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for count in (1, 2, 5, len(rows)):
+            for result, same in zip(whole.step(attention, rows[:count]), expected, strict=False):
+                assert torch.equal(result, same)
+
+
 def test_int8_keeps_what_is_not_finite() -> None:
     """A key or value that overflowed does not become a number when it is rounded to int8."""
     shape = geometry(layers=1, heads=2, kv_heads=2, head_dim=8)

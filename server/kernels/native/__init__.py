@@ -24,6 +24,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 FUNCTIONS = {
     "terrace_read": (_P, _N, _P, _I),
+    "terrace_read_pieces": (_P, _N, _P, _N, _P, _I),
     "terrace_sum": (_P, _N, _P),
     "terrace_rmsnorm": (_P, _P, _F, _P, _N, _N, _I),
     "terrace_qk_rope": (_P, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I),

@@ -63,6 +63,10 @@ const char *terrace_select(const char *wanted) {
 EXPORT void terrace_read(const void *memory, int64_t bytes, uint64_t *sum, int threads) {
     chosen->read_all(memory, bytes, sum, threads);
 }
+EXPORT void terrace_read_pieces(const void *memory, int64_t bytes, const int64_t *order, int64_t count, uint64_t *sum,
+                                int threads) {
+    chosen->read_pieces(memory, bytes, order, count, sum, threads);
+}
 
 EXPORT void terrace_sum(const void *data, int64_t bytes, uint8_t *digest) { chosen->sum(data, bytes, digest); }
 

@@ -73,6 +73,7 @@ struct fed {
 struct kernels {
     const char *isa;
     void (*read_all)(const void *memory, int64_t bytes, uint64_t *sum, int threads);
+    void (*read_pieces)(const void *memory, int64_t bytes, const int64_t *order, int64_t count, uint64_t *sum, int threads);
     void (*sum)(const void *data, int64_t bytes, uint8_t *digest);
     void (*rmsnorm)(const float *x, const float *gain, float eps, float *y, int64_t rows, int64_t size, int threads);
     void (*qk_rope)(float *qkv, const float *q_gain, const float *k_gain, float eps, const float *cos, const float *sin,
@@ -100,6 +101,8 @@ EXPORT const char *terrace_select(const char *wanted);
 
 /* Reads memory, a multiple of 64 bytes, into a sum: the limit of what kernels can do. */
 EXPORT void terrace_read(const void *memory, int64_t bytes, uint64_t *sum, int threads);
+EXPORT void terrace_read_pieces(const void *memory, int64_t bytes, const int64_t *order, int64_t count, uint64_t *sum,
+                                int threads);
 
 /* digest [16]: XXH3-128 of more than 240 bytes, as xxhash.xxh3_128_digest has it. */
 EXPORT void terrace_sum(const void *data, int64_t bytes, uint8_t *digest);
