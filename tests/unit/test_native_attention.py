@@ -209,8 +209,8 @@ def test_a_row_has_the_same_bits_in_any_batch(isa: str, dtype: torch.dtype) -> N
 def test_steps_of_few_queries_have_the_bits_of_prompts(
     isa: str, dtype: torch.dtype, heads: int, kv_heads: int, window: int | None, fed: int
 ) -> None:
-    """Steps of rows of one or two tokens alone, however many there are and however their work is dealt out, give the bits
-    that their tokens had within a prompt."""
+    """Steps of rows of one or two tokens alone, however many and however their work is dealt out, give the bits
+    that these tokens had within a prompt."""
     shape = geometry(layers=1, heads=heads, kv_heads=kv_heads, head_dim=64, windows=(window,))
     lengths = [1100, 300, 700, 515, 40, 3, *(200 + 13 * i for i in range(10))]
     whole = Sequences.of(lengths, shape, dtype)

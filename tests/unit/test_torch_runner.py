@@ -1,4 +1,4 @@
-"""The CPU's runner: steps that fail, and those that go on from them. What it computes is compared in test_cuda_runner."""
+"""The CPU's runner: steps that fail, and those that go on from them. See test_cuda_runner for what it computes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ async def runner() -> AsyncIterator[TorchRunner]:
 
 @pytest.mark.parametrize("fails", ["flattening", "computing"])
 async def test_a_failed_step_fails_what_follows(runner: TorchRunner, fails: str) -> None:
-    """All three are handed over before the first has ended: it fails, the one that goes on from it has no token to feed,
-    and the one that goes on from neither works."""
+    """All are handed over before the first has ended: the one that goes on from a failed one has no token to feed, and
+    the one that goes on from none works."""
     broken = StepPlan(2, [] if fails == "flattening" else [decode(0, 6, GREEDY, follows=True), decode(0, -9, GREEDY)])
     plans = [
         StepPlan(1, [decode(0, 5, GREEDY)]), broken, StepPlan(3, [decode(0, 7, GREEDY, follows=True)]),
