@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,12 @@ class AttentionBatch:
         """The block tables one behind the other, and where each begins there, [rows]."""
         starts = np.array(list(accumulate(map(len, self.frames[:-1]), initial=0)), np.int64)
         return self.frames[0] if self.rows == 1 else np.concatenate(self.frames), starts
+
+    @cached_property
+    def shared(self) -> tuple[tuple[npt.NDArray[Any], ...], tuple[int, ...]]:
+        """For who takes addresses: `joined`, `query_starts` and `starts`, contiguous, and where each lies."""
+        arrays = *self.joined, np.ascontiguousarray(self.query_starts), np.ascontiguousarray(self.starts)
+        return arrays, tuple(array.ctypes.data for array in arrays)
 
     def places(self, block_tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Where the fed tokens go: the frame of each and its offset there, int32 [tokens] each."""

@@ -58,10 +58,13 @@ class Parts(Protocol):
 
 
 class Whole(Protocol):
-    """`forward` in one call. `cos`, `sin`: the parts' `angles`."""
+    """`forward`, and `scores`, in one call."""
 
     def takes(self, attention: Attention, /) -> bool: ...
-    def __call__(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: Any, wanted: Tensor, /) -> Tensor: ...
+    def __call__(self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, /) -> Tensor: ...
+    def scores(
+        self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, best: bool, /
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class Model(Protocol):
@@ -94,4 +97,11 @@ class Model(Protocol):
 
     def logits(self, states: Tensor) -> Tensor:
         """What comes next after `states` [m, hidden] of `forward`: float32 [m, vocab]."""
+        ...
+
+    def scores(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor, *, best: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The `logits` of `forward`. With `best`, from a model that has them on the way, also the most likely tokens,
+        int64 [m], the lowest among equals; then the logits last until the next call."""
         ...

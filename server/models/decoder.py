@@ -143,9 +143,9 @@ class Decoder:
             yield prefix + "self_attn.k_norm.weight", layer.heads.gain[1]
 
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
-        cos, sin = self._parts.angles(self.rotary, positions)
         if self._whole is not None and self._whole.takes(attention):
-            return self._whole(tokens, cos, sin, attention, wanted)
+            return self._whole(tokens, positions, attention, wanted)
+        cos, sin = self._parts.angles(self.rotary, positions)
         x = self.embedding.rows(tokens)  # [tokens, hidden]
         last = self.geometry.layers - 1
         for index, layer in enumerate(self.layers):
@@ -161,6 +161,13 @@ class Decoder:
 
     def logits(self, states: Tensor) -> Tensor:
         return self.head(states).float()
+
+    def scores(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor, *, best: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._whole is None or not self._whole.takes(attention):
+            return self.logits(self.forward(tokens, positions, attention, wanted)), None
+        return self._whole.scores(tokens, positions, attention, wanted, best)
 
 
 def _stacked(prefix: str, linear: Any, widths: Mapping[str, int]) -> Iterator[tuple[str, Parameter]]:

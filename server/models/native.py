@@ -161,7 +161,8 @@ class NativeParts:
             )
             for layer, window in zip(decoder.layers, decoder.geometry.windows, strict=True)
         ]
-        return NativeDecoder(decoder.embedding, layers, decoder.norm.weight, decoder.spec.norm_eps, self.workspace)
+        gain, eps = decoder.norm.weight, decoder.spec.norm_eps
+        return NativeDecoder(decoder.embedding, layers, gain, eps, decoder.head, decoder.rotary, self.workspace)
 
     @property
     def _format(self) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from server.kernels.attention import AttentionBackend
 from server.models.base import Model
-from server.runner.sampling import Sampler
+from server.runner.sampling import Sampler, is_plain
 from server.runner.step import Ends, Flat, Outputs, Readout, fed, flatten
 from server.types import RequestId, StepPlan, StepResult
 
@@ -43,12 +43,16 @@ class _Inputs:
     positions: Tensor
     wanted: Tensor
     tables: tuple[Any, ...]
+    plain: bool
+    """Whether all that is wanted is the most likely token of each row."""
 
     @classmethod
     def of(cls, plan: StepPlan) -> _Inputs:
         flat = flatten(plan.rows)
         tokens, positions, wanted = map(torch.from_numpy, (flat.tokens, flat.positions, flat.wanted))
-        return cls(flat, tokens, positions, wanted, flat.batch.joined)
+        alone = not (flat.spans or flat.pools)
+        plain = alone and all(is_plain(spec) and spec.params.logprobs is None for spec in flat.specs)
+        return cls(flat, tokens, positions, wanted, flat.batch.shared, plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +132,21 @@ class TorchRunner:
         for place, token in fed(plan.rows, flat, before):
             flat.tokens[place] = token
         self._attention.plan(flat.batch)
-        states = self._model.forward(inputs.tokens, inputs.positions, self._attention, inputs.wanted)
-        outputs = self._readout.of_states(plan, flat, states)
+        outputs = self._outputs(plan, inputs)
         chosen: list[int] = outputs.chosen.tolist()
-        ends = self._readout.advance(flat, chosen)
+        ends = {} if inputs.plain else self._readout.advance(flat, chosen)
         self._sampled = dict(zip(flat.ids, chosen, strict=True))
         self._sampled.update((plan.rows[place].request_id, None) for place, (_, counts) in ends.items() if not counts)
         return _Computed(inputs, outputs, ends, started_s, self._clock())
+
+    def _outputs(self, plan: StepPlan, inputs: _Inputs) -> Outputs:
+        flat, step = inputs.flat, (inputs.tokens, inputs.positions, self._attention, inputs.wanted)
+        if flat.pools:
+            return self._readout.of_states(plan, flat, self._model.forward(*step))
+        logits, best = self._model.scores(*step, best=inputs.plain)
+        if best is not None:
+            return Outputs(plan, flat, best, (), (), (), (), {})
+        return self._readout.of_logits(plan, flat, logits, {})
 
     # --- read-back thread --------------------------------------------------------------------------------------------
 

@@ -203,7 +203,7 @@ class Sampler:
         assert logits.shape == (rows, self.vocab), f"logits {tuple(logits.shape)}, wanted {(rows, self.vocab)}"
         assert logits.dtype == torch.float32, f"logits are {logits.dtype}, wanted float32"
         assert len(request_ids) == rows, f"{len(request_ids)} request ids for {rows} rows"
-        worked = [i for i, spec in enumerate(specs) if spec.params.temperature >= GREEDY_BELOW or _edits(spec)]
+        worked = [i for i, spec in enumerate(specs) if not is_plain(spec)]
         if not worked:
             return argmax(logits)
         chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -375,6 +375,11 @@ def logprob_entries(found: Sequence[npt.NDArray[Any]], tops: Sequence[int]) -> l
 
 def _penalises(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def is_plain(spec: SampleSpec) -> bool:
+    """Whether its token is the most likely one, by the logits as they are."""
+    return spec.params.temperature < GREEDY_BELOW and not _edits(spec)
 
 
 def _edits(spec: SampleSpec) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from server.kernels.native import load
+from server.kernels.native.rows import argmax
 from server.models.base import Attention
 from server.models.weights import load_model
 from tests.numeric.conftest import Checkpoint
@@ -50,8 +51,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+def scores_of(model: Any, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Iterator[Tensor]:
+    """Logits of the wanted tokens, with and without the most likely ones, and these."""
+    yield model.scores(tokens, positions, attention, wanted, best=False)[0].clone()
+    logits, best = model.scores(tokens, positions, attention, wanted, best=True)
+    yield logits.clone()
+    yield argmax(logits) if best is None else best
+
+
 def states_of(folder: Path, dtype: str, quantization: str, *, whole: bool) -> Iterator[Tensor]:
-    """Of every step in STEPS, one after the other: logits of all its tokens, states of some of them, one twice."""
+    """Of every step in STEPS, one after the other: logits of all its tokens; states, logits and tokens of some
+    of them, one twice."""
     model: Any = load_model(
         folder, dtype=cast(Any, dtype), quantization=quantization, native=True, load_format="dummy", seed=5
     )
@@ -62,14 +72,20 @@ def states_of(folder: Path, dtype: str, quantization: str, *, whole: bool) -> It
         taken = attention if whole else PartByPart(attention)
         assert model._whole.takes(taken) == whole
         last = len(tokens) - 1
-        some.append(forward(tokens, positions, taken, torch.tensor([last, 0, last])))
-        return cast(Tensor, forward(tokens, positions, taken, wanted))
+        picked = torch.tensor([last, 0, last])
+        model.forward = forward
+        some.append(forward(tokens, positions, taken, picked))
+        some.extend(scores_of(model, tokens, positions, taken, picked))
+        states = forward(tokens, positions, taken, wanted)
+        model.forward = once
+        return cast(Tensor, states)
 
     model.forward = once
     for step, lengths in enumerate(STEPS.values()):
         rows = [(row, 0, random_tokens(length, seed=row + step)) for row, length in enumerate(lengths)]
         yield paged.step(rows, everywhere=True)
-        yield some.pop()
+        yield from some
+        some.clear()
 
 
 def assert_the_same(folder: Path, dtype: str, quantization: str) -> None:

@@ -71,16 +71,16 @@ class NativeAttention:
         """Of its `struct attention`."""
         self._memory = torch.empty(0)
         self._tables: tuple[np.ndarray, ...] = ()
+        self._units = np.empty((2, 2), np.int64)
 
     def plan(self, batch: AttentionBatch) -> None:
         step = self._step
-        frames, tables = batch.joined
-        units = np.empty((2, batch.rows + 1), np.int64)
-        query_starts, starts = np.ascontiguousarray(batch.query_starts), np.ascontiguousarray(batch.starts)
-        self._tables = frames, tables, units, query_starts, starts  # alive as long as the kernels may look at them
-        step.frames, step.tables = frames.ctypes.data, tables.ctypes.data
-        step.units, step.partials_at = units[0].ctypes.data, units[1].ctypes.data
-        step.query_starts, step.starts, step.rows = query_starts.ctypes.data, starts.ctypes.data, batch.rows
+        arrays, (step.frames, step.tables, step.query_starts, step.starts) = batch.shared
+        step.rows = batch.rows
+        if self._units.shape[1] <= batch.rows:
+            self._units = np.empty((2, 2 * batch.rows + 1), np.int64)
+        step.units, step.partials_at = self._units.ctypes.data, self._units[1].ctypes.data
+        self._tables = arrays  # alive as long as the kernels may look at them
         step.threads = torch.get_num_threads()
         self._library.terrace_attention_plan(self.address)
         needed = step.threads * step.desk_floats + step.partial_floats

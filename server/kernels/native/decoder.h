@@ -21,7 +21,7 @@ static inline int64_t chunks_of(int64_t rows, int threads) {
 /* Offsets in floats, each a multiple of a cache line. `rows`: of the batch, or wanted if those are more; `chunk`: those
  * that one thread takes through a layer by itself, or all, which then share each matrix. */
 struct desks_of_decoder {
-    int64_t rows, chunk, workers, qkv, attended, workers_at, worker_floats, inner, linear, floats;
+    int64_t rows, chunk, workers, qkv, attended, angles, workers_at, worker_floats, inner, linear, floats;
 };
 
 static inline int64_t heads_width(const struct attention *a) { return a->heads * (int64_t)a->head_dim; }
@@ -46,7 +46,8 @@ static inline struct desks_of_decoder decoder_desks(const struct decoder *d, con
     }
     at.qkv = whole_lines(2 * rows * d->hidden); /* behind the hidden states and the wanted ones of them */
     at.attended = at.qkv + whole_lines(rows * qkv_width(a));
-    at.workers_at = at.attended + 2 * whole_lines(rows * heads_width(a));
+    at.angles = at.attended + 2 * whole_lines(rows * heads_width(a));
+    at.workers_at = at.angles + whole_lines(rows * a->head_dim);
     at.inner = whole_lines(at.chunk * d->hidden);
     at.linear = at.inner + whole_lines((at.chunk + AMX_ROWS) * inner);
     at.worker_floats = at.linear + whole_lines(linear / 4);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from server.kernels.native import load
 from server.kernels.native.attention import NO_WINDOW, NativeAttention
 from server.kernels.native.linear import PackedLinear, Workspace
+
+if TYPE_CHECKING:
+    from server.models.layers import Rotary
 
 
 class _Layer(ctypes.Structure):
@@ -37,7 +41,8 @@ class _Decoder(ctypes.Structure):
         ("layers", ctypes.c_void_p),
         ("gain", ctypes.c_void_p),
         ("hidden", ctypes.c_int64),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("eps", "amplitude")),
+        *((name, ctypes.c_void_p) for name in ("frequencies", "head")),
     )
 
 
@@ -45,8 +50,9 @@ class _Fed(ctypes.Structure):
     """`struct fed` of kernels.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("tokens", "wanted", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "wanted")),
         ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("logits", "best")),
     )
 
 
@@ -65,32 +71,67 @@ class LayerParts:
 
 
 class NativeDecoder:
-    """`layers` between the table `embedding` and the last norm's `gain` [hidden]. Device thread only."""
+    """`layers` between the table `embedding` and the last norm's `gain` [hidden]; the `head`; the `rotary` embedding.
+    Device thread only."""
 
     def __init__(
-        self, embedding: PackedLinear, layers: Sequence[LayerParts], gain: Tensor, eps: float, workspace: Workspace
-    ) -> None:
+        self, embedding: PackedLinear, layers: Sequence[LayerParts], gain: Tensor, eps: float, head: PackedLinear,
+        rotary: Rotary, workspace: Workspace,
+    ) -> None:  # fmt: skip
         library = load()
         assert library is not None, "packed parts without the library"
         self._library, self._workspace = library, workspace
-        self._alive = embedding, tuple(layers), gain
+        self._alive = embedding, tuple(layers), gain, head, rotary
+        self._vocab = head.outputs
+        self._states, self._logits = torch.empty(0, len(gain)), torch.empty(0, head.outputs)
+        """Memory for a step, as much as the largest so far had."""
         self._layers = (_Layer * len(layers))(*map(_layer, layers))
-        self._decoder = _Decoder(embedding.address, ctypes.addressof(self._layers), gain.data_ptr(), len(gain), eps)
+        self._decoder = _Decoder(
+            embedding.address, ctypes.addressof(self._layers), gain.data_ptr(), len(gain), eps, rotary.amplitude,
+            rotary.frequencies.data_ptr(), head.address,
+        )  # fmt: skip
         self._address = ctypes.addressof(self._decoder)
 
     def takes(self, attention: object) -> bool:
         """Whether it can attend: the native backend alone, the others are Python."""
         return isinstance(attention, NativeAttention)
 
-    def __call__(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: NativeAttention, wanted: Tensor) -> Tensor:
-        """int64 `tokens` [n] with the angles of their positions, fp32 [n, head_dim / 2], in a step that `attention` has
-        planned -> states of the `wanted` ones, int64 [m], after the last norm: fp32 [m, hidden]."""
+    def __call__(self, tokens: Tensor, positions: Tensor, attention: NativeAttention, wanted: Tensor) -> Tensor:
+        """int64 `tokens` [n] at `positions` [n], in a step that `attention` has planned -> states of the `wanted` ones,
+        int64 [m], after the last norm: fp32 [m, hidden]."""
         states = torch.empty(len(wanted), self._decoder.hidden)
-        step = attention.address
-        fed = _Fed(tokens.data_ptr(), wanted.data_ptr(), cos.data_ptr(), sin.data_ptr(), len(wanted))
-        scratch = self._workspace.reserve(self._library.terrace_decode_scratch(self._address, step, len(wanted)))
-        self._library.terrace_decode(self._address, step, ctypes.addressof(fed), states.data_ptr(), scratch)
+        self._run(tokens, positions, attention, wanted, states)
         return states
+
+    def scores(
+        self, tokens: Tensor, positions: Tensor, attention: NativeAttention, wanted: Tensor, best: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, then the head: logits fp32 [m, vocab]. With `best` also the most likely token of each, int64 [m],
+        as `rows.argmax` has it; the logits are then overwritten by the next call."""
+        count = len(wanted)
+        if len(self._states) < count:
+            self._states = torch.empty(count, self._decoder.hidden)
+        if not best:
+            logits = torch.empty(count, self._vocab)
+            self._run(tokens, positions, attention, wanted, self._states, logits)
+            return logits, None
+        if len(self._logits) < count:
+            self._logits = torch.empty(count, self._vocab)
+        chosen = torch.empty(count, dtype=torch.int64)
+        self._run(tokens, positions, attention, wanted, self._states, self._logits, chosen)
+        return self._logits[:count], chosen
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, attention: NativeAttention, wanted: Tensor, states: Tensor,
+        logits: Tensor | None = None, best: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        step, count = attention.address, len(wanted)
+        fed = _Fed(
+            tokens.data_ptr(), positions.data_ptr(), wanted.data_ptr(), count,
+            None if logits is None else logits.data_ptr(), None if best is None else best.data_ptr(),
+        )  # fmt: skip
+        scratch = self._workspace.reserve(self._library.terrace_decode_scratch(self._address, step, count))
+        self._library.terrace_decode(self._address, step, ctypes.addressof(fed), states.data_ptr(), scratch)
 
 
 def _layer(parts: LayerParts) -> _Layer:

@@ -128,7 +128,8 @@ EXPORT void terrace_linear(const struct matrix *m, const float *x, int64_t x_str
 }
 
 EXPORT int64_t terrace_decode_scratch(const struct decoder *d, const struct attention *step, int64_t count) {
-    return decoder_desks(d, step, count).floats * 4;
+    const int64_t layers = decoder_desks(d, step, count).floats * 4, head = linear_scratch(d->head, count, step->threads);
+    return layers > head ? layers : head;
 }
 
 EXPORT void terrace_decode(const struct decoder *d, const struct attention *step, const struct fed *in, float *states,

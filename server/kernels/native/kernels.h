@@ -52,7 +52,9 @@ struct decoder {
     const struct decoder_layer *layers;
     const float *gain; /* of the last norm, [hidden] */
     int64_t hidden;
-    float eps;
+    float eps, amplitude;     /* of the rotation's cosines and sines */
+    const float *frequencies; /* [head_dim / 2], radians a position */
+    const struct matrix *head;
 };
 struct decoder_layer {
     const float *attention_gain, *mlp_gain; /* [hidden] */
@@ -61,12 +63,13 @@ struct decoder_layer {
     int64_t window;
 };
 
-/* What one step feeds a decoder beside the attention's rows: tokens [n], the cosines and sines of their positions
- * [n, head_dim / 2], and which of them the caller wants the states of: places [count] in the batch. */
+/* What one step feeds a decoder beside the attention's rows: tokens [n], their positions [n], and which of them the caller wants the states of: places [count] in the batch. If not NULL, `logits`
+ * [count, outputs of the head] and `best` [count] get what comes next and, of that, the most likely token. */
 struct fed {
-    const int64_t *tokens, *wanted;
-    const float *cos, *sin;
+    const int64_t *tokens, *positions, *wanted;
     int64_t count;
+    float *logits;
+    int64_t *best; /* needs `logits` */
 };
 
 /* One instruction set's copies. */
