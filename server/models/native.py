@@ -161,8 +161,10 @@ class NativeParts:
             )
             for layer, window in zip(decoder.layers, decoder.geometry.windows, strict=True)
         ]
-        gain, eps = decoder.norm.weight, decoder.spec.norm_eps
-        return NativeDecoder(decoder.embedding, layers, gain, eps, decoder.head, decoder.rotary, self.workspace)
+        gain, eps, rotary = decoder.norm.weight, decoder.spec.norm_eps, decoder.rotary
+        return NativeDecoder(
+            decoder.embedding, layers, gain, eps, decoder.head, rotary.frequencies, rotary.amplitude, self.workspace
+        )
 
     @property
     def _format(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from torch import Tensor
 from server.kernels.native import load
 from server.kernels.native.attention import NO_WINDOW, NativeAttention
 from server.kernels.native.linear import PackedLinear, Workspace
-
-if TYPE_CHECKING:
-    from server.models.layers import Rotary
 
 
 class _Layer(ctypes.Structure):
@@ -71,24 +67,24 @@ class LayerParts:
 
 
 class NativeDecoder:
-    """`layers` between the table `embedding` and the last norm's `gain` [hidden]; the `head`; the `rotary` embedding.
-    Device thread only."""
+    """`layers` between the table `embedding` and the last norm's `gain` [hidden]; the `head`. Angles are
+    `frequencies` [head_dim / 2] times positions, their cosines and sines times `amplitude`. Device thread only."""
 
     def __init__(
         self, embedding: PackedLinear, layers: Sequence[LayerParts], gain: Tensor, eps: float, head: PackedLinear,
-        rotary: Rotary, workspace: Workspace,
+        frequencies: Tensor, amplitude: float, workspace: Workspace,
     ) -> None:  # fmt: skip
         library = load()
         assert library is not None, "packed parts without the library"
         self._library, self._workspace = library, workspace
-        self._alive = embedding, tuple(layers), gain, head, rotary
+        self._alive = embedding, tuple(layers), gain, head, frequencies
         self._vocab = head.outputs
         self._states, self._logits = torch.empty(0, len(gain)), torch.empty(0, head.outputs)
         """Memory for a step, as much as the largest so far had."""
         self._layers = (_Layer * len(layers))(*map(_layer, layers))
         self._decoder = _Decoder(
-            embedding.address, ctypes.addressof(self._layers), gain.data_ptr(), len(gain), eps, rotary.amplitude,
-            rotary.frequencies.data_ptr(), head.address,
+            embedding.address, ctypes.addressof(self._layers), gain.data_ptr(), len(gain), eps, amplitude,
+            frequencies.data_ptr(), head.address,
         )  # fmt: skip
         self._address = ctypes.addressof(self._decoder)
 
