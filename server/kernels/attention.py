@@ -57,15 +57,12 @@ class AttentionBatch:
         return int(self.query_starts[-1])
 
     @cached_property
-    def joined(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """The block tables one behind the other, and where each begins there, [rows]."""
-        starts = np.array(list(accumulate(map(len, self.frames[:-1]), initial=0)), np.int64)
-        return self.frames[0] if self.rows == 1 else np.concatenate(self.frames), starts
-
-    @cached_property
     def shared(self) -> tuple[tuple[npt.NDArray[Any], ...], tuple[int, ...]]:
-        """For who takes addresses: `joined`, `query_starts` and `starts`, contiguous, and where each lies."""
-        arrays = *self.joined, np.ascontiguousarray(self.query_starts), np.ascontiguousarray(self.starts)
+        """For who takes addresses: the block tables one behind the other, where each begins there (int64 [rows]),
+        `query_starts` and `starts`, all contiguous; and the address of each."""
+        tables = self.frames[0] if self.rows == 1 else np.concatenate(self.frames)
+        begins = np.array(list(accumulate(map(len, self.frames[:-1]), initial=0)), np.int64)
+        arrays = tables, begins, np.ascontiguousarray(self.query_starts), np.ascontiguousarray(self.starts)
         return arrays, tuple(array.ctypes.data for array in arrays)
 
     def places(self, block_tokens: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

@@ -71,7 +71,7 @@ class NativeAttention:
         """Of its `struct attention`."""
         self._memory = torch.empty(0)
         self._tables: tuple[np.ndarray, ...] = ()
-        self._units = np.empty((2, 2), np.int64)
+        self._units = np.empty((2, 0), np.int64)
 
     def plan(self, batch: AttentionBatch) -> None:
         step = self._step
@@ -79,7 +79,7 @@ class NativeAttention:
         step.rows = batch.rows
         if self._units.shape[1] <= batch.rows:
             self._units = np.empty((2, 2 * batch.rows + 1), np.int64)
-        step.units, step.partials_at = self._units.ctypes.data, self._units[1].ctypes.data
+            step.units, step.partials_at = self._units.ctypes.data, self._units[1].ctypes.data
         self._tables = arrays  # alive as long as the kernels may look at them
         step.threads = torch.get_num_threads()
         self._library.terrace_attention_plan(self.address)
