@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class Whole(Protocol):
     def takes(self, attention: Attention, /) -> bool: ...
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, /) -> Tensor: ...
     def scores(
-        self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, best: bool, /
+        self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, how: npt.NDArray[Any] | None, /
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -100,8 +101,14 @@ class Model(Protocol):
         ...
 
     def scores(
-        self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor, *, best: bool
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        wanted: Tensor,
+        *,
+        how: npt.NDArray[Any] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The `logits` of `forward`. With `best`, from a model that has them on the way, also the most likely tokens,
-        int64 [m], the lowest among equals; then the logits last until the next call."""
+        """The `logits` of `forward`. With `how` (`rows.DRAWING` [m]), from a model that has them on the way, also the
+        next tokens, int64 [m], chosen as it says; then the logits last until the next call."""
         ...

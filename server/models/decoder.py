@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy.typing as npt
 from torch import Tensor
 
 from server.errors import ConfigError
@@ -163,11 +164,17 @@ class Decoder:
         return self.head(states).float()
 
     def scores(
-        self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor, *, best: bool
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        wanted: Tensor,
+        *,
+        how: npt.NDArray[Any] | None,
     ) -> tuple[Tensor, Tensor | None]:
         if self._whole is None or not self._whole.takes(attention):
             return self.logits(self.forward(tokens, positions, attention, wanted)), None
-        return self._whole.scores(tokens, positions, attention, wanted, best)
+        return self._whole.scores(tokens, positions, attention, wanted, how)
 
 
 def _stacked(prefix: str, linear: Any, widths: Mapping[str, int]) -> Iterator[tuple[str, Parameter]]:

@@ -21,12 +21,13 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from server.kernels.attention import AttentionBackend
 from server.models.base import Model
-from server.runner.sampling import Sampler, is_plain
+from server.runner.sampling import Sampler, drawings, is_unedited
 from server.runner.step import Ends, Flat, Outputs, Readout, fed, flatten
 from server.types import RequestId, StepPlan, StepResult
 
@@ -43,16 +44,16 @@ class _Inputs:
     positions: Tensor
     wanted: Tensor
     tables: tuple[Any, ...]
-    plain: bool
-    """Whether all that is wanted is the most likely token of each row."""
+    how: npt.NDArray[Any] | None
+    """How tokens are chosen (`rows.DRAWING`), if all that is wanted are tokens, by the logits as they are."""
 
     @classmethod
-    def of(cls, plan: StepPlan) -> _Inputs:
+    def of(cls, plan: StepPlan, vocab: int) -> _Inputs:
         flat = flatten(plan.rows)
         tokens, positions, wanted = map(torch.from_numpy, (flat.tokens, flat.positions, flat.wanted))
-        alone = not (flat.spans or flat.pools)
-        plain = alone and all(is_plain(spec) and spec.params.logprobs is None for spec in flat.specs)
-        return cls(flat, tokens, positions, wanted, flat.batch.shared, plain)
+        alone = not (flat.spans or flat.pools) and all(spec.params.logprobs is None for spec in flat.specs)
+        how = drawings(flat.specs, vocab) if alone and all(map(is_unedited, flat.specs)) else None
+        return cls(flat, tokens, positions, wanted, flat.batch.shared, how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,8 @@ class TorchRunner:
     ) -> None:
         self._model = model
         self._attention = attention
-        self._readout = Readout(model, Sampler(model.geometry.vocab), torch.from_numpy)
+        self._vocab = model.geometry.vocab
+        self._readout = Readout(model, Sampler(self._vocab), torch.from_numpy)
         self._sampled: Mapping[RequestId, int | None] = {}
         """What the step before this one sampled; nothing if it failed."""
         self._clock = clock
@@ -96,7 +98,7 @@ class TorchRunner:
         done: _Done = asyncio.get_running_loop().create_future()
         inputs = None
         with suppress(Exception):  # the device thread meets it again, in its turn: what follows the step fails, too
-            inputs = _Inputs.of(plan)
+            inputs = _Inputs.of(plan, self._vocab)
         self._jobs.put((plan, inputs, done))
         return done
 
@@ -108,7 +110,7 @@ class TorchRunner:
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
         """One forward pass and the sampling after it, here and now. Device thread."""
-        return self._compute(plan, _Inputs.of(plan)).result()
+        return self._compute(plan, _Inputs.of(plan, self._vocab)).result()
 
     # --- device thread -----------------------------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class TorchRunner:
         while (job := self._jobs.get()) is not None:
             plan, inputs, done = job
             try:
-                self._computed.put((self._compute(plan, inputs or _Inputs.of(plan)), done))
+                self._computed.put((self._compute(plan, inputs or _Inputs.of(plan, self._vocab)), done))
             except BaseException as error:  # noqa: BLE001 - whoever waits for the step is told
                 self._sampled = {}
                 self._computed.put((error, done))
@@ -134,7 +136,7 @@ class TorchRunner:
         self._attention.plan(flat.batch)
         outputs = self._outputs(plan, inputs)
         chosen: list[int] = outputs.chosen.tolist()
-        ends = {} if inputs.plain else self._readout.advance(flat, chosen)
+        ends = {} if inputs.how is not None else self._readout.advance(flat, chosen)
         self._sampled = dict(zip(flat.ids, chosen, strict=True))
         self._sampled.update((plan.rows[place].request_id, None) for place, (_, counts) in ends.items() if not counts)
         return _Computed(inputs, outputs, ends, started_s, self._clock())
@@ -143,9 +145,9 @@ class TorchRunner:
         flat, step = inputs.flat, (inputs.tokens, inputs.positions, self._attention, inputs.wanted)
         if flat.pools:
             return self._readout.of_states(plan, flat, self._model.forward(*step))
-        logits, best = self._model.scores(*step, best=inputs.plain)
-        if best is not None:
-            return Outputs(plan, flat, best, (), (), (), (), {})
+        logits, chosen = self._model.scores(*step, how=inputs.how)
+        if chosen is not None:
+            return Outputs(plan, flat, chosen, (), (), (), (), {})
         return self._readout.of_logits(plan, flat, logits, {})
 
     # --- read-back thread --------------------------------------------------------------------------------------------

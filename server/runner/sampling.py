@@ -13,10 +13,10 @@ grammar's mask, logit_bias, min_tokens, bad words, repetition penalty (prompt an
 penalty (output), temperature, top_k, top_p (of what top_k left), min_p; then one uniform draw, named by (seed,
 position), through the inverse CDF. Where logits are equal the lowest id goes first, everywhere.
 
-**Cost.** Rows are grouped by need, so a plain row never pays for another's features: all-greedy is one argmax; a drawn
-row without top_k/top_p has no sort; one with them ranks 512 tokens, and more only where those do not hold `top_p` of
-the mass. Penalties touch the tokens a request has seen, not the vocabulary. With 152k tokens on one CPU core, per row:
-argmax 0.4 ms, plain draw 1.3 ms, top_p within the first 512 tokens 2.5 ms.
+**Cost.** On a CPU the native kernels choose (`rows.choose`): with 152k tokens 0.5 ms a row for a plain draw, up to 1 ms
+with filters, however wide. In torch rows are grouped by need, so a plain row never pays for another's features:
+all-greedy is one argmax; a drawn row without top_k/top_p has no sort; one with them ranks 512 tokens, and more only
+where those do not hold `top_p` of the mass. Penalties touch the tokens a request has seen, not the vocabulary.
 
 **No look at the device.** `choose` and `describe` give tensors and leave it to the caller when to read them. What goes
 up from the host goes through `put`, which need not wait; a `BlindSampler` lets nothing that was computed decide what is
@@ -34,7 +34,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from server.kernels.native.rows import argmax
+from server.kernels.native import load
+from server.kernels.native.rows import DRAWING, argmax, choose
 from server.runner.grammar import Matchers
 from server.types import FinishReason, RequestId, SampleSpec, SamplingParams, TokenLogprobs
 
@@ -127,6 +128,17 @@ def _column(values: Iterable[float], put: Put, dtype: npt.DTypeLike = np.float64
     return put(np.array(list(values), dtype)).unsqueeze(-1)
 
 
+def drawings(specs: Sequence[SampleSpec], vocab: int) -> npt.NDArray[Any]:
+    """DRAWING [rows]: what the specs say of rows that are not edited, or have been."""
+    how = np.zeros(len(specs), DRAWING)
+    for row, spec in enumerate(specs):
+        p = spec.params
+        if p.temperature >= GREEDY_BELOW:
+            top_k = p.top_k if 0 < p.top_k < vocab else 0
+            how[row] = (p.top_p, p.min_p, uniform(p.seed, spec.position), top_k, p.temperature)
+    return how
+
+
 class _SeenTokens:
     """The distinct tokens of one request and how often each was generated, following its history step by step.
 
@@ -190,6 +202,7 @@ class Sampler:
         self._put = put
         self._seen: dict[RequestId, _SeenTokens] = {}
         self._matchers = Matchers(vocab)
+        self._native = load() is not None
 
     # -- public ---------------------------------------------------------------------------------------------------
 
@@ -203,14 +216,15 @@ class Sampler:
         assert logits.shape == (rows, self.vocab), f"logits {tuple(logits.shape)}, wanted {(rows, self.vocab)}"
         assert logits.dtype == torch.float32, f"logits are {logits.dtype}, wanted float32"
         assert len(request_ids) == rows, f"{len(request_ids)} request ids for {rows} rows"
-        worked = [i for i, spec in enumerate(specs) if not is_plain(spec)]
+        plain = is_unedited if self._native else is_plain
+        worked = [i for i, spec in enumerate(specs) if not plain(spec)]
         if not worked:
-            return argmax(logits)
+            return self._pick(logits, specs)
         chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
-        plain = sorted(set(range(rows)).difference(worked))
-        if plain:
-            places = _index(plain, self._put)
-            chosen[places] = argmax(logits.index_select(0, places))
+        rest = sorted(set(range(rows)).difference(worked))
+        if rest:
+            places = _index(rest, self._put)
+            chosen[places] = self._pick(logits.index_select(0, places), [specs[i] for i in rest])
         for chunk in _row_chunks(worked, self.vocab):
             places = _index(chunk, self._put)
             part = logits.index_select(0, places)
@@ -244,6 +258,12 @@ class Sampler:
         """Tokens [rows] of rows that need more than an argmax. x: a private copy of their logits."""
         x = x.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
         self._edit(x, request_ids, specs)
+        return self._pick(x, specs)
+
+    def _pick(self, x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+        """Tokens [rows] of rows whose logits are as they shall be. In torch x may be written to where it is drawn."""
+        if self._native:
+            return choose(x, drawings(specs, self.vocab))
         groups: dict[Way, list[int]] = {}
         for i, spec in enumerate(specs):
             groups.setdefault(self._way(spec.params), []).append(i)
@@ -360,6 +380,10 @@ class BlindSampler(Sampler):
     where only a look could tell that less would do. No top_k, or a large one, with top_p: a sort of 152k tokens in each
     row, for which a GPU takes less time than its host takes to ask and be answered."""
 
+    def __init__(self, vocab: int, put: Put = torch.from_numpy) -> None:
+        super().__init__(vocab, put)
+        self._native = False
+
     def _by_rank(self, params: SamplingParams) -> Way:
         return _draw_few if 0 < params.top_k <= CANDIDATES[0] else _draw_all
 
@@ -379,15 +403,15 @@ def _penalises(params: SamplingParams) -> bool:
 
 def is_plain(spec: SampleSpec) -> bool:
     """Whether its token is the most likely one, by the logits as they are."""
-    return spec.params.temperature < GREEDY_BELOW and not _edits(spec)
+    return spec.params.temperature < GREEDY_BELOW and is_unedited(spec)
 
 
-def _edits(spec: SampleSpec) -> bool:
-    """Whether the row's logits change before a token is chosen."""
+def is_unedited(spec: SampleSpec) -> bool:
+    """Whether its token is chosen by the logits as they are."""
     params = spec.params
     restricts = bool(params.allowed_token_ids or params.bad_sequences) or params.grammar is not None
     early = params.min_tokens > 0 and spec.generated < params.min_tokens
-    return restricts or bool(params.logit_bias) or early or _penalises(params)
+    return not (restricts or params.logit_bias or early or _penalises(params))
 
 
 def _completing(spec: SampleSpec) -> list[int]:

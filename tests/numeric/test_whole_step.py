@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3Config
 
 from server.kernels.native import load
-from server.kernels.native.rows import argmax
+from server.kernels.native.rows import DRAWING, choose
 from server.models.base import Attention
 from server.models.weights import load_model
 from tests.numeric.conftest import Checkpoint
@@ -52,11 +53,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def scores_of(model: Any, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Iterator[Tensor]:
-    """Logits of the wanted tokens, with and without the most likely ones, and these."""
-    yield model.scores(tokens, positions, attention, wanted, best=False)[0].clone()
-    logits, best = model.scores(tokens, positions, attention, wanted, best=True)
+    """Logits of the wanted tokens, with and without the tokens chosen by them, and these."""
+    how = np.zeros(len(wanted), DRAWING)
+    how[1:] = (0.9, 0.0, 0.3, 0, 0.8)
+    yield model.scores(tokens, positions, attention, wanted, how=None)[0].clone()
+    logits, chosen = model.scores(tokens, positions, attention, wanted, how=how)
     yield logits.clone()
-    yield argmax(logits) if best is None else best
+    yield choose(logits, how) if chosen is None else chosen
 
 
 def states_of(folder: Path, dtype: str, quantization: str, *, whole: bool) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.kernels.native import load
 from server.runner import sampling
 from server.runner.sampling import Sampler, uniform
 from server.types import SampleSpec, SamplingParams
 from tests.unit.drawing import prompt_logprobs, sample
 
 Array = npt.NDArray[np.float64]
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True, scope="module")
+def computed_by(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for both ways to choose."""
+    if request.param == "native" and load() is None:
+        pytest.skip("the native kernels were not built: no C compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(sampling, "load", lambda: None)
+        yield
 
 
 def spec(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> SampleSpec:

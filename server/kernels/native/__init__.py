@@ -30,6 +30,7 @@ FUNCTIONS = {
     "terrace_qk_rope": (_P, _P, _P, _F, _P, _P, _N, _N, _N, _N, _I),
     "terrace_angles": (_P, _P, _F, _P, _P, _N, _N, _I),
     "terrace_argmax": (_P, _P, _N, _N, _I),
+    "terrace_choose": (_P, _P, _P, _N, _N, _P, _I),
     "terrace_attention_plan": (_P,),
     "terrace_attend": (_P, _N, _N, *(_P, _N, _N) * 3, _P),
     "terrace_pack": (_P, _P, _I, _N, _N, _N, _I),
@@ -42,6 +43,7 @@ FUNCTIONS = {
 SIZES = {
     "terrace_matrix_bytes": (_P,),
     "terrace_linear_scratch": (_P, _N, _I),
+    "terrace_choose_scratch": (_N, _I),
     "terrace_decode_scratch": (_P, _P, _N),
 }
 """Likewise, of those that return a number of bytes."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ class _Fed(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "wanted")),
         ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("logits", "best")),
+        *((name, ctypes.c_void_p) for name in ("logits", "chosen", "how")),
     )
 
 
@@ -100,31 +102,37 @@ class NativeDecoder:
         return states
 
     def scores(
-        self, tokens: Tensor, positions: Tensor, attention: NativeAttention, wanted: Tensor, best: bool
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: NativeAttention,
+        wanted: Tensor,
+        how: npt.NDArray[Any] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same, then the head: logits fp32 [m, vocab]. With `best` also the most likely token of each, int64 [m],
-        as `rows.argmax` has it; the logits are then overwritten by the next call."""
+        """The same, then the head: logits fp32 [m, vocab]. With `how` (`rows.DRAWING` [m]) also the next token of each,
+        int64 [m], as `rows.choose` has it; the logits are then overwritten by the next call."""
         count = len(wanted)
         if len(self._states) < count:
             self._states = torch.empty(count, self._decoder.hidden)
-        if not best:
+        if how is None:
             logits = torch.empty(count, self._vocab)
             self._run(tokens, positions, attention, wanted, self._states, logits)
             return logits, None
         if len(self._logits) < count:
             self._logits = torch.empty(count, self._vocab)
         chosen = torch.empty(count, dtype=torch.int64)
-        self._run(tokens, positions, attention, wanted, self._states, self._logits, chosen)
+        self._run(tokens, positions, attention, wanted, self._states, self._logits, chosen, how)
         return self._logits[:count], chosen
 
     def _run(
         self, tokens: Tensor, positions: Tensor, attention: NativeAttention, wanted: Tensor, states: Tensor,
-        logits: Tensor | None = None, best: Tensor | None = None,
+        logits: Tensor | None = None, chosen: Tensor | None = None, how: npt.NDArray[Any] | None = None,
     ) -> None:  # fmt: skip
         step, count = attention.address, len(wanted)
         fed = _Fed(
             tokens.data_ptr(), positions.data_ptr(), wanted.data_ptr(), count,
-            None if logits is None else logits.data_ptr(), None if best is None else best.data_ptr(),
+            None if logits is None else logits.data_ptr(), None if chosen is None else chosen.data_ptr(),
+            None if how is None else how.ctypes.data,
         )  # fmt: skip
         scratch = self._workspace.reserve(self._library.terrace_decode_scratch(self._address, step, count))
         self._library.terrace_decode(self._address, step, ctypes.addressof(fed), states.data_ptr(), scratch)

@@ -94,6 +94,13 @@ EXPORT void terrace_argmax(const float *x, int64_t *best, int64_t rows, int64_t 
     chosen->argmax(x, best, rows, size, threads);
 }
 
+EXPORT int64_t terrace_choose_scratch(int64_t size, int threads) { return size * threads * (int64_t)sizeof(int64_t); }
+
+EXPORT void terrace_choose(const float *x, const struct drawing *how, int64_t *tokens, int64_t rows, int64_t size,
+                           void *scratch, int threads) {
+    chosen->choose(x, how, tokens, rows, size, scratch, threads);
+}
+
 EXPORT void terrace_attention_plan(struct attention *step) { chosen->attention_plan(step); }
 
 /* Writes k and v [tokens, kv_heads, head_dim] of the step's tokens into the arena, then attends: q and out are [tokens,
@@ -129,7 +136,8 @@ EXPORT void terrace_linear(const struct matrix *m, const float *x, int64_t x_str
 
 EXPORT int64_t terrace_decode_scratch(const struct decoder *d, const struct attention *step, int64_t count) {
     const int64_t layers = decoder_desks(d, step, count).floats * 4, head = linear_scratch(d->head, count, step->threads);
-    return layers > head ? layers : head;
+    const int64_t choice = terrace_choose_scratch(d->head->outputs, step->threads), after = head > choice ? head : choice;
+    return layers > after ? layers : after;
 }
 
 EXPORT void terrace_decode(const struct decoder *d, const struct attention *step, const struct fed *in, float *states,

@@ -63,13 +63,22 @@ struct decoder_layer {
     int64_t window;
 };
 
-/* What one step feeds a decoder beside the attention's rows: tokens [n], their positions [n], and which of them the caller wants the states of: places [count] in the batch. If not NULL, `logits`
- * [count, outputs of the head] and `best` [count] get what comes next and, of that, the most likely token. */
+/* How a row's next token is chosen. `draw`: of [0, 1). A temperature of 0: the most likely token, whatever else it says. */
+struct drawing {
+    double top_p, min_p, draw; /* 1 and 0: no limit */
+    int64_t top_k;             /* 0: no limit */
+    float temperature;
+};
+
+/* What one step feeds a decoder beside the attention's rows: tokens [n], their positions [n], and which of them the caller
+ * wants the states of: places [count] in the batch. If not NULL, `logits` [count, outputs of the head] and `chosen` [count]
+ * get what comes next and, of that, the token chosen as `how` [count] says. */
 struct fed {
     const int64_t *tokens, *positions, *wanted;
     int64_t count;
     float *logits;
-    int64_t *best; /* needs `logits` */
+    int64_t *chosen; /* needs `logits` and `how` */
+    const struct drawing *how;
 };
 
 /* One instruction set's copies. */
@@ -84,6 +93,8 @@ struct kernels {
     void (*angles)(const int64_t *positions, const float *frequencies, float amplitude, float *cos, float *sin, int64_t rows,
                    int64_t half, int threads);
     void (*argmax)(const float *x, int64_t *best, int64_t rows, int64_t size, int threads);
+    void (*choose)(const float *x, const struct drawing *how, int64_t *tokens, int64_t rows, int64_t size, void *scratch,
+                   int threads);
     void (*attention_plan)(struct attention *step);
     void (*attend)(const struct attention *step, int64_t layer, int64_t window, const struct vectors *q,
                    const struct vectors *k, const struct vectors *v, float *out);
@@ -128,6 +139,13 @@ EXPORT void terrace_rows(const struct matrix *m, const int64_t *rows, int64_t co
  * y and x do not overlap. `scratch`: terrace_linear_scratch bytes, which nobody else uses meanwhile. */
 EXPORT void terrace_linear(const struct matrix *m, const float *x, int64_t x_stride, float *y, int64_t y_stride,
                            int64_t rows, int add, void *scratch, int threads);
+
+/* Bytes of scratch that terrace_choose needs for rows of `size`. */
+EXPORT int64_t terrace_choose_scratch(int64_t size, int threads);
+
+/* tokens [rows]: the next one of each row of x [rows, size]. NaN counts as -inf, and 0 is chosen where nothing is left. */
+EXPORT void terrace_choose(const float *x, const struct drawing *how, int64_t *tokens, int64_t rows, int64_t size,
+                           void *scratch, int threads);
 
 /* Bytes of scratch that terrace_decode needs after attention's plan; never less for more tokens. */
 EXPORT int64_t terrace_decode_scratch(const struct decoder *d, const struct attention *step, int64_t count);

@@ -1,4 +1,4 @@
-"""The row kernels as functions of tensors: norms, angles, rotation of queries and keys, the most likely token.
+"""The row kernels as functions of tensors: norms, angles, rotation of queries and keys, the next token.
 
 All take and give fp32 on the CPU, contiguous, and use torch's number of threads. A row's bits depend on that row alone.
 Each needs the library (`load`), but for `argmax`, which asks torch where there is none.
@@ -7,11 +7,20 @@ Each needs the library (`load`), but for `argmax`, which asks torch where there 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from server.kernels.native import load
+
+DRAWING = np.dtype(
+    [("top_p", "f8"), ("min_p", "f8"), ("draw", "f8"), ("top_k", "i8"), ("temperature", "f4")], align=True
+)
+"""`struct drawing` of kernels.h: how a row's next token is chosen. `draw` is of [0, 1); a `top_k` of 0 and a `top_p` of
+1 are no limits; a `temperature` of 0 takes the most likely token."""
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -63,6 +72,19 @@ def argmax(x: Tensor) -> Tensor:
     best = torch.empty(x.shape[0], dtype=torch.int64)
     library.terrace_argmax(x.data_ptr(), best.data_ptr(), x.shape[0], x.shape[1], torch.get_num_threads())
     return best
+
+
+def choose(x: Tensor, how: npt.NDArray[Any]) -> Tensor:
+    """int64 [rows]: the next token of each row of x [rows, size], as `how` (DRAWING [rows]) says. NaN counts as -inf; 0
+    where nothing is left. What is drawn is found as `server.runner.sampling` says, without sorting a row."""
+    library, (rows, size), threads = _library(), x.shape, torch.get_num_threads()
+    assert x.is_contiguous(), "logits must be one contiguous tensor"
+    assert how.dtype == DRAWING, f"ways to choose are {how.dtype}"
+    assert len(how) == rows, f"{len(how)} ways for {rows} rows"
+    tokens = torch.empty(rows, dtype=torch.int64)
+    scratch = torch.empty(library.terrace_choose_scratch(size, threads), dtype=torch.uint8)
+    library.terrace_choose(x.data_ptr(), how.ctypes.data, tokens.data_ptr(), rows, size, scratch.data_ptr(), threads)
+    return tokens
 
 
 def _library() -> ctypes.CDLL:
