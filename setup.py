@@ -19,7 +19,7 @@ COMMON = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-SOURCES = {"dispatch.c": [], "pool.c": [], "transfer.c": [], "isa_baseline.c": []}
+SOURCES = {"dispatch.c": [], "pool.c": [], "steps.c": [], "transfer.c": [], "isa_baseline.c": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES |= {"isa_avx2.c": AVX2, "isa_avx512.c": AVX512, "isa_amx.c": AMX}
 YOUNG = {"isa_amx.c"}

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from server.kernels.native.decoder import Begun, Follow, Ints
 from server.types import ModelGeometry
 
 
@@ -59,13 +60,15 @@ class Parts(Protocol):
 
 
 class Whole(Protocol):
-    """`forward`, and `scores`, in one call."""
+    """`forward`, `scores` and `launch`, in one call each."""
 
     def takes(self, attention: Attention, /) -> bool: ...
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, /) -> Tensor: ...
-    def scores(
-        self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, how: npt.NDArray[Any] | None, /
-    ) -> tuple[Tensor, Tensor | None]: ...
+    def scores(self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, /) -> Tensor: ...
+    def launch(
+        self, tokens: Ints, positions: Ints, attention: Any, wanted: Ints, how: npt.NDArray[Any],
+        follow: Follow | None, wakes: int, /,
+    ) -> Begun: ...  # fmt: skip
 
 
 class Model(Protocol):
@@ -100,15 +103,19 @@ class Model(Protocol):
         """What comes next after `states` [m, hidden] of `forward`: float32 [m, vocab]."""
         ...
 
-    def scores(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        attention: Attention,
-        wanted: Tensor,
-        *,
-        how: npt.NDArray[Any] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The `logits` of `forward`. With `how` (`rows.DRAWING` [m]), from a model that has them on the way, also the
-        next tokens, int64 [m], chosen as it says; then the logits last until the next call."""
+    def scores(self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
+        """The `logits` of `forward`."""
+        ...
+
+    def launches(self, attention: Attention) -> bool:
+        """Whether it can `launch` steps that attend by this."""
+        ...
+
+    def launch(
+        self, tokens: Ints, positions: Ints, attention: Attention, wanted: Ints, how: npt.NDArray[Any],
+        follow: Follow | None, wakes: int,
+    ) -> Begun:  # fmt: skip
+        """The tokens chosen by these, as `how` (`rows.DRAWING` [m]) says, of a step that is computed behind the ones
+        launched before; `attention` may plan one more meanwhile. Any other call waits for what was launched. The file
+        `wakes` gets a byte when it has ended, unless it is -1."""
         ...

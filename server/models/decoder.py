@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from server.errors import ConfigError
+from server.kernels.native.decoder import Begun, Follow, Ints
 from server.models.base import Attention, Parameter, Parts
 from server.models.layers import Rotary
 from server.types import ModelGeometry
@@ -163,18 +164,20 @@ class Decoder:
     def logits(self, states: Tensor) -> Tensor:
         return self.head(states).float()
 
-    def scores(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        attention: Attention,
-        wanted: Tensor,
-        *,
-        how: npt.NDArray[Any] | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def scores(self, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Tensor:
         if self._whole is None or not self._whole.takes(attention):
-            return self.logits(self.forward(tokens, positions, attention, wanted)), None
-        return self._whole.scores(tokens, positions, attention, wanted, how)
+            return self.logits(self.forward(tokens, positions, attention, wanted))
+        return self._whole.scores(tokens, positions, attention, wanted)
+
+    def launches(self, attention: Attention) -> bool:
+        return self._whole is not None and self._whole.takes(attention)
+
+    def launch(
+        self, tokens: Ints, positions: Ints, attention: Attention, wanted: Ints, how: npt.NDArray[Any],
+        follow: Follow | None, wakes: int,
+    ) -> Begun:  # fmt: skip
+        assert self._whole is not None, "nothing computes steps by themselves"
+        return self._whole.launch(tokens, positions, attention, wanted, how, follow, wakes)
 
 
 def _stacked(prefix: str, linear: Any, widths: Mapping[str, int]) -> Iterator[tuple[str, Parameter]]:

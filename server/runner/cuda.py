@@ -38,11 +38,11 @@ from torch import Tensor
 from server.errors import DeviceLost, StepFailed, TerraceError
 from server.kernels.attention import AttentionBackend, AttentionBatch
 from server.models.base import Model
-from server.runner.device import Device, Download
+from server.runner.device import Device
 from server.runner.graphs import DecodeGraph, DecodeGraphs
 from server.runner.sampling import BlindSampler
-from server.runner.step import Ends, Flat, Outputs, Readout, fed, flatten
-from server.types import RequestId, StepPlan, StepResult
+from server.runner.step import Ends, Flat, Launched, Readout, fed, flatten
+from server.types import StepPlan, StepResult
 
 
 @dataclass(slots=True)
@@ -61,23 +61,6 @@ class WarmUp:
 
     step: int
     graphs: int
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A step that the device has been given."""
-
-    outputs: Outputs
-    download: Download
-    ends: Ends
-    follows: bool
-
-    def places(self) -> dict[RequestId, int | None]:
-        """Where in the tensor of sampled tokens a request's is that goes on with it."""
-        over = {place for place, (_, counts) in self.ends.items() if not counts}
-        flat = self.outputs.flat
-        pairs = enumerate(zip(flat.ids, flat.sampled, strict=True))
-        return {id: index for index, (id, place) in pairs if place not in over}
 
 
 class CudaRunner:
@@ -223,9 +206,7 @@ class CudaRunner:
             arrays = launched.download.wait()
             if launched.follows and before_failed:
                 raise StepFailed("the step before it failed")
-            finished_s = self._clock()
-            started_s = finished_s - launched.download.busy_s()
-            result = launched.outputs.read(arrays, launched.ends, started_s, finished_s)
+            result = launched.result(arrays, self._clock())
         except Exception as error:
             raise self._failure(error) from error
         self._failed = False

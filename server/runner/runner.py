@@ -1,75 +1,73 @@
-"""The device thread of a CPU: turns a StepPlan into tokens. Sees plans, tensors and frames; never requests or blocks.
+"""The device of a CPU: turns a StepPlan into tokens. Sees plans, tensors and frames; never requests or blocks.
 
-One thread owns model, attention backend and sampler, so that none of them needs a lock. Between two steps it does as
-little as can be, since nothing computes then:
+A step of which nothing but tokens is wanted, chosen by the logits as they are, is handed to the kernels, which have a
+thread of their own: while the one before it is computed, so that the cores go from one to the next without the host.
+Any other step is computed by the device thread when those before it have ended.
 
 | thread | does |
 |---|---|
-| loop | `run`: flattens the rows and joins their block tables, while the step before computes; awaits the result |
-| device | feeds the tokens of the step before, computes, chooses tokens |
-| read-back | makes the result and wakes the loop, while the next step computes |
+| loop | `run`: flattens the rows, hands the step to the kernels or to the device thread; makes the kernels' results |
+| device | feeds the tokens of the step before, computes, chooses tokens, makes the result |
+
+Model, attention backend and sampler belong to the device thread while it has something to do, else to the loop's, so
+that none of them needs a lock.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from server.kernels.attention import AttentionBackend
+from server.kernels.native.decoder import Follow
 from server.models.base import Model
 from server.runner.sampling import Sampler, drawings, is_unedited
-from server.runner.step import Ends, Flat, Outputs, Readout, fed, flatten
-from server.types import RequestId, StepPlan, StepResult
+from server.runner.step import Flat, Launched, Outputs, Readout, fed, flatten
+from server.types import StepPlan, StepResult
 
 _Done = asyncio.Future[StepResult]
 
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """What can be made of a plan before the step before it has ended. The tensors are the arrays of `flat`; `tables`
-    are its batch's, which keeps them for the attention backend."""
+    """What can be made of a plan before the step before it has ended. `flat.batch` has its addresses laid out."""
 
     flat: Flat
-    tokens: Tensor
-    positions: Tensor
-    wanted: Tensor
-    tables: tuple[Any, ...]
     how: npt.NDArray[Any] | None
     """How tokens are chosen (`rows.DRAWING`), if all that is wanted are tokens, by the logits as they are."""
 
     @classmethod
     def of(cls, plan: StepPlan, vocab: int) -> _Inputs:
         flat = flatten(plan.rows)
-        tokens, positions, wanted = map(torch.from_numpy, (flat.tokens, flat.positions, flat.wanted))
+        assert flat.batch.shared, "laid out when first asked for"
         alone = not (flat.spans or flat.pools) and all(spec.params.logprobs is None for spec in flat.specs)
-        how = drawings(flat.specs, vocab) if alone and all(map(is_unedited, flat.specs)) else None
-        return cls(flat, tokens, positions, wanted, flat.batch.shared, how)
+        return cls(flat, drawings(flat.specs, vocab) if alone and all(map(is_unedited, flat.specs)) else None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """A step whose tokens are known. `inputs` are let go by the read-back thread: torch gives up the interpreter's lock
-    to free a tensor, and the device thread would wait for the others before it had begun with the next step."""
+    """The tensors of a step that has ended; a `Download`."""
 
-    inputs: _Inputs
-    outputs: Outputs
-    ends: Ends
-    started_s: float
-    finished_s: float
+    tensors: Sequence[Tensor]
+    seconds: float
 
-    def result(self) -> StepResult:
-        arrays = [tensor.numpy() for tensor in self.outputs.tensors()]
-        return self.outputs.read(arrays, self.ends, self.started_s, self.finished_s)
+    def wait(self) -> list[npt.NDArray[Any]]:
+        return [tensor.numpy() for tensor in self.tensors]
+
+    def busy_s(self) -> float:
+        return self.seconds
 
 
 class TorchRunner:
@@ -82,35 +80,77 @@ class TorchRunner:
         self._attention = attention
         self._vocab = model.geometry.vocab
         self._readout = Readout(model, Sampler(self._vocab), torch.from_numpy)
-        self._sampled: Mapping[RequestId, int | None] = {}
-        """What the step before this one sampled; nothing if it failed."""
+        self._before: tuple[Launched, ...] = ()
+        """The two steps before this one, the last one last; none behind one that failed."""
         self._clock = clock
         self._torch_threads = threads
+        self._under_way: deque[tuple[Launched, _Done]] = deque()
+        """Steps that were handed to the kernels. Loop thread."""
+        self._wakes = self._woken = -1
+        """The ends of a pipe that gets a byte for each of them that ends."""
         self._jobs: SimpleQueue[tuple[StepPlan, _Inputs | None, _Done] | None] = SimpleQueue()
-        self._computed: SimpleQueue[tuple[_Computed | BaseException, _Done] | None] = SimpleQueue()
-        self._threads: list[Thread] = []
+        self._given = 0
+        """Jobs that the device thread has not done, as far as the loop knows: until then all belongs to that thread."""
+        self._thread: Thread | None = None
 
     def run(self, plan: StepPlan) -> Awaitable[StepResult]:
-        if not self._threads:
-            for name, target in (("device", self._compute_all), ("readback", self._finish_all)):
-                self._threads.append(Thread(target=target, name=f"terrace-{name}", daemon=True))
-                self._threads[-1].start()
+        if self._thread is None:
+            self._thread = self._open()
         done: _Done = asyncio.get_running_loop().create_future()
         inputs = None
         with suppress(Exception):  # the device thread meets it again, in its turn: what follows the step fails, too
             inputs = _Inputs.of(plan, self._vocab)
-        self._jobs.put((plan, inputs, done))
+        if self._given or inputs is None or not self._launches(inputs):
+            self._given += 1
+            self._jobs.put((plan, inputs, done))
+            return done
+        try:
+            self._under_way.append((self._begin(plan, inputs, self._wakes), done))
+        except Exception as error:  # noqa: BLE001 - whoever waits for the step is told
+            self._forget()
+            done.set_exception(error)
         return done
 
     async def aclose(self) -> None:
+        if self._thread is None:
+            return
         self._jobs.put(None)
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.gather(*(done for _, done in self._under_way), return_exceptions=True)
+        asyncio.get_running_loop().remove_reader(self._woken)
+        os.close(self._woken)
+        os.close(self._wakes)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
-        """One forward pass and the sampling after it, here and now. Device thread."""
-        return self._compute(plan, _Inputs.of(plan, self._vocab)).result()
+        """One forward pass and the sampling after it, here and now; before the first `run`, or on the device thread."""
+        return self._compute(plan, _Inputs.of(plan, self._vocab))
+
+    # --- loop thread -------------------------------------------------------------------------------------------------
+
+    def _open(self) -> Thread:
+        self._woken, self._wakes = os.pipe()
+        os.set_blocking(self._woken, False)
+        os.set_blocking(self._wakes, False)
+        asyncio.get_running_loop().add_reader(self._woken, self._arrived)
+        if self._torch_threads is not None:
+            torch.set_num_threads(self._torch_threads)
+        thread = Thread(target=self._compute_all, name="terrace-device", daemon=True)
+        thread.start()
+        return thread
+
+    def _arrived(self) -> None:
+        ended = b""
+        with suppress(BlockingIOError):
+            ended = os.read(self._woken, 64)
+        for _ in ended:
+            launched, done = self._under_way.popleft()
+            _end(done, self._result(launched))
+
+    def _over(self, done: _Done, result: StepResult | BaseException) -> None:
+        """The device thread has done a job."""
+        self._given -= 1
+        _end(done, result)
 
     # --- device thread -----------------------------------------------------------------------------------------------
 
@@ -120,46 +160,75 @@ class TorchRunner:
             torch.set_num_threads(self._torch_threads)
         while (job := self._jobs.get()) is not None:
             plan, inputs, done = job
+            result: StepResult | BaseException
             try:
-                self._computed.put((self._compute(plan, inputs or _Inputs.of(plan, self._vocab)), done))
+                result = self._compute(plan, inputs or _Inputs.of(plan, self._vocab))
             except BaseException as error:  # noqa: BLE001 - whoever waits for the step is told
-                self._sampled = {}
-                self._computed.put((error, done))
-        self._computed.put(None)
+                self._forget()
+                result = error
+            done.get_loop().call_soon_threadsafe(self._over, done, result)
 
-    def _compute(self, plan: StepPlan, inputs: _Inputs) -> _Computed:
-        started_s, flat = self._clock(), inputs.flat
-        before, self._sampled = self._sampled, {}
-        self._readout.forget(plan.retired)
-        for place, token in fed(plan.rows, flat, before):
-            flat.tokens[place] = token
-        self._attention.plan(flat.batch)
-        outputs = self._outputs(plan, inputs)
-        chosen: list[int] = outputs.chosen.tolist()
-        ends = {} if inputs.how is not None else self._readout.advance(flat, chosen)
-        self._sampled = dict(zip(flat.ids, chosen, strict=True))
-        self._sampled.update((plan.rows[place].request_id, None) for place, (_, counts) in ends.items() if not counts)
-        return _Computed(inputs, outputs, ends, started_s, self._clock())
-
-    def _outputs(self, plan: StepPlan, inputs: _Inputs) -> Outputs:
-        flat, step = inputs.flat, (inputs.tokens, inputs.positions, self._attention, inputs.wanted)
+    def _compute(self, plan: StepPlan, inputs: _Inputs) -> StepResult:
+        if self._launches(inputs):
+            return self._result(self._begin(plan, inputs, -1))
+        last, followed = self._plan(plan, inputs)
+        flat = inputs.flat
+        if last is not None:
+            sampled = last.download.wait()[0]
+            for place, source in followed:
+                flat.tokens[place] = sampled[source]
+        started_s = self._clock()
+        tokens, positions, wanted = map(torch.from_numpy, (flat.tokens, flat.positions, flat.wanted))
+        step = tokens, positions, self._attention, wanted
         if flat.pools:
-            return self._readout.of_states(plan, flat, self._model.forward(*step))
-        logits, chosen = self._model.scores(*step, how=inputs.how)
-        if chosen is not None:
-            return Outputs(plan, flat, chosen, (), (), (), (), {})
-        return self._readout.of_logits(plan, flat, logits, {})
+            outputs = self._readout.of_states(plan, flat, self._model.forward(*step))
+        else:
+            outputs = self._readout.of_logits(plan, flat, self._model.scores(*step), {})
+        ends = self._readout.advance(flat, outputs.chosen.tolist())
+        launched = Launched(outputs, _Computed(outputs.tensors(), self._clock() - started_s), ends, bool(followed))
+        self._before = (*self._before[-1:], launched)
+        return self._result(launched)
 
-    # --- read-back thread --------------------------------------------------------------------------------------------
+    # --- whichever thread has the model ------------------------------------------------------------------------------
 
-    def _finish_all(self) -> None:
-        while (job := self._computed.get()) is not None:
-            computed, done = job
-            try:
-                ended = partial(_end, done, computed if isinstance(computed, BaseException) else computed.result())
-            except Exception as error:  # noqa: BLE001 - whoever waits for the step is told
-                ended = partial(_end, done, error)
-            done.get_loop().call_soon_threadsafe(ended)
+    def _launches(self, inputs: _Inputs) -> bool:
+        """Whether the kernels can compute it by themselves: nothing but tokens is wanted."""
+        return inputs.how is not None and self._model.launches(self._attention)
+
+    def _begin(self, plan: StepPlan, inputs: _Inputs, wakes: int) -> Launched:
+        """Hands it to the kernels: it is computed when those before it have been."""
+        last, followed = self._plan(plan, inputs)
+        assert inputs.how is not None, "more than tokens is wanted"
+        follow = None
+        if last is not None and followed:
+            places, sources = (np.array(column, np.int64) for column in zip(*followed, strict=True))
+            follow = Follow(last.outputs.chosen.numpy(), places, sources)
+        flat = inputs.flat
+        step = flat.tokens, flat.positions, self._attention, flat.wanted
+        begun = self._model.launch(*step, inputs.how, follow, wakes)
+        outputs = Outputs(plan, flat, torch.from_numpy(begun.chosen), (), (), (), (), {})
+        launched = Launched(outputs, begun, {}, bool(followed))
+        self._before = (*self._before[-1:], launched)
+        return launched
+
+    def _plan(self, plan: StepPlan, inputs: _Inputs) -> tuple[Launched | None, list[tuple[int, int]]]:
+        """The step before this one, and what is fed from it, as `fed` has it. The backend has planned this one."""
+        self._readout.forget(plan.retired)
+        last = self._before[-1] if self._before else None
+        followed = fed(plan.rows, inputs.flat, last.places() if last else {})
+        if len(self._before) > 1:
+            self._before[0].download.wait()  # this one takes its place in the backend
+        self._attention.plan(inputs.flat.batch)
+        return last, followed
+
+    def _forget(self) -> None:
+        """Nothing goes on from the steps so far, and none of them is under way any more."""
+        for launched in self._before:
+            launched.download.wait()
+        self._before = ()
+
+    def _result(self, launched: Launched) -> StepResult:
+        return launched.result(launched.download.wait(), self._clock())
 
 
 def _end(done: _Done, result: StepResult | BaseException) -> None:

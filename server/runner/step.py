@@ -19,6 +19,7 @@ from torch import Tensor
 from server.errors import StepFailed
 from server.kernels.attention import AttentionBatch
 from server.models.base import Model
+from server.runner.device import Download
 from server.runner.sampling import Described, Put, Sampler, logprob_entries
 from server.types import FinishReason, RequestId, SampleSpec, StepPlan, StepResult, StepRow, TokenLogprobs, Vector
 
@@ -141,6 +142,28 @@ class Outputs:
             if not counts:
                 tokens[place] = logprobs[place] = None
         return StepResult(self.plan.id, tokens, logprobs, scores, started_s, finished_s, pooled, finishes)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that has been handed to what computes it."""
+
+    outputs: Outputs
+    download: Download
+    """Of `outputs.tensors()`."""
+    ends: Ends
+    follows: bool
+
+    def places(self) -> dict[RequestId, int | None]:
+        """Where in the tensor of sampled tokens a request's is that goes on with it."""
+        over = {place for place, (_, counts) in self.ends.items() if not counts}
+        flat = self.outputs.flat
+        pairs = enumerate(zip(flat.ids, flat.sampled, strict=True))
+        return {id: index for index, (id, place) in pairs if place not in over}
+
+    def result(self, arrays: Sequence[npt.NDArray[Any]], finished_s: float) -> StepResult:
+        """Of what the download brought, at `finished_s`; any thread."""
+        return self.outputs.read(arrays, self.ends, finished_s - self.download.busy_s(), finished_s)
 
 
 class Readout:

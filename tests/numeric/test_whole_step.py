@@ -53,13 +53,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def scores_of(model: Any, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Iterator[Tensor]:
-    """Logits of the wanted tokens, with and without the tokens chosen by them, and these."""
+    """Logits of the wanted tokens, and the tokens chosen by them."""
     how = np.zeros(len(wanted), DRAWING)
     how[1:] = (0.9, 0.0, 0.3, 0, 0.8)
-    yield model.scores(tokens, positions, attention, wanted, how=None)[0].clone()
-    logits, chosen = model.scores(tokens, positions, attention, wanted, how=how)
+    logits = model.scores(tokens, positions, attention, wanted)
     yield logits.clone()
-    yield choose(logits, how) if chosen is None else chosen
+    if model.launches(attention):
+        arrays = tokens.numpy(), positions.numpy(), attention, wanted.numpy()
+        yield torch.from_numpy(model.launch(*arrays, how, None, -1).wait()[0])
+    else:
+        yield choose(logits, how)
 
 
 def states_of(folder: Path, dtype: str, quantization: str, *, whole: bool) -> Iterator[Tensor]:

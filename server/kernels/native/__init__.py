@@ -37,6 +37,7 @@ FUNCTIONS = {
     "terrace_rows": (_P, _P, _N, _P, _N, _I),
     "terrace_linear": (_P, _P, _N, _P, _N, _N, _I, _P, _I),
     "terrace_decode": (_P,) * 5,
+    "terrace_wait": (_N,),
     "terrace_link": (_P,),
 }
 """Name -> argument types, as in kernels.h and transfer.h. Tensors go as `tensor.data_ptr()`."""
@@ -45,8 +46,9 @@ SIZES = {
     "terrace_linear_scratch": (_P, _N, _I),
     "terrace_choose_scratch": (_N, _I),
     "terrace_decode_scratch": (_P, _P, _N),
+    "terrace_begin": (_P,),
 }
-"""Likewise, of those that return a number of bytes."""
+"""Likewise, of those that return a number of bytes, or of a step."""
 CODES = {
     "terrace_up": (_P, _P),
     "terrace_down": (_P, _P),

@@ -37,9 +37,37 @@ class _Step(ctypes.Structure):
     )
 
 
+class _Plan:
+    """What the kernels know of a step, and their memory for it."""
+
+    def __init__(self, step: _Step) -> None:
+        self.address = ctypes.addressof(step)
+        self._step = step
+        self._memory = torch.empty(0)
+        self._tables: tuple[np.ndarray, ...] = ()
+        self._units = np.empty((2, 0), np.int64)
+
+    def make(self, library: ctypes.CDLL, batch: AttentionBatch) -> None:
+        step = self._step
+        arrays, (step.frames, step.tables, step.query_starts, step.starts) = batch.shared
+        step.rows = batch.rows
+        if self._units.shape[1] <= batch.rows:
+            self._units = np.empty((2, 2 * batch.rows + 1), np.int64)
+            step.units, step.partials_at = self._units.ctypes.data, self._units[1].ctypes.data
+        self._tables = arrays  # alive as long as the kernels may look at them
+        step.threads = torch.get_num_threads()
+        library.terrace_attention_plan(self.address)
+        needed = step.threads * step.desk_floats + step.partial_floats
+        if self._memory.numel() < needed:
+            self._memory = torch.empty(needed)
+        step.desks = self._memory.data_ptr()
+        step.partials = step.desks + 4 * step.threads * step.desk_floats
+
+
 class NativeAttention:
     """See `AttentionBackend`. The arena is on the CPU, and may be int8 too (`server.kernels.int8`); `threads` are
-    torch's. Arithmetic is fp32 whatever the arena's dtype. Raises ConfigError where the library was not built."""
+    torch's. Arithmetic is fp32 whatever the arena's dtype. A step may be planned while the one before it is
+    computed. Raises ConfigError where the library was not built."""
 
     def __init__(self, arena: Tensor, geometry: ModelGeometry) -> None:
         library = load()
@@ -57,7 +85,7 @@ class NativeAttention:
         self._library = library
         self._arena = arena
         self._windows = [NO_WINDOW if window is None else window for window in geometry.windows]
-        self._step = _Step(
+        step = _Step(
             arena=arena.data_ptr(),
             format=FORMATS[arena.dtype],
             layers=layers,
@@ -67,27 +95,16 @@ class NativeAttention:
             block_tokens=block_tokens,
             scale=geometry.scale,
         )
-        self.address = ctypes.addressof(self._step)
-        """Of its `struct attention`."""
-        self._memory = torch.empty(0)
-        self._tables: tuple[np.ndarray, ...] = ()
-        self._units = np.empty((2, 0), np.int64)
+        self._plan, self._before = (_Plan(_Step.from_buffer_copy(step)) for _ in range(2))
+
+    @property
+    def address(self) -> int:
+        """Of the planned step's `struct attention`: it lasts until the next but one is planned."""
+        return self._plan.address
 
     def plan(self, batch: AttentionBatch) -> None:
-        step = self._step
-        arrays, (step.frames, step.tables, step.query_starts, step.starts) = batch.shared
-        step.rows = batch.rows
-        if self._units.shape[1] <= batch.rows:
-            self._units = np.empty((2, 2 * batch.rows + 1), np.int64)
-            step.units, step.partials_at = self._units.ctypes.data, self._units[1].ctypes.data
-        self._tables = arrays  # alive as long as the kernels may look at them
-        step.threads = torch.get_num_threads()
-        self._library.terrace_attention_plan(self.address)
-        needed = step.threads * step.desk_floats + step.partial_floats
-        if self._memory.numel() < needed:
-            self._memory = torch.empty(needed)
-        step.desks = self._memory.data_ptr()
-        step.partials = step.desks + 4 * step.threads * step.desk_floats
+        self._plan, self._before = self._before, self._plan
+        self._plan.make(self._library, batch)
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys, values = (x if x.dtype == torch.float32 else x.float() for x in (q, k, v))

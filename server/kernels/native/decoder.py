@@ -6,10 +6,12 @@ What the parts do one by one (`PackedLinear`, `rms_norm`, `qk_rope`, `NativeAtte
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch import Tensor
 from server.kernels.native import load
 from server.kernels.native.attention import NO_WINDOW, NativeAttention
 from server.kernels.native.linear import PackedLinear, Workspace
+
+Ints = npt.NDArray[np.int64]
 
 
 class _Layer(ctypes.Structure):
@@ -54,6 +58,43 @@ class _Fed(ctypes.Structure):
     )
 
 
+class _WholeStep(ctypes.Structure):
+    """`struct whole_step` of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("d", "a", "fed", "states", "scratch", "before", "places", "sources")),
+        ("follows", ctypes.c_int64),
+        ("busy_s", ctypes.c_void_p),
+        ("wakes", ctypes.c_int64),
+    )
+
+
+class Follow(NamedTuple):
+    """Tokens that a step takes from one before it: at `places` of its own those at `sources` of the other's."""
+
+    chosen: Ints  # of the other; there when that has ended
+    places: Ints  # [k]
+    sources: Ints  # [k]
+
+
+class Begun:
+    """A step that the library computes, or has computed."""
+
+    def __init__(self, chosen: Ints, busy_s: ctypes.c_double, wait: Callable[[], None], alive: object) -> None:
+        self.chosen = chosen
+        """[m]: there once `wait` has returned; a step that follows may be told where they will be."""
+        self._busy_s, self._wait, self._alive = busy_s, wait, alive
+
+    def wait(self) -> list[npt.NDArray[Any]]:
+        """[`chosen`], when the step has ended. Any thread, more than once, without the interpreter's lock."""
+        self._wait()
+        return [self.chosen]
+
+    def busy_s(self) -> float:
+        """After `wait`: seconds that it took."""
+        return self._busy_s.value
+
+
 @dataclass(frozen=True, slots=True)
 class LayerParts:
     """One layer: gains fp32 [hidden] and, where queries and keys are normed, [2, head_dim]."""
@@ -81,8 +122,10 @@ class NativeDecoder:
         self._library, self._workspace = library, workspace
         self._alive = embedding, tuple(layers), gain, head, frequencies
         self._vocab = head.outputs
+        self._begun: Begun | None = None
+        """The last of its kind."""
         self._states, self._logits = torch.empty(0, len(gain)), torch.empty(0, head.outputs)
-        """Memory for a step, as much as the largest so far had."""
+        """Memory for such a step, as much as the largest so far had."""
         self._layers = (_Layer * len(layers))(*map(_layer, layers))
         self._decoder = _Decoder(
             embedding.address, ctypes.addressof(self._layers), gain.data_ptr(), len(gain), eps, amplitude,
@@ -101,38 +144,56 @@ class NativeDecoder:
         self._run(tokens, positions, attention, wanted, states)
         return states
 
-    def scores(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        attention: NativeAttention,
-        wanted: Tensor,
-        how: npt.NDArray[Any] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same, then the head: logits fp32 [m, vocab]. With `how` (`rows.DRAWING` [m]) also the next token of each,
-        int64 [m], as `rows.choose` has it; the logits are then overwritten by the next call."""
+    def scores(self, tokens: Tensor, positions: Tensor, attention: NativeAttention, wanted: Tensor) -> Tensor:
+        """The same, then the head: logits fp32 [m, vocab]."""
         count = len(wanted)
-        if len(self._states) < count:
-            self._states = torch.empty(count, self._decoder.hidden)
-        if how is None:
-            logits = torch.empty(count, self._vocab)
-            self._run(tokens, positions, attention, wanted, self._states, logits)
-            return logits, None
-        if len(self._logits) < count:
-            self._logits = torch.empty(count, self._vocab)
-        chosen = torch.empty(count, dtype=torch.int64)
-        self._run(tokens, positions, attention, wanted, self._states, self._logits, chosen, how)
-        return self._logits[:count], chosen
+        states, logits = torch.empty(count, self._decoder.hidden), torch.empty(count, self._vocab)
+        self._run(tokens, positions, attention, wanted, states, logits)
+        return logits
+
+    def launch(
+        self, tokens: Ints, positions: Ints, attention: NativeAttention, wanted: Ints, how: npt.NDArray[Any],
+        follow: Follow | None, wakes: int,
+    ) -> Begun:  # fmt: skip
+        """The same, of arrays, then the next token of each as `how` (`rows.DRAWING` [m]) says and `rows.choose` has it;
+        without waiting for it, or for the step before. `attention` plans no more than one step further meanwhile. The
+        file `wakes` gets a byte when the step has ended, unless it is -1."""
+        count, step = len(wanted), attention.address
+        needed = self._library.terrace_decode_scratch(self._address, step, count)
+        if needed > self._workspace.size or count > len(self._logits):
+            self._settle()  # who is under way has the memory
+            most = max(count, len(self._logits))
+            self._states, self._logits = torch.empty(most, self._decoder.hidden), torch.empty(most, self._vocab)
+        chosen, busy_s = np.empty(count, np.int64), ctypes.c_double()
+        fed = _Fed(
+            tokens.ctypes.data, positions.ctypes.data, wanted.ctypes.data, count,
+            self._logits.data_ptr(), chosen.ctypes.data, how.ctypes.data,
+        )  # fmt: skip
+        whole = _WholeStep(
+            self._address, step, ctypes.addressof(fed), self._states.data_ptr(), self._workspace.reserve(needed),
+            busy_s=ctypes.addressof(busy_s), wakes=wakes,
+        )  # fmt: skip
+        if follow is not None:
+            whole.before, whole.follows = follow.chosen.ctypes.data, len(follow.places)
+            whole.places, whole.sources = follow.places.ctypes.data, follow.sources.ctypes.data
+        number = self._library.terrace_begin(ctypes.addressof(whole))
+        alive = tokens, positions, wanted, how, follow, fed
+        self._begun = Begun(chosen, busy_s, partial(self._library.terrace_wait, number), alive)
+        return self._begun
+
+    def _settle(self) -> None:
+        if self._begun is not None:
+            self._begun.wait()
 
     def _run(
         self, tokens: Tensor, positions: Tensor, attention: NativeAttention, wanted: Tensor, states: Tensor,
-        logits: Tensor | None = None, chosen: Tensor | None = None, how: npt.NDArray[Any] | None = None,
+        logits: Tensor | None = None,
     ) -> None:  # fmt: skip
+        self._settle()
         step, count = attention.address, len(wanted)
         fed = _Fed(
             tokens.data_ptr(), positions.data_ptr(), wanted.data_ptr(), count,
-            None if logits is None else logits.data_ptr(), None if chosen is None else chosen.data_ptr(),
-            None if how is None else how.ctypes.data,
+            None if logits is None else logits.data_ptr(),
         )  # fmt: skip
         scratch = self._workspace.reserve(self._library.terrace_decode_scratch(self._address, step, count))
         self._library.terrace_decode(self._address, step, ctypes.addressof(fed), states.data_ptr(), scratch)

@@ -74,11 +74,25 @@ struct drawing {
  * wants the states of: places [count] in the batch. If not NULL, `logits` [count, outputs of the head] and `chosen` [count]
  * get what comes next and, of that, the token chosen as `how` [count] says. */
 struct fed {
-    const int64_t *tokens, *positions, *wanted;
+    int64_t *tokens;
+    const int64_t *positions, *wanted;
     int64_t count;
     float *logits;
     int64_t *chosen; /* needs `logits` and `how` */
     const struct drawing *how;
+};
+
+/* A step of a decoder that may follow another: tokens[places[i]] is what that one left in before[sources[i]]. */
+struct whole_step {
+    const struct decoder *d;
+    const struct attention *a;
+    const struct fed *in;
+    float *states;
+    void *scratch;
+    const int64_t *before, *places, *sources;
+    int64_t follows;
+    double *busy_s; /* gets what it took */
+    int64_t wakes;  /* a file that gets a byte when it has ended; -1 for none */
 };
 
 /* One instruction set's copies. */
@@ -154,5 +168,12 @@ EXPORT int64_t terrace_decode_scratch(const struct decoder *d, const struct atte
  * one by one. */
 EXPORT void terrace_decode(const struct decoder *d, const struct attention *step, const struct fed *in, float *states,
                            void *scratch);
+
+/* Hands a step over, of which everything but the structure itself stays as it is until the step has ended: it is computed
+ * when those before it have been. Returns its number. Waits while four are under way. */
+EXPORT int64_t terrace_begin(const struct whole_step *s);
+
+/* Returns when step `number` has ended. */
+EXPORT void terrace_wait(int64_t number);
 
 #endif

@@ -45,6 +45,11 @@ class Workspace:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
+    @property
+    def size(self) -> int:
+        """Bytes that can be reserved without moving."""
+        return self._memory.numel()
+
     def reserve(self, count: int) -> int:
         """The address of at least `count` bytes. What was given out before is void."""
         if self._memory.numel() < count:

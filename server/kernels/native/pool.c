@@ -11,8 +11,6 @@
 #include <sys/syscall.h>
 #endif
 
-enum { SPINS = 1000 }; /* looks at the next job before a thread goes to sleep, or lets others run: some 50 us */
-
 /* What is being done. `ticket`: the number of the job, and in the lower half the next piece that nobody has taken. A thread
  * that read `task` of one job and `ticket` of the next takes nothing: its exchange fails, or the numbers differ. */
 static struct {
@@ -30,14 +28,6 @@ static struct {
 
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER;
 static int started; /* threads beside callers'; under `busy` */
-
-static inline void relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
 
 static void wait_for_change(_Atomic uint32_t *of, uint32_t seen) {
 #if defined(__linux__)

@@ -9,7 +9,18 @@
 
 #include <stdint.h>
 
-enum { MAX_THREADS = 256 };
+enum {
+    MAX_THREADS = 256,
+    SPINS = 1000, /* looks for the next work before a thread goes to sleep, or lets others run: some 50 us */
+};
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 /* Piece `index` of a piece of work; `thread` < threads is that of nobody else meanwhile, 0 the caller's. */
 typedef void pool_task(void *work, int64_t index, int thread);
