@@ -2,7 +2,8 @@
 takes token ids. Runs in the peer's environment and knows nothing of ours.
 
 It is thin on purpose: what it costs would be held against the peer. One thread steps the engine; the event loop writes
-what comes out. Only what the benchmark asks is there: a prompt of token ids, `max_tokens`, greedy, streamed.
+what comes out. Only what the benchmark asks is there: a prompt of token ids, `max_tokens`, `temperature`, `top_p`,
+streamed.
 """
 
 from __future__ import annotations
@@ -22,15 +23,30 @@ Deliver = Callable[[list[int] | None], object]
 """Gets new tokens, and None after the last ones. Called on the engine's thread."""
 
 
-class Engine(Protocol):
-    """Generates greedily, many requests at once."""
+@dataclass(frozen=True)
+class Asked:
+    """One request; a temperature of 0 is greedy."""
 
-    def submit(self, number: int, tokens: list[int], count: int, deliver: Deliver) -> None:
+    tokens: list[int]
+    count: int
+    temperature: float
+    top_p: float
+
+
+class Engine(Protocol):
+    """Generates, many requests at once."""
+
+    draws: bool
+    """Whether it can do so by a temperature of the request."""
+
+    def submit(self, number: int, asked: Asked, deliver: Deliver) -> None:
         """Start a request; from any thread."""
 
 
 class OpenVino:
     """The continuous batching pipeline of OpenVINO GenAI; one thread steps it."""
+
+    draws = True
 
     def __init__(self, args: argparse.Namespace) -> None:
         import openvino_genai as genai
@@ -44,11 +60,11 @@ class OpenVino:
             properties["INFERENCE_PRECISION_HINT"] = args.precision
         self._genai = genai
         self._pipeline = genai.ContinuousBatchingPipeline(args.model, scheduler, "CPU", properties)
-        self._new: queue.SimpleQueue[tuple[int, list[int], int, Deliver]] = queue.SimpleQueue()
+        self._new: queue.SimpleQueue[tuple[int, Asked, Deliver]] = queue.SimpleQueue()
         threading.Thread(target=self._loop, daemon=True).start()
 
-    def submit(self, number: int, tokens: list[int], count: int, deliver: Deliver) -> None:
-        self._new.put((number, tokens, count, deliver))
+    def submit(self, number: int, asked: Asked, deliver: Deliver) -> None:
+        self._new.put((number, asked, deliver))
 
     def _loop(self) -> None:
         open_: dict[Any, Deliver] = {}
@@ -64,20 +80,24 @@ class OpenVino:
                     deliver(None)
                     del open_[handle]
 
-    def _add(self, open_: dict[Any, Deliver], number: int, tokens: list[int], count: int, deliver: Deliver) -> None:
+    def _add(self, open_: dict[Any, Deliver], number: int, asked: Asked, deliver: Deliver) -> None:
         import numpy as np
         import openvino
 
         config = self._genai.GenerationConfig()
-        config.max_new_tokens = config.min_new_tokens = count
+        config.max_new_tokens = config.min_new_tokens = asked.count
         config.ignore_eos = True
-        config.do_sample = False
-        ids = openvino.Tensor(np.array([tokens], np.int64))
+        config.do_sample = asked.temperature > 0
+        if config.do_sample:
+            config.temperature, config.top_p = asked.temperature, asked.top_p
+        ids = openvino.Tensor(np.array([asked.tokens], np.int64))
         open_[self._pipeline.add_request(number, ids, config)] = deliver
 
 
 class Transformers:
-    """The continuous batching of transformers, which has a thread of its own."""
+    """The continuous batching of transformers, which has a thread of its own; one way to choose for all requests."""
+
+    draws = False
 
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
@@ -93,7 +113,7 @@ class Transformers:
         self._manager = model.init_continuous_batching(generation, batching)
         self._manager.start()
 
-    def submit(self, number: int, tokens: list[int], count: int, deliver: Deliver) -> None:
+    def submit(self, number: int, asked: Asked, deliver: Deliver) -> None:
         name, sent = str(number), 0
 
         def give(output: Any) -> None:
@@ -104,7 +124,7 @@ class Transformers:
                 deliver(None)
 
         self._manager.register_result_handler(name, give)
-        self._manager.add_request(tokens, request_id=name, max_new_tokens=count, streaming=True)
+        self._manager.add_request(asked.tokens, request_id=name, max_new_tokens=asked.count, streaming=True)
 
 
 ENGINES: dict[str, Callable[[argparse.Namespace], Engine]] = {"openvino": OpenVino, "transformers": Transformers}
@@ -134,23 +154,29 @@ class Front:
             body = json.dumps({"object": "list", "data": [{"id": "model", "object": "model"}]}).encode()
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         else:
-            asked = json.loads(await reader.readexactly(int(headers["content-length"])))
+            body = json.loads(await reader.readexactly(int(headers["content-length"])))
+            asked = Asked(body["prompt"], body["max_tokens"], body.get("temperature", 1.0), body.get("top_p", 1.0))
+            if asked.temperature and not self.engine.draws:
+                writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                await writer.drain()
+                return True
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-            await self._stream(asked["prompt"], asked["max_tokens"], writer)
+            await self._stream(asked, writer)
         await writer.drain()
         return True
 
-    async def _stream(self, tokens: list[int], count: int, writer: asyncio.StreamWriter) -> None:
+    async def _stream(self, asked: Asked, writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[list[int] | None] = asyncio.Queue()
         self.numbers += 1
-        self.engine.submit(self.numbers, tokens, count, lambda new: loop.call_soon_threadsafe(pieces.put_nowait, new))
+        self.engine.submit(self.numbers, asked, lambda new: loop.call_soon_threadsafe(pieces.put_nowait, new))
         sent = 0
         while (new := await pieces.get()) is not None:
             sent += len(new)
             if new:
                 _event(writer, [{"index": 0, "text": "".join(self.texts[token] for token in new)}])
-        usage = {"prompt_tokens": len(tokens), "completion_tokens": sent, "total_tokens": len(tokens) + sent}
+        prompt = len(asked.tokens)
+        usage = {"prompt_tokens": prompt, "completion_tokens": sent, "total_tokens": prompt + sent}
         _event(writer, [], usage)
         _chunk(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")

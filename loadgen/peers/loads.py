@@ -92,6 +92,10 @@ def _settings(workload: str, sessions: int, at_once: int, **parameters: object) 
     return Settings(workload=workload, parameters=shown, sessions=sessions, max_concurrency=at_once, warmup=1)
 
 
+DRAWN = {"temperature": 0.7, "top_p": 0.95}
+"""What a request of a load asks for that draws its tokens; all others are greedy."""
+
+
 def _turn(number: int) -> Figure:
     return Figure(f"turn_{number + 1}", f"TTFT of turn {number + 1}", "ms", ttft_ms(0.5, lambda o: o.turn == number))
 
@@ -104,6 +108,16 @@ LOADS = (
         (
             Figure("decode", "decode", "tok/s", decode_rate, goal=1.0, more_is_better=True),
             Figure("ttft_p50", "TTFT p50", "ms", ttft_ms(0.5)),
+            Figure("tpot_p50", "TPOT p50", "ms", tpot_ms(0.5)),
+            Figure("tpot_p99", "TPOT p99", "ms", tpot_ms(0.99)),
+        ),
+    ),
+    Load(
+        "drawn",
+        "One stream, its tokens drawn at a temperature of 0.7 with a top_p of 0.95.",
+        replace(_settings("random", 2, 1, input=128, output=128), body=DRAWN),
+        (
+            Figure("decode", "decode", "tok/s", decode_rate, goal=1.0, more_is_better=True),
             Figure("tpot_p50", "TPOT p50", "ms", tpot_ms(0.5)),
             Figure("tpot_p99", "TPOT p99", "ms", tpot_ms(0.99)),
         ),

@@ -20,6 +20,7 @@ BENCHES = {
     "grid": "server.bench.grid:run",
     "isolation": "server.bench.isolation:run",
     "quality": "server.bench.quality:run",
+    "sampling": "server.bench.sampling:run",
     "scale": "server.bench.scale:run",
     "soak": "server.bench.soak:run",
     "split": "server.bench.split:run",

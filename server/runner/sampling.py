@@ -206,6 +206,10 @@ class Sampler:
 
     # -- public ---------------------------------------------------------------------------------------------------
 
+    def use_torch(self) -> None:
+        """Choose by torch, wherever the logits are."""
+        self._native = False
+
     def choose(self, logits: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> Tensor:
         """One token per row, int64 [rows]. logits: fp32 [rows, vocab], only read.
 
@@ -382,7 +386,7 @@ class BlindSampler(Sampler):
 
     def __init__(self, vocab: int, put: Put = torch.from_numpy) -> None:
         super().__init__(vocab, put)
-        self._native = False
+        self.use_torch()
 
     def _by_rank(self, params: SamplingParams) -> Way:
         return _draw_few if 0 < params.top_k <= CANDIDATES[0] else _draw_all

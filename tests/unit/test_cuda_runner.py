@@ -350,7 +350,7 @@ def test_a_blind_sampler_draws_the_same(seed: int, scale: float) -> None:
     params = [SamplingParams(9, seed=row, min_p=rng.choice((0.0, 0.1)), **kept) for row, kept in enumerate(filters)]
     specs = [SampleSpec(one, 5, 1, range(5)) for one in params]
     blind, stepwise = BlindSampler(vocab, torch.from_numpy), Sampler(vocab)
-    stepwise._native = False
+    stepwise.use_torch()
     assert sample(blind, logits, range(8), specs) == sample(stepwise, logits, range(8), specs)
 
 
@@ -385,7 +385,7 @@ def test_the_count_of_looks_counts(rigs: Rigs) -> None:
     logits = torch.randn(2, VOCAB)
     specs = [SampleSpec(SamplingParams(9, top_p=0.9), 5, 1, range(5))] * 2
     looking = Sampler(VOCAB, lambda array: rig.device.put(array)[0])
-    looking._native = False
+    looking.use_torch()
     looking.choose(logits, range(2), specs)
     assert "tolist" in seen
     seen.clear()

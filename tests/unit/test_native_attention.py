@@ -257,4 +257,4 @@ def test_sizes_of_working_memory_are_bounded() -> None:
     table = np.zeros(131072 // 16, np.int32)
     one = np.array([131071], np.int32)
     attention.plan(AttentionBatch(np.array([0, 1], np.int32), one, one + 1, [table]))
-    assert 0 < attention._step.partial_floats * 4 < 131072 * 2 * 4 * 64 * 4 / 100
+    assert 0 < attention._plan.step.partial_floats * 4 < 131072 * 2 * 4 * 64 * 4 / 100

@@ -42,13 +42,13 @@ class _Plan:
 
     def __init__(self, step: _Step) -> None:
         self.address = ctypes.addressof(step)
-        self._step = step
+        self.step = step
         self._memory = torch.empty(0)
         self._tables: tuple[np.ndarray, ...] = ()
         self._units = np.empty((2, 0), np.int64)
 
     def make(self, library: ctypes.CDLL, batch: AttentionBatch) -> None:
-        step = self._step
+        step = self.step
         arrays, (step.frames, step.tables, step.query_starts, step.starts) = batch.shared
         step.rows = batch.rows
         if self._units.shape[1] <= batch.rows:
