@@ -22,6 +22,7 @@ from server.kernels.cpu import CpuAttention
 from server.kernels.reference import ReferenceAttention
 from server.kvcache.arena import allocate_arena
 from server.kvcache.manager import KVManager, TierSpec
+from server.models.base import Parts
 from server.models.layers import Linear, TorchParts
 from server.models.llama import Llama
 from server.runner.cuda import CudaRunner, Launched, WarmUp
@@ -66,13 +67,14 @@ class RowParts(TorchParts):
         return RowLinear(inputs, outputs, bias, self.dtype, self.device)
 
 
-def tiny_model() -> Llama:
+def tiny_model(parts: Parts) -> Llama:
+    """The same weights, of whatever it is made."""
     config = SimpleNamespace(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False,
         rope_theta=1e4,
     )  # fmt: skip
-    model = Llama.build(config, RowParts(torch.float32, "cpu"))
+    model = Llama.build(config, parts)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters().values():
         values = torch.randn(parameter.shape, generator=generator)
@@ -80,7 +82,7 @@ def tiny_model() -> Llama:
     return model
 
 
-MODEL = tiny_model()
+MODEL = tiny_model(RowParts(torch.float32, "cpu"))
 
 
 def arena() -> Tensor:

@@ -23,7 +23,7 @@ from loadgen.daemon import Server, free_port
 from loadgen.errors import UsageError
 from loadgen.peers import __main__ as command
 from loadgen.peers import front, gguf_file, install, servers, shapes, side_by_side
-from loadgen.peers.loads import LOADS, Figure, Load, figures_of
+from loadgen.peers.loads import DRAWN, LOADS, Figure, Load, figures_of
 from loadgen.peers.servers import CONTENDERS, PRECISIONS, Contender, Model, Start
 from loadgen.peers.shapes import SHAPES, Shape
 from loadgen.records import Outcome
@@ -221,6 +221,7 @@ def test_figures_of_known_requests(load):
     found = figures_of(load, Result({}, outcomes))
     expected = {
         "single": {"decode": 100, "tpot_p50": 10},
+        "drawn": {"decode": 100, "tpot_p99": 10},
         "concurrent": {"output": 60 / 0.64, "ttft_p50": 350},
         "prefill": {"prompt": np.median([200 / (0.1 * n) for n in range(1, 7)])},
         "shared": {"ttft_p50": 400},
@@ -308,12 +309,14 @@ def test_what_does_not_exist_is_said(arguments, capsys):
 
 
 class _Counting:
-    """An engine that says the number after the last token, two at a time."""
+    """An engine that says the number after the last token, two at a time, and draws none."""
 
-    def submit(self, number: int, tokens: list[int], count: int, deliver: front.Deliver) -> None:
+    draws = False
+
+    def submit(self, number: int, asked: front.Asked, deliver: front.Deliver) -> None:
         def generate() -> None:
-            new = [(tokens[-1] + 1 + n) % 2000 for n in range(count)]
-            for at in range(0, count, 2):
+            new = [(asked.tokens[-1] + 1 + n) % 2000 for n in range(asked.count)]
+            for at in range(0, asked.count, 2):
                 deliver(new[at : at + 2])
             deliver(None)
 
@@ -321,7 +324,7 @@ class _Counting:
 
 
 def test_the_front_streams_what_the_engine_says(checkpoint, monkeypatch):
-    """Our client gets every token and the usage, twice over one connection."""
+    """Our client gets every token and the usage, twice over one connection; what the engine cannot do is refused."""
     import asyncio
 
     from loadgen.client import Client, Target
@@ -334,14 +337,16 @@ def test_the_front_streams_what_the_engine_says(checkpoint, monkeypatch):
         server = await asyncio.start_server(made.connection, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         client = Client(Target(f"http://127.0.0.1:{port}", "model"), asyncio.get_running_loop().time)
-        found = [Outcome(n, 0, 0.0, 5) for n in range(2)]
-        for outcome in found:
-            await client.complete([("user", [7, 300])], outcome, keep_answer=True)
+        found = [Outcome(n, 0, 0.0, 5) for n in range(3)]
+        for outcome, extra in zip(found, ({}, {}, DRAWN), strict=True):
+            await client.complete([("user", [7, 300])], outcome, extra, keep_answer=True)
         client.close()
         server.close()
         return found
 
-    for outcome in asyncio.run(asked()):
+    *found, refused = asyncio.run(asked())
+    assert refused.error == "http_4xx"
+    for outcome in found:
         assert (outcome.error, outcome.prompt_tokens, outcome.output_tokens) == (None, 2, 5)
         assert outcome.answer == "".join(texts[301:306])
 
