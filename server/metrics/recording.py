@@ -141,7 +141,7 @@ class Metrics:
         self._prompt_tokens = self._looked_up_tokens = self._generated_tokens = 0
         self._served_tokens = dict.fromkeys(TIERS, 0)
         self._missed_tokens = dict.fromkeys(MISSES, 0)
-        self._busy_s = self._host_s = 0.0
+        self._busy_s = self._between_s = self._host_s = 0.0
         self._stall_s = dict.fromkeys(STALLS, 0.0)
         self._step_s = {kind: self._histogram("move") for kind in STEP_KINDS}
         self._batch_tokens = self._histogram("batch")
@@ -182,11 +182,13 @@ class Metrics:
     # --- per step ----------------------------------------------------------------------------------------------------
 
     def step(self, kind: str, seconds: float, tokens: int, host_seconds: float) -> None:
-        """One forward pass of `tokens` tokens took `seconds` on the device thread and `host_seconds` on the loop."""
+        """One forward pass of `tokens` tokens took `seconds` on the device and `host_seconds` on the loop: less than
+        nothing where it began before the one before it was committed, which a counter must not show."""
         self._step_s[kind].observe(seconds)
         self._batch_tokens.observe(tokens)
         self._busy_s += seconds
-        self._host_s += host_seconds
+        self._between_s += host_seconds
+        self._host_s = max(self._host_s, self._between_s)
 
     def stalled(self, cause: str, seconds: float) -> None:
         """There was work for so long, and none of it could run."""

@@ -338,6 +338,15 @@ def test_a_page_is_of_one_moment() -> None:
     assert scrape(metrics)["terrace_engine_step_seconds_count", (("kind", "decode"),)] == 2
 
 
+def test_a_step_that_began_early_takes_nothing_back() -> None:
+    """Host time is what lies between steps, all in all; as a counter it never goes down."""
+    metrics, seen = fresh(), [0.0]
+    for between_s in (0.5, -0.3, 0.2, 0.4):
+        metrics.step("decode", 0.1, 1, between_s)
+        seen.append(scrape(metrics)["terrace_engine_host_seconds_total", ()])
+    assert seen == pytest.approx([0.0, 0.5, 0.5, 0.5, 0.8])
+
+
 def test_series_are_bounded_whatever_is_counted() -> None:
     """Unknown reasons and a flood of label values fold into `other`."""
     metrics = busy()
