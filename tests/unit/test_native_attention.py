@@ -204,7 +204,8 @@ def test_a_row_has_the_same_bits_in_any_batch(isa: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "window", "fed"), [(6, 2, None, 1), (4, 4, 300, 1), (12, 4, None, 2), (8, 1, 40, 1)]
+    ("heads", "kv_heads", "window", "fed"),
+    [(6, 2, None, 1), (4, 4, 300, 1), (8, 4, 130, 1), (8, 2, None, 1), (12, 4, None, 2), (8, 1, 40, 1)],
 )
 def test_steps_of_few_queries_have_the_bits_of_prompts(
     isa: str, dtype: torch.dtype, heads: int, kv_heads: int, window: int | None, fed: int
