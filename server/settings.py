@@ -75,7 +75,7 @@ Gib = Annotated[float, BeforeValidator(parse_gib)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 Count = Annotated[int, BeforeValidator(parse_count)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_parse_dtype)]
-Quantization = Literal["none", "int8", "w8a8", "int8-g32", "int4-g32", "fp8"]
+Quantization = Literal["none", "int8", "w8a8", "int8-g32", "int4-g32", "w4a8", "fp8"]
 KvDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"], BeforeValidator(_parse_dtype)]
 AdminKeys = Annotated[tuple[str, ...], BeforeValidator(_parse_list), AfterValidator(_no_blank)]
 ApiKeys = Annotated[AdminKeys, AfterValidator(_weighted)]
@@ -134,8 +134,9 @@ class ModelConfig(Section):
         default="none",
         description="Weights of linear layers, made at load from any checkpoint. On a CPU, by the native kernels: int8 "
         "with a scale for each output, int8-g32 and int4-g32 with one for each 32 weights; w8a8: int8, and what they "
-        "are multiplied with is rounded to int8, too, row by row: quicker for prompts and many requests. On a GPU from "
-        "Hopper on: fp8, where inputs are rounded likewise.",
+        "are multiplied with is rounded to int8, too, row by row: quicker for prompts and many requests; w4a8: four "
+        "bits with a scale for each 32 weights, and what they are multiplied with as int8 likewise: the quickest. On a "
+        "GPU from Hopper on: fp8, where inputs are rounded likewise.",
     )
     device: Annotated[Literal["cpu", "cuda"], COMMON] = Field(default="cpu", description="Where the model runs.")
     kernels: Literal["auto", "native", "torch"] = Field(

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
+PRECISIONS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

@@ -25,12 +25,14 @@ from loadgen.report import terrace_version
 
 MODELS = ENVIRONMENTS / "models"
 HERE = Path(__file__).parent
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 """Of the weights."""
 KV_TOKENS = 8192
 """In the first tier, of every server."""
 THREADS = os.cpu_count() or 1
 SEQUENCES = 16
+INT4_GROUP = 32
+"""Weights that share a scale, of all that have int4."""
 READY_S = 600.0
 """vLLM compiles at its first start."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -41,8 +43,9 @@ TERRACE_FLAGS = {
     "fp32": ("--dtype", "float32"),
     "bf16": ("--dtype", "bfloat16"),
     "int8": ("--dtype", "bfloat16", "--quantization", "w8a8"),
+    "int4": ("--dtype", "bfloat16", "--quantization", "w4a8"),
 }
-TERRACE_KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}
+TERRACE_KV_BYTES = {"fp32": 4, "bf16": 2, "int8": 2, "int4": 2}
 """Of one value, with these flags."""
 LOWER_TIERS = {"dram": 1, "ssd": 4}
 """As multiples of the first."""
@@ -146,10 +149,11 @@ def llama_cpp(model: Model) -> Start:
 
 def openvino(model: Model) -> Start:
     place = ENVIRONMENTS / "openvino" / "bin"
-    stored, computed = {"fp32": ("fp32", "f32"), "bf16": ("fp16", "bf16"), "int8": ("int8", "")}[model.precision]
+    stored, computed = {"fp32": ("fp32", "f32"), "bf16": ("fp16", "bf16")}.get(model.precision, (model.precision, ""))
+    groups = ["--group-size", str(INT4_GROUP), "--ratio", "1", "--sym"] if stored == "int4" else []
     ir = model.made(f"openvino-{stored}", [
         place / "optimum-cli", "export", "openvino", "--model", "{checkpoint}", "--task", "text-generation-with-past",
-        "--weight-format", stored, "{target}",
+        "--weight-format", stored, *groups, "{target}",
     ])  # fmt: skip
     hint = ["--precision", computed] if computed else []
     return Start([place / "python", HERE / "front.py", "openvino", "--model", ir, *_front(model), *hint], "/v1/models")
@@ -190,7 +194,7 @@ def vllm(model: Model) -> Start:
 TCMALLOC = (Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),)
 """Where Debian puts it: vLLM advises it."""
 CONTENDERS = (
-    Contender("Terrace", {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}, terrace, terrace_version),
+    Contender("Terrace", {"fp32": "float32"} | dict.fromkeys(PRECISIONS[1:], "bfloat16"), terrace, terrace_version),
     Contender("llama.cpp", dict.fromkeys(PRECISIONS, "float16"), llama_cpp, lambda: installed("llama.cpp")),
     Contender("openvino", dict.fromkeys(PRECISIONS, "uint8"), openvino, lambda: installed("openvino")),
     Contender("vllm", {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}, vllm, lambda: installed("vllm")),

@@ -46,6 +46,7 @@ PRECISIONS = (
     Precision(quantization="w8a8", loss=0.005),
     Precision(quantization="int8-g32", loss=0.005),
     Precision(quantization="int4-g32", loss=0.02),
+    Precision(quantization="w4a8", loss=0.02),
     Precision(kv_dtype="bfloat16", loss=0.005),
     Precision(kv_dtype="int8", loss=0.01),
 )

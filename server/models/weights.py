@@ -53,7 +53,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-NATIVE_QUANTIZATIONS = ("int8", "w8a8", "int8-g32", "int4-g32")
+NATIVE_QUANTIZATIONS = ("int8", "w8a8", "int8-g32", "int4-g32", "w4a8")
 """Formats that the native kernels make of any checkpoint's weights."""
 CUDA_QUANTIZATIONS = ("fp8",)
 """Likewise a GPU that multiplies in fp8."""

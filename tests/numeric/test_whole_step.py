@@ -24,7 +24,7 @@ from tests.unit.native import instruction_sets, selected
 pytestmark = pytest.mark.skipif(load() is None, reason="the native kernels were not built: no C compiler")
 
 FORMATS = [("float32", "none"), ("bfloat16", "none"), ("float16", "none"), ("float32", "int8"), ("float32", "int4-g32"),
-           ("bfloat16", "w8a8")]  # fmt: skip
+           ("bfloat16", "w8a8"), ("float32", "w4a8")]  # fmt: skip
 STEPS = {
     "one token": [1],
     "few rows": [1, 1, 1],

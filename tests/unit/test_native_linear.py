@@ -30,6 +30,8 @@ def present() -> list[str]:
 
 PRESENT = present()
 CODES = torch.tensor([-126, -91, -70, -53, -38, -25, -13, -2, 8, 19, 31, 45, 60, 78, 101, 127.0])
+LEVELS = torch.tensor([-64, -45, -34, -25, -18, -12, -6, -1, 4, 9, 15, 21, 29, 38, 50, 63.0])
+INTEGERS = ("w8a8", "w4a8")
 EPS32, EPS_BF16 = 2.0**-24, 2.0**-8
 """Unit roundoffs."""
 
@@ -64,10 +66,12 @@ def held(layer: PackedLinear) -> Tensor:
     return layer.rows(torch.arange(layer.rows_of_weights))
 
 
-def as_int8(x: Tensor) -> Tensor:
-    """Rows of x rounded to 127 steps either way, float64."""
-    top = x.abs().amax(1, keepdim=True)
-    return torch.round(x * (127 / top)).double() * (top / 127).double()
+def as_int8(x: Tensor, group: int | None = None) -> Tensor:
+    """Rows of x, or each `group` inputs of a row, rounded to 127 steps either way, float64."""
+    parts = x.split(group or x.shape[1], 1)
+    tops = [part.abs().amax(1, keepdim=True) for part in parts]
+    rounded = [torch.round(part * (127 / top)).double() * (top / 127).double() for part, top in zip(parts, tops)]
+    return torch.cat(rounded, 1)
 
 
 def exact(layer: PackedLinear, added: Tensor, x: Tensor, isa: str) -> tuple[Tensor, Tensor]:
@@ -75,12 +79,14 @@ def exact(layer: PackedLinear, added: Tensor, x: Tensor, isa: str) -> tuple[Tens
 
     A sum of K products, each step rounded, is off by at most (K + 2) eps times the sum of the products' sizes; the
     scale and the bias round once more each. With AMX x, and the weights of groups, are rounded to bf16 besides. Of w8a8
-    it is the rounded x that counts, on all of them.
+    and w4a8 it is the rounded x that counts, on all of them.
     """
-    w, wide = held(layer).double(), as_int8(x) if layer.format == "w8a8" else x.double()
+    w, wide = held(layer).double(), x.double()
+    if layer.format in INTEGERS:
+        wide = as_int8(x, 32 if layer.format == "w4a8" else None)
     sums, sizes = wide @ w.T + added.double(), wide.abs() @ w.abs().T + added.double().abs()
     share = (layer.inputs + 4) * EPS32
-    if isa == "amx" and layer.format not in ("float32", "float16", "w8a8"):
+    if isa == "amx" and layer.format not in ("float32", "float16", *INTEGERS):
         share += EPS_BF16 * 1.01 * (2 if layer.format == "int8-g32" else 1)
     bound = sizes * share + 1e-30
     if not layer.gated:
@@ -219,6 +225,20 @@ def test_int4_has_little_error(isa):
     assert (held(layer) - weights).norm() / weights.norm() < 0.0765
 
 
+def test_levels_have_little_error(isa):
+    """Weights of w4a8 are a bf16 scale times an entry of the table, zeros zero, and little of their size is lost."""
+    weights = torch.randn(64, 2048, generator=torch.Generator().manual_seed(4))
+    weights[3, 32:64] = 0
+    layer = PackedLinear(2048, 64, "w4a8")
+    layer.fill(0, weights)
+    groups = held(layer).view(-1, 32)
+    assert (groups[3 * 64 + 1] == 0).all()
+    for group in groups[::17]:
+        scales = (group[0] / LEVELS).bfloat16().float()
+        assert any(bool(torch.isin(group, scale * LEVELS).all()) for scale in scales)
+    assert (held(layer) - weights).norm() / weights.norm() < 0.0765
+
+
 def test_packing_is_the_same_on_all_instruction_sets():
     """What a checkpoint becomes does not depend on the machine that packs it."""
     weights = torch.randn(40, 320, generator=torch.Generator().manual_seed(5))
@@ -233,15 +253,27 @@ def test_packing_is_the_same_on_all_instruction_sets():
         assert all(torch.equal(made[0], other) for other in made)
 
 
-def test_integers_give_the_same_on_all_instruction_sets():
-    """Sums of products of int8 are exact: a model of w8a8 says the same on every machine, as far as this layer goes."""
+@pytest.mark.parametrize("format", INTEGERS)
+def test_integers_give_the_same_on_all_instruction_sets(format):
+    """Sums of products of int8 are exact: a model says the same on every machine, as far as this layer goes."""
     made = []
     for isa in PRESENT:
         select(library, isa)
-        layer, _, _ = make(300, 75, "w8a8", bias=True)
+        layer, _, _ = make(300, 75, format, bias=True)
         made.append(layer(torch.randn(40, 300, generator=torch.Generator().manual_seed(1))))
     select(library, "auto")
     assert all(torch.equal(made[0], other) for other in made)
+
+
+def test_integers_at_their_ends(isa):
+    """Products of the largest integers, of one sign, do not overflow on their way."""
+    for format in INTEGERS:
+        for sign in (1, -1):
+            weights = torch.full((32, 4096), 1.0)
+            layer = PackedLinear(4096, 32, format)
+            layer.fill(0, weights)
+            x = torch.full((7, 4096), 3.0 * sign)
+            assert torch.allclose(layer(x), torch.full((7, 32), 3.0 * sign * 4096), rtol=2e-3)
 
 
 def test_layers_share_a_workspace(isa):
@@ -260,7 +292,7 @@ def test_layers_share_a_workspace(isa):
 
 
 def test_bytes_held():
-    """4, 2, 2, 1, 1.06, 0.56 and 1 bytes a weight, and a scale for each output of int8 and w8a8."""
+    """4, 2, 2, 1, 1.06, 0.56, 1 and 0.56 bytes a weight, and a scale for each output of int8 and w8a8."""
     held = {format: PackedLinear(1024, 512, format).nbytes / (1024 * 512) for format in FORMATS}
     assert held == {
         "float32": 4,
@@ -270,4 +302,5 @@ def test_bytes_held():
         "int8-g32": 1.0625,
         "int4-g32": 0.5625,
         "w8a8": 1 + 4 / 1024,
+        "w4a8": 0.5625,
     }

@@ -10,7 +10,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum format { F32, BF16, F16, I8, I8_GROUP, I4_GROUP, I8_DOT };
+enum format { F32, BF16, F16, I8, I8_GROUP, I4_GROUP, I8_DOT, I4_DOT };
 
 /* Weights W [outputs, inputs] of a linear layer, packed by terrace_pack: see linear.h for the layout. With `gated`, W has
  * 2 * outputs rows, gates first, and the layer's result is silu(gate) * up. Pointers are 64-byte aligned. */

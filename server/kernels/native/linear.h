@@ -2,7 +2,7 @@
  *
  * A panel holds 16 outputs, one in each lane; panels stand one behind the other, whole rows of memory that a thread reads
  * from front to back. The rows of W that are gates and those that are gated alternate by panel (gate, up, gate, up), so
- * that one thread has both. Inputs are filled up with zero weights to `depth`, a multiple of 32, of I8_DOT of 64. In a
+ * that one thread has both. Inputs are filled up with zero weights to `depth`, a multiple of 32, of I8_DOT and I4_DOT of 64. In a
  * panel:
  *
  *   F32, F16, I8   [depth][16]
@@ -12,9 +12,11 @@
  *                  on those of inputs 0, 2, 4, 6, 1, 3, 5, 7 }
  *
  *   I8_DOT         [depth / 4][16][4]: the B tile of AMX, and what AVX-512's dot products of four want
+ *   I4_DOT         [depth / 64] of { bf16 scales[2][16], uint8 [8][16][4]: the codes of four inputs of each output, and in
+ *                  the upper halves of the next four }
  *
  * I8 and I8_DOT have one fp32 scale for each output, applied to the sum; of I8_DOT x is int8, too (linear_dot.inc). I8_GROUP's scale times the integer is exact in fp32. A code of
- * I4_GROUP stands for an entry of `CODES`, see there.
+ * I4_GROUP stands for an entry of `CODES`, see there, one of I4_DOT for an entry of `LEVELS`; x is int8 (linear_levels.inc).
  */
 #ifndef TERRACE_LINEAR_H
 #define TERRACE_LINEAR_H
@@ -35,7 +37,7 @@ enum {
 };
 
 static inline int64_t matrix_depth(const struct matrix *m) {
-    const int64_t unit = m->format == I8_DOT ? DOT_DEEP : GROUP;
+    const int64_t unit = m->format >= I8_DOT ? DOT_DEEP : GROUP;
     return (m->inputs + unit - 1) / unit * unit;
 }
 static inline int64_t matrix_panels(const struct matrix *m) {
@@ -68,5 +70,11 @@ static inline int64_t linear_scratch(const struct matrix *m, int64_t rows, int t
 #define CODE_LIST 0x837c, 0x8336, 0x830c, 0x82d4, 0x8298, 0x8248, 0x81d0, 0x8080, \
                   0x0180, 0x0218, 0x0278, 0x02b4, 0x02f0, 0x031c, 0x034a, 0x037e
 static const uint16_t CODES[16] = {CODE_LIST};
+
+/* What four bits of I4_DOT stand for, plus LEVEL_ZERO: the same search among integers of seven bits, each times a group's
+ * scale (bf16, of either sign). As little error as that table, a third less squared error than sixteen equal steps. */
+enum { LEVEL_ZERO = 64, LEVEL_TOP = 127 - LEVEL_ZERO };
+static const uint8_t LEVELS[16] = {0, 19, 30, 39, 46, 52, 58, 63, 68, 73, 79, 85, 93, 102, 114, 127};
+enum { LEVEL_PAIR = 2 * GROUP, LEVEL_PAIR_BYTES = 2 * PANEL * 2 + GROUP * PANEL };
 
 #endif

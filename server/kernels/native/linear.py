@@ -16,9 +16,10 @@ from torch import Tensor
 from server.kernels import native
 from server.kernels.native import load
 
-FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int8-g32": 4, "int4-g32": 5, "w8a8": 6}
+FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int8-g32": 4, "int4-g32": 5, "w8a8": 6, "w4a8": 7}
 """Name -> `enum format` of kernels.h. int8: a scale for each output; -g32: a bf16 scale for each 32 inputs of it; w8a8:
-as int8, and each row of x is rounded to int8, too."""
+as int8, and each row of x is rounded to int8, too; w4a8: four bits with a bf16 scale for each 32 inputs, and likewise x in
+int8."""
 SOURCES = {dtype: number for dtype, number in native.FORMATS.items() if dtype.is_floating_point}
 """What weights may come in."""
 PANEL = 16
