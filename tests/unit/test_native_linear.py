@@ -66,11 +66,12 @@ def held(layer: PackedLinear) -> Tensor:
     return layer.rows(torch.arange(layer.rows_of_weights))
 
 
-def as_int8(x: Tensor, group: int | None = None) -> Tensor:
-    """Rows of x, or each `group` inputs of a row, rounded to 127 steps either way, float64."""
-    parts = x.split(group or x.shape[1], 1)
+def as_integers(x: Tensor, format: str) -> Tensor:
+    """Rows of x rounded to 127 steps either way (w8a8), or each 32 inputs of a row to 63 (w4a8), float64."""
+    group, steps = (x.shape[1], 127) if format == "w8a8" else (32, 63)
+    parts = x.split(group, 1)
     tops = [part.abs().amax(1, keepdim=True) for part in parts]
-    rounded = [torch.round(part * (127 / top)).double() * (top / 127).double() for part, top in zip(parts, tops)]
+    rounded = [torch.round(part * (steps / top)).double() * (top / steps).double() for part, top in zip(parts, tops)]
     return torch.cat(rounded, 1)
 
 
@@ -83,7 +84,7 @@ def exact(layer: PackedLinear, added: Tensor, x: Tensor, isa: str) -> tuple[Tens
     """
     w, wide = held(layer).double(), x.double()
     if layer.format in INTEGERS:
-        wide = as_int8(x, 32 if layer.format == "w4a8" else None)
+        wide = as_integers(x, layer.format)
     sums, sizes = wide @ w.T + added.double(), wide.abs() @ w.abs().T + added.double().abs()
     share = (layer.inputs + 4) * EPS32
     if isa == "amx" and layer.format not in ("float32", "float16", *INTEGERS):

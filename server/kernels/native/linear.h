@@ -2,21 +2,21 @@
  *
  * A panel holds 16 outputs, one in each lane; panels stand one behind the other, whole rows of memory that a thread reads
  * from front to back. The rows of W that are gates and those that are gated alternate by panel (gate, up, gate, up), so
- * that one thread has both. Inputs are filled up with zero weights to `depth`, a multiple of 32, of I8_DOT and I4_DOT of 64. In a
- * panel:
+ * that one thread has both. Inputs are filled up with zero weights to `depth`, a multiple of 32, of I8_DOT and I4_DOT of
+ * 64. In a panel:
  *
  *   F32, F16, I8   [depth][16]
  *   BF16           [depth / 2][16][2]: the B tile of AMX; without it the odd input is a mask, the even one a shift
  *   I8_GROUP       [depth / 32] of { bf16 scales[16], int8 [32][16] }
  *   I4_GROUP       [depth / 32] of { uint16 scales[16], uint32 [4][16]: the codes of 8 inputs each, from the lowest bits
  *                  on those of inputs 0, 2, 4, 6, 1, 3, 5, 7 }
- *
  *   I8_DOT         [depth / 4][16][4]: the B tile of AMX, and what AVX-512's dot products of four want
  *   I4_DOT         [depth / 64] of { bf16 scales[2][16], uint8 [8][16][4]: the codes of four inputs of each output, and in
  *                  the upper halves of the next four }
  *
- * I8 and I8_DOT have one fp32 scale for each output, applied to the sum; of I8_DOT x is int8, too (linear_dot.inc). I8_GROUP's scale times the integer is exact in fp32. A code of
- * I4_GROUP stands for an entry of `CODES`, see there, one of I4_DOT for an entry of `LEVELS`; x is int8 (linear_levels.inc).
+ * I8 and I8_DOT have one fp32 scale for each output, applied to the sum. I8_GROUP's scale times the integer is exact in
+ * fp32. A code of I4_GROUP stands for an entry of `CODES`, one of I4_DOT for an entry of `LEVELS`, see there. Of I8_DOT
+ * (linear_dot.inc) and I4_DOT (linear_levels.inc) x is int8, too.
  */
 #ifndef TERRACE_LINEAR_H
 #define TERRACE_LINEAR_H

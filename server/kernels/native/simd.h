@@ -338,9 +338,9 @@ INLINE vf v_exp_below(vf x, vf top) {
 #endif
 }
 
-/* Rounded to int8 with the scale that makes the largest 127: `n` values, and the scale, x = out * scale nearly. What is
+/* Rounded to int8 with the scale that makes the largest `steps`: `n` values, and the scale, x = out * scale nearly. What is
  * not finite makes the scale NaN, so that it is not lost. */
-INLINE float quantise_i8(const float *x, int64_t n, int8_t *out) {
+INLINE float quantise_to(const int steps, const float *x, int64_t n, int8_t *out) {
     int32_t bits = 0; /* of |x|: ordered as the numbers are, infinity and NaN on top */
     float top;
     for (int64_t i = 0; i < n; i++) {
@@ -354,14 +354,15 @@ INLINE float quantise_i8(const float *x, int64_t n, int8_t *out) {
         for (int64_t i = 0; i < n; i++) out[i] = 0;
         return bits >= 0x7f800000 ? __builtin_nanf("") : 0.f;
     }
-    const float inverse = 127.f / top;
+    const float inverse = (float)steps / top;
     for (int64_t i = 0; i < n; i++) {
         const float rounded = x[i] * inverse + 12582912.f; /* to nearest, ties to even; the integer lands in the low bits */
         int32_t b;
         memcpy(&b, &rounded, 4);
         out[i] = (int8_t)(b - 0x4b400000);
     }
-    return top / 127.f;
+    return top / (float)steps;
 }
+INLINE float quantise_i8(const float *x, int64_t n, int8_t *out) { return quantise_to(127, x, n, out); }
 
 #endif
