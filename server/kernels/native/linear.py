@@ -18,8 +18,8 @@ from server.kernels.native import load
 
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int8-g32": 4, "int4-g32": 5, "w8a8": 6, "w4a8": 7}
 """Name -> `enum format` of kernels.h. int8: a scale for each output; -g32: a bf16 scale for each 32 inputs of it; w8a8:
-as int8, and each row of x is rounded to int8, too; w4a8: four bits with a bf16 scale for each 32 inputs, and likewise x in
-int8."""
+as int8, and each row of x is rounded to int8, too; w4a8: four bits with a bf16 scale for each 32 inputs, and x in int8
+likewise."""
 SOURCES = {dtype: number for dtype, number in native.FORMATS.items() if dtype.is_floating_point}
 """What weights may come in."""
 PANEL = 16
@@ -81,7 +81,7 @@ class PackedLinear:
             raise RuntimeError("the native kernels are not there: see the log for why")
         self.inputs, self.outputs, self.format, self.gated = inputs, outputs, format, gated
         self._library, self._linear = library, library.terrace_linear
-        self._workspace = workspace or Workspace()
+        self.workspace = workspace or Workspace()
         lanes = -(-outputs // PANEL) * PANEL * (2 if gated else 1)
         self._matrix = _Matrix(inputs=inputs, outputs=outputs, format=FORMATS[format], gated=gated)
         self.address = ctypes.addressof(self._matrix)
@@ -150,7 +150,7 @@ class PackedLinear:
 
     def _run(self, x: Tensor, y: Tensor, add: int) -> None:
         rows, threads, matrix = x.shape[0], torch.get_num_threads(), self.address
-        scratch = self._workspace.reserve(self._library.terrace_linear_scratch(matrix, rows, threads))
+        scratch = self.workspace.reserve(self._library.terrace_linear_scratch(matrix, rows, threads))
         self._linear(matrix, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), rows, add, scratch, threads)
 
     def rows(self, ids: Tensor) -> Tensor:
