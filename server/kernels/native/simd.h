@@ -40,7 +40,6 @@ typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
 typedef int8_t vb __attribute__((vector_size(LANES)));
-typedef uint16_t vh2 __attribute__((vector_size(LANES * 4)));
 
 /* a * b + c with one rounding where the machine has it; explicit, so that two kernels that must agree in every bit do. */
 INLINE vf v_fma(vf a, vf b, vf c) {
