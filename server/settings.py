@@ -135,8 +135,8 @@ class ModelConfig(Section):
         description="Weights of linear layers, made at load from any checkpoint. On a CPU, by the native kernels: int8 "
         "with a scale for each output, int8-g32 and int4-g32 with one for each 32 weights; w8a8: int8, and what they "
         "are multiplied with is rounded to int8, too, row by row: quicker for prompts and many requests; w4a8: four "
-        "bits with a scale for each 32 weights, and what they are multiplied with as int8 likewise: the quickest with AVX2. On a "
-        "GPU from Hopper on: fp8, where inputs are rounded likewise.",
+        "bits with a scale for each 32 weights, and what they are multiplied with as int8 likewise: the quickest with "
+        "AVX2. On a GPU from Hopper on: fp8, where inputs are rounded likewise.",
     )
     device: Annotated[Literal["cpu", "cuda"], COMMON] = Field(default="cpu", description="Where the model runs.")
     kernels: Literal["auto", "native", "torch"] = Field(
