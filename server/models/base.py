@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from server.kernels.native.decoder import Begun, Follow, Ints
+from server.kernels.native.rows import Choice
 from server.types import ModelGeometry
 
 
@@ -66,7 +66,7 @@ class Whole(Protocol):
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, /) -> Tensor: ...
     def scores(self, tokens: Tensor, positions: Tensor, attention: Any, wanted: Tensor, /) -> Tensor: ...
     def launch(
-        self, tokens: Ints, positions: Ints, attention: Any, wanted: Ints, how: npt.NDArray[Any],
+        self, tokens: Ints, positions: Ints, attention: Any, wanted: Ints, choice: Choice,
         follow: Follow | None, wakes: int, /,
     ) -> Begun: ...  # fmt: skip
 
@@ -112,10 +112,10 @@ class Model(Protocol):
         ...
 
     def launch(
-        self, tokens: Ints, positions: Ints, attention: Attention, wanted: Ints, how: npt.NDArray[Any],
+        self, tokens: Ints, positions: Ints, attention: Attention, wanted: Ints, choice: Choice,
         follow: Follow | None, wakes: int,
     ) -> Begun:  # fmt: skip
-        """The tokens chosen by these, as `how` (`rows.DRAWING` [m]) says, of a step that is computed behind the ones
-        launched before; `attention` may plan one more meanwhile. Any other call waits for what was launched. The file
-        `wakes` gets a byte when it has ended, unless it is -1."""
+        """The tokens chosen by these, as `choice` says, and what it wants to be told of them, of a step that is
+        computed behind the ones launched before; `attention` may plan one more meanwhile. Any other call waits for what
+        was launched. The file `wakes` gets a byte when it has ended, unless it is -1."""
         ...

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy.typing as npt
 from torch import Tensor
 
 from server.errors import ConfigError
 from server.kernels.native.decoder import Begun, Follow, Ints
+from server.kernels.native.rows import Choice
 from server.models.base import Attention, Parameter, Parts
 from server.models.layers import Rotary
 from server.types import ModelGeometry
@@ -173,11 +173,11 @@ class Decoder:
         return self._whole is not None and self._whole.takes(attention)
 
     def launch(
-        self, tokens: Ints, positions: Ints, attention: Attention, wanted: Ints, how: npt.NDArray[Any],
+        self, tokens: Ints, positions: Ints, attention: Attention, wanted: Ints, choice: Choice,
         follow: Follow | None, wakes: int,
     ) -> Begun:  # fmt: skip
         assert self._whole is not None, "nothing computes steps by themselves"
-        return self._whole.launch(tokens, positions, attention, wanted, how, follow, wakes)
+        return self._whole.launch(tokens, positions, attention, wanted, choice, follow, wakes)
 
 
 def _stacked(prefix: str, linear: Any, widths: Mapping[str, int]) -> Iterator[tuple[str, Parameter]]:

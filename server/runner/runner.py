@@ -1,8 +1,9 @@
 """The device of a CPU: turns a StepPlan into tokens. Sees plans, tensors and frames; never requests or blocks.
 
-A step of which nothing but tokens is wanted, chosen by the logits as they are, is handed to the kernels, which have a
+A step of which nothing but tokens is wanted, and what is to be told of them, is handed to the kernels, which have a
 thread of their own: while the one before it is computed, so that the cores go from one to the next without the host.
-Any other step is computed by the device thread when those before it have ended.
+Any other step (a grammar's, one that scores a prompt or pools it) is computed by the device thread when those before it
+have ended: between two calls it needs the interpreter's lock, which the loop wants as well.
 
 | thread | does |
 |---|---|
@@ -33,7 +34,7 @@ from torch import Tensor
 from server.kernels.attention import AttentionBackend
 from server.kernels.native.decoder import Follow
 from server.models.base import Model
-from server.runner.sampling import Sampler, drawings, is_unedited
+from server.runner.sampling import Sampler
 from server.runner.step import Flat, Launched, Outputs, Readout, fed, flatten
 from server.types import StepPlan, StepResult
 
@@ -45,15 +46,15 @@ class _Inputs:
     """What can be made of a plan before the step before it has ended. `flat.batch` has its addresses laid out."""
 
     flat: Flat
-    how: npt.NDArray[Any] | None
-    """How tokens are chosen (`rows.DRAWING`), if all that is wanted are tokens, by the logits as they are."""
+    alone: bool
+    """All that is wanted are tokens and what is told of them, and their choice can be left to the kernels."""
 
     @classmethod
-    def of(cls, plan: StepPlan, vocab: int) -> _Inputs:
+    def of(cls, plan: StepPlan) -> _Inputs:
         flat = flatten(plan.rows)
         assert flat.batch.shared, "laid out when first asked for"
-        alone = not (flat.spans or flat.pools) and all(spec.params.logprobs is None for spec in flat.specs)
-        return cls(flat, drawings(flat.specs, vocab) if alone and all(map(is_unedited, flat.specs)) else None)
+        free = all(spec.params.grammar is None for spec in flat.specs)
+        return cls(flat, free and not (flat.spans or flat.pools))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,7 @@ class TorchRunner:
     ) -> None:
         self._model = model
         self._attention = attention
-        self._vocab = model.geometry.vocab
-        self._readout = Readout(model, Sampler(self._vocab), torch.from_numpy)
+        self._readout = Readout(model, Sampler(model.geometry.vocab), torch.from_numpy)
         self._before: tuple[Launched, ...] = ()
         """The two steps before this one, the last one last; none behind one that failed."""
         self._clock = clock
@@ -99,7 +99,7 @@ class TorchRunner:
         done: _Done = asyncio.get_running_loop().create_future()
         inputs = None
         with suppress(Exception):  # the device thread meets it again, in its turn: what follows the step fails, too
-            inputs = _Inputs.of(plan, self._vocab)
+            inputs = _Inputs.of(plan)
         if self._given or inputs is None or not self._launches(inputs):
             self._given += 1
             self._jobs.put((plan, inputs, done))
@@ -124,7 +124,7 @@ class TorchRunner:
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
         """One forward pass and the sampling after it, here and now; before the first `run`, or on the device thread."""
-        return self._compute(plan, _Inputs.of(plan, self._vocab))
+        return self._compute(plan, _Inputs.of(plan))
 
     # --- loop thread -------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class TorchRunner:
             plan, inputs, done = job
             result: StepResult | BaseException
             try:
-                result = self._compute(plan, inputs or _Inputs.of(plan, self._vocab))
+                result = self._compute(plan, inputs or _Inputs.of(plan))
             except BaseException as error:  # noqa: BLE001 - whoever waits for the step is told
                 self._forget()
                 result = error
@@ -192,21 +192,22 @@ class TorchRunner:
     # --- whichever thread has the model ------------------------------------------------------------------------------
 
     def _launches(self, inputs: _Inputs) -> bool:
-        """Whether the kernels can compute it by themselves: nothing but tokens is wanted."""
-        return inputs.how is not None and self._model.launches(self._attention)
+        """Whether the kernels can compute it by themselves."""
+        return inputs.alone and self._model.launches(self._attention)
 
     def _begin(self, plan: StepPlan, inputs: _Inputs, wakes: int) -> Launched:
         """Hands it to the kernels: it is computed when those before it have been."""
         last, followed = self._plan(plan, inputs)
-        assert inputs.how is not None, "more than tokens is wanted"
+        assert inputs.alone, "more than tokens is wanted"
         follow = None
         if last is not None and followed:
             places, sources = (np.array(column, np.int64) for column in zip(*followed, strict=True))
             follow = Follow(last.outputs.chosen.numpy(), places, sources)
         flat = inputs.flat
         step = flat.tokens, flat.positions, self._attention, flat.wanted
-        begun = self._model.launch(*step, inputs.how, follow, wakes)
-        outputs = Outputs(plan, flat, torch.from_numpy(begun.chosen), (), (), (), (), {})
+        begun = self._model.launch(*step, self._readout.choice(flat), follow, wakes)
+        asking, tops = [flat.sampled[i] for i in flat.asking], [list(flat.asking.values())] if flat.asking else []
+        outputs = Outputs(plan, flat, torch.from_numpy(begun.chosen), asking, (), (), tops, {})
         launched = Launched(outputs, begun, {}, bool(followed))
         self._before = (*self._before[-1:], launched)
         return launched

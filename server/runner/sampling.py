@@ -14,9 +14,11 @@ penalty (output), temperature, top_k, top_p (of what top_k left), min_p; then on
 position), through the inverse CDF. Where logits are equal the lowest id goes first, everywhere.
 
 **Cost.** On a CPU the native kernels choose (`rows.choose`): with 152k tokens 0.6 ms a row for a plain draw, 1.1 ms
-with filters, however wide. In torch rows are grouped by need, so a plain row never pays for another's features:
-all-greedy is one argmax; a drawn row without top_k/top_p has no sort; one with them ranks 512 tokens, and more only
-where those do not hold `top_p` of the mass. Penalties touch the tokens a request has seen, not the vocabulary.
+with filters, however wide. They make the edits as well, all but a grammar's, in a copy of the row: what a few tensor
+operations take is little beside a large step, but the event loop wants the interpreter's lock between any two of them.
+In torch rows are grouped by need, so a plain row never pays for another's features: all-greedy is one argmax; a drawn
+row without top_k/top_p has no sort; one with them ranks 512 tokens, and more only where those do not hold `top_p` of
+the mass. Penalties touch the tokens a request has seen, not the vocabulary.
 
 **No look at the device.** `choose` and `describe` give tensors and leave it to the caller when to read them. What goes
 up from the host goes through `put`, which need not wait; a `BlindSampler` lets nothing that was computed decide what is
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +38,7 @@ import torch
 from torch import Tensor
 
 from server.kernels.native import load
-from server.kernels.native.rows import DRAWING, argmax, choose
+from server.kernels.native.rows import DRAWING, EDIT, Edits, argmax, choose, describe
 from server.runner.grammar import Matchers
 from server.types import FinishReason, RequestId, SampleSpec, SamplingParams, TokenLogprobs
 
@@ -120,6 +123,10 @@ def _row_chunks(rows: Sequence[int], vocab: int) -> Iterator[Sequence[int]]:
         yield rows[start : start + step]
 
 
+def _joined(parts: Sequence[npt.ArrayLike], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate(parts, dtype=dtype, casting="unsafe")  # a list without anything in it is of floats
+
+
 def _index(values: Sequence[int], put: Put) -> Tensor:
     return put(np.array(values, np.int64))
 
@@ -128,7 +135,7 @@ def _column(values: Iterable[float], put: Put, dtype: npt.DTypeLike = np.float64
     return put(np.array(list(values), dtype)).unsqueeze(-1)
 
 
-def drawings(specs: Sequence[SampleSpec], vocab: int) -> npt.NDArray[Any]:
+def _drawings(specs: Sequence[SampleSpec], vocab: int) -> npt.NDArray[Any]:
     """DRAWING [rows]: what the specs say of rows that are not edited, or have been."""
     how = np.zeros(len(specs), DRAWING)
     for row, spec in enumerate(specs):
@@ -169,6 +176,10 @@ class _SeenTokens:
             and (self.consumed == 0 or spec.history[self.consumed - 1] == self.last)
         )
 
+    def arrays(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Copies of `ids` and `counts`."""
+        return np.array(self.ids, np.int64), np.array(self.counts, np.float32)
+
     def extend(self, spec: SampleSpec) -> None:
         for index in range(self.consumed, len(spec.history)):
             token = spec.history[index]
@@ -181,6 +192,9 @@ class _SeenTokens:
                 self.counts[place] += 1.0
             self.last = token
         self.consumed = len(spec.history)
+
+
+_NOTHING_SEEN = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 class Described(NamedTuple):
@@ -220,26 +234,56 @@ class Sampler:
         assert logits.shape == (rows, self.vocab), f"logits {tuple(logits.shape)}, wanted {(rows, self.vocab)}"
         assert logits.dtype == torch.float32, f"logits are {logits.dtype}, wanted float32"
         assert len(request_ids) == rows, f"{len(request_ids)} request ids for {rows} rows"
-        plain = is_unedited if self._native else is_plain
+        plain = _is_free if self._native else _is_plain
         worked = [i for i, spec in enumerate(specs) if not plain(spec)]
         if not worked:
-            return self._pick(logits, specs)
+            return self._choose_plain(logits, request_ids, specs)
         chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
         rest = sorted(set(range(rows)).difference(worked))
         if rest:
             places = _index(rest, self._put)
-            chosen[places] = self._pick(logits.index_select(0, places), [specs[i] for i in rest])
+            part = logits.index_select(0, places)
+            chosen[places] = self._choose_plain(part, [request_ids[i] for i in rest], [specs[i] for i in rest])
         for chunk in _row_chunks(worked, self.vocab):
             places = _index(chunk, self._put)
             part = logits.index_select(0, places)
             chosen[places] = self._choose(part, [request_ids[i] for i in chunk], [specs[i] for i in chunk])
         return chosen
 
+    def ways(
+        self, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]
+    ) -> tuple[npt.NDArray[Any], Edits | None]:
+        """How the kernels choose what `choose` does (DRAWING [rows]), and the edits before that, if there are any; of
+        rows without a grammar."""
+        how = _drawings(specs, self.vocab)
+        edited = [i for i, spec in enumerate(specs) if not _is_unedited(spec)]
+        if not edited:
+            return how, None
+        rows, end = np.zeros(len(specs), EDIT), 0
+        ids: list[npt.ArrayLike] = []
+        values: list[npt.ArrayLike] = []
+        for i in edited:
+            params = specs[i].params
+            allowed, moved = self._allowed(params), self._moved(specs[i])
+            seen, counts = self._track(request_ids[i], specs[i]).arrays() if _penalises(params) else _NOTHING_SEEN
+            ids += allowed, list(moved), seen
+            values += [0.0] * len(allowed), list(moved.values()), counts
+            sizes = len(allowed), len(moved), len(seen)
+            rows[i] = (end, *sizes, params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+            end += sum(sizes)
+        tokens = _joined(ids, np.int64)
+        # The kernels write where these say.
+        assert tokens.min(initial=0) >= 0, f"token {tokens.min()}"
+        assert tokens.max(initial=0) < self.vocab, f"token {tokens.max()} of a vocabulary of {self.vocab}"
+        return how, Edits(rows, tokens, _joined(values, np.float32))
+
     def describe(self, logits: Tensor, tokens: Tensor, most: int) -> Described:
         """Log-probability and rank of token i under row i, and the `most` best alternatives. logits: fp32 [n, vocab],
         only read; tokens: int64 [n], n at least 1."""
         assert logits.shape == (len(tokens), self.vocab), f"logits {tuple(logits.shape)} for {len(tokens)} tokens"
         step, most = _chunk_rows(self.vocab), min(most, self.vocab)
+        if self._native:
+            return Described(*describe(logits, tokens, most))
         pieces = zip(logits.split(step), tokens.split(step), strict=True)
         parts = [self._describe(raw, chosen, most) for raw, chosen in pieces]
         return parts[0] if len(parts) == 1 else Described(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
@@ -258,8 +302,12 @@ class Sampler:
 
     # -- choosing -------------------------------------------------------------------------------------------------
 
+    def _choose_plain(self, x: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> Tensor:
+        """Tokens [rows] of rows that need no private copy of their logits here. x: only read."""
+        return choose(x, *self.ways(request_ids, specs)) if self._native else argmax(x)
+
     def _choose(self, x: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> Tensor:
-        """Tokens [rows] of rows that are not chosen as they are. x: a private copy of their logits."""
+        """Tokens [rows] of all others. x: a private copy of their logits."""
         x = x.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
         self._edit(x, request_ids, specs)
         return self._pick(x, specs)
@@ -267,7 +315,7 @@ class Sampler:
     def _pick(self, x: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         """Tokens [rows] of rows whose logits are as they shall be. In torch x may be written to where it is drawn."""
         if self._native:
-            return choose(x, drawings(specs, self.vocab))
+            return choose(x, _drawings(specs, self.vocab))
         groups: dict[Way, list[int]] = {}
         for i, spec in enumerate(specs):
             groups.setdefault(self._way(spec.params), []).append(i)
@@ -288,31 +336,23 @@ class Sampler:
         return _draw_stepwise
 
     def _edit(self, x: Tensor, request_ids: Sequence[RequestId], specs: Sequence[SampleSpec]) -> None:
-        """Apply what is allowed, grammars, bias, min_tokens, bad sequences and penalties in place, from bias on each as
-        one scatter over its tokens. x: [rows, vocab]."""
+        """Apply what is allowed, grammars, then bias, min_tokens and bad sequences, then penalties in place, the last
+        two each as one scatter over their tokens. x: [rows, vocab]."""
         for i, spec in enumerate(specs):
             if spec.params.allowed_token_ids:
-                allowed = _index([token for token in spec.params.allowed_token_ids if token < self.vocab], self._put)
+                allowed = _index(self._allowed(spec.params), self._put)
                 kept = x[i, allowed]
                 x[i] = -torch.inf
                 x[i, allowed] = kept
         complete = self._constrain(x, request_ids, specs)
-        biased = [(i, t, b) for i, s in enumerate(specs) for t, b in s.params.logit_bias.items() if 0 <= t < self.vocab]
-        if biased:
-            rows, tokens, values = zip(*biased, strict=True)
+        moved = [
+            (i, token, value)
+            for i, spec in enumerate(specs)
+            for token, value in self._moved(spec, complete=i in complete).items()
+        ]
+        if moved:
+            rows, tokens, values = zip(*moved, strict=True)
             x[_index(rows, self._put), _index(tokens, self._put)] += self._put(np.array(values, np.float32))
-        barred = [
-            (i, t)
-            for i, s in enumerate(specs)
-            if s.generated < s.params.min_tokens and i not in complete
-            for t in self._stops(s.params)
-        ]
-        barred += [
-            (i, t) for i, s in enumerate(specs) if s.params.bad_sequences for t in _completing(s) if t < self.vocab
-        ]
-        if barred:
-            rows, tokens = zip(*barred, strict=True)
-            x[_index(rows, self._put), _index(tokens, self._put)] = -torch.inf
         penalised = [i for i, spec in enumerate(specs) if _penalises(spec.params)]
         if penalised:
             self._penalise(x, penalised, [request_ids[i] for i in penalised], [specs[i] for i in penalised])
@@ -331,6 +371,22 @@ class Sampler:
             x[places] = part.masked_fill_(self._put(barred), -torch.inf)
         return {i for i, only in zip(rows, only_end, strict=True) if only}
 
+    def _allowed(self, params: SamplingParams) -> list[int]:
+        """Token 0, which is chosen where nothing is left, if no allowed token is in the vocabulary; empty: any."""
+        if not params.allowed_token_ids:
+            return []
+        return [token for token in params.allowed_token_ids if 0 <= token < self.vocab] or [0]
+
+    def _moved(self, spec: SampleSpec, *, complete: bool = False) -> dict[int, float]:
+        """What is added to the logits of some tokens, -inf where they are barred. `complete`: the text can only end."""
+        params = spec.params
+        moved = {token: bias for token, bias in params.logit_bias.items() if 0 <= token < self.vocab}
+        if spec.generated < params.min_tokens and not complete:
+            moved |= dict.fromkeys(self._stops(params), -inf)
+        if params.bad_sequences:
+            moved |= {token: -inf for token in _completing(spec) if 0 <= token < self.vocab}
+        return moved
+
     def _stops(self, params: SamplingParams) -> list[int]:
         """The stop ids that can be barred: all, unless that would leave no token to choose."""
         stops = [token for token in params.stop_token_ids if 0 <= token < self.vocab]
@@ -347,14 +403,13 @@ class Sampler:
             return self._put(np.repeat(np.fromiter(values, np.float32, len(lengths)), lengths))
 
         row = self._put(np.repeat(np.asarray(rows, np.int64), lengths))
-        ids: npt.NDArray[np.int64] = np.concatenate([np.frombuffer(s.ids, np.int64) for s in seen])
-        column = self._put(ids)
-        counts = self._put(np.concatenate([np.frombuffer(s.counts, np.float32) for s in seen]))
+        ids, counts = (np.concatenate(arrays) for arrays in zip(*(s.arrays() for s in seen), strict=True))
+        column, generated = self._put(ids), self._put(counts)
         repetition = spread(s.params.repetition_penalty for s in specs)
         values = x[row, column]
         values = torch.where(values > 0, values / repetition, values * repetition)
-        values -= spread(s.params.presence_penalty for s in specs) * (counts > 0)
-        values -= spread(s.params.frequency_penalty for s in specs) * counts
+        values -= spread(s.params.presence_penalty for s in specs) * (generated > 0)
+        values -= spread(s.params.frequency_penalty for s in specs) * generated
         x[row, column] = values
 
     def _track(self, request_id: RequestId, spec: SampleSpec) -> _SeenTokens:
@@ -368,7 +423,7 @@ class Sampler:
     # -- log-probabilities ----------------------------------------------------------------------------------------
 
     def _describe(self, raw: Tensor, tokens: Tensor, most: int) -> Described:
-        logprobs = raw.log_softmax(-1).clamp_(min=LOWEST_LOGPROB)
+        logprobs = raw.log_softmax(-1)
         column = tokens.unsqueeze(-1)
         own = logprobs.gather(-1, column).squeeze(-1)
         chosen = raw.gather(-1, column)
@@ -394,7 +449,9 @@ class BlindSampler(Sampler):
 
 def logprob_entries(found: Sequence[npt.NDArray[Any]], tops: Sequence[int]) -> list[TokenLogprobs]:
     """What `found` says, the arrays of a `Described` on the host; the first `tops[i]` alternatives of token i."""
-    columns = (array.tolist() for array in found)
+    tokens, logprobs, ranks, best, best_logprobs = found
+    logprobs, best_logprobs = (np.fmax(values, LOWEST_LOGPROB) for values in (logprobs, best_logprobs))
+    columns = (column.tolist() for column in (tokens, logprobs, ranks, best, best_logprobs))
     return [
         TokenLogprobs(token, logprob, rank, tuple(zip(ids[:top], values[:top], strict=True)))
         for token, logprob, rank, ids, values, top in zip(*columns, tops, strict=True)
@@ -405,12 +462,17 @@ def _penalises(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def is_plain(spec: SampleSpec) -> bool:
+def _is_free(spec: SampleSpec) -> bool:
+    """Whether no grammar constrains it."""
+    return spec.params.grammar is None
+
+
+def _is_plain(spec: SampleSpec) -> bool:
     """Whether its token is the most likely one, by the logits as they are."""
-    return spec.params.temperature < GREEDY_BELOW and is_unedited(spec)
+    return spec.params.temperature < GREEDY_BELOW and _is_unedited(spec)
 
 
-def is_unedited(spec: SampleSpec) -> bool:
+def _is_unedited(spec: SampleSpec) -> bool:
     """Whether its token is chosen by the logits as they are."""
     params = spec.params
     restricts = bool(params.allowed_token_ids or params.bad_sequences) or params.grammar is not None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from server.errors import StepFailed
 from server.kernels.attention import AttentionBatch
+from server.kernels.native.rows import Choice, Telling
 from server.models.base import Model
 from server.runner.device import Download
 from server.runner.sampling import Described, Put, Sampler, logprob_entries
@@ -53,6 +54,12 @@ class Flat:
     def decodes(self) -> bool:
         """Every row feeds one token and samples the next, and nothing else is wanted."""
         return len(self.tokens) == len(self.sampled) == len(self.wanted) == self.batch.rows
+
+    @property
+    def asking(self) -> dict[int, int]:
+        """Which of the tokens sampled want log-probabilities, with how many alternatives."""
+        wanted = enumerate(spec.params.logprobs for spec in self.specs)
+        return {index: top for index, top in wanted if top is not None}
 
 
 def flatten(rows: Sequence[StepRow]) -> Flat:
@@ -182,6 +189,14 @@ class Readout:
         for id in request_ids:
             self._sums.pop(id, None)
 
+    def choice(self, flat: Flat) -> Choice:
+        """What the kernels need to know to do what `of_logits` does, of a step that can be left to them."""
+        how, edits = self._sampler.ways(flat.ids, flat.specs)
+        if not flat.asking:
+            return Choice(how, edits)
+        most = min(max(flat.asking.values()), self._model.geometry.vocab)
+        return Choice(how, edits, Telling(np.array(list(flat.asking), np.int64), most))
+
     def of_states(self, plan: StepPlan, flat: Flat, states: Tensor) -> Outputs:
         """states [m, hidden]: the wanted ones."""
         logits = self._model.logits(states[: flat.scored] if flat.pools else states)
@@ -193,10 +208,10 @@ class Readout:
         chosen = self._sampler.choose(sampled, flat.ids, flat.specs)
         described: list[Described] = []
         tops: list[Sequence[int]] = []
-        asking = [i for i, spec in enumerate(flat.specs) if spec.params.logprobs is not None]
+        asking = flat.asking
         if asking:
-            places = self._put(np.array(asking, np.int64))
-            tops.append([flat.specs[i].params.logprobs or 0 for i in asking])
+            places = self._put(np.array(list(asking), np.int64))
+            tops.append(list(asking.values()))
             wanted, tokens = sampled.index_select(0, places), chosen.index_select(0, places)
             described.append(self._sampler.describe(wanted, tokens, max(tops[0])))
         scoring = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from server.kernels.native import load
-from server.kernels.native.rows import DRAWING, choose
+from server.kernels.native.rows import DRAWING, EDIT, Choice, Edits, Telling, choose, describe
 from server.models.base import Attention
 from server.models.weights import load_model
 from tests.numeric.conftest import Checkpoint
@@ -53,16 +53,25 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def scores_of(model: Any, tokens: Tensor, positions: Tensor, attention: Attention, wanted: Tensor) -> Iterator[Tensor]:
-    """Logits of the wanted tokens, and the tokens chosen by them."""
+    """Logits of the wanted tokens, the tokens chosen by them, of which the first may not be the most likely one, and
+    what is told of those from the second on."""
     how = np.zeros(len(wanted), DRAWING)
     how[1:] = (0.9, 0.0, 0.3, 0, 0.8)
     logits = model.scores(tokens, positions, attention, wanted)
     yield logits.clone()
+    rows = np.zeros(len(wanted), EDIT)
+    rows[0] = (1, 0, 1, 1, 1.2, 0.5, 0.1)
+    best = int(choose(logits[:1], how[:1])[0])
+    edits = Edits(rows, np.array([0, best, 3]), np.array([0, -np.inf, 2], np.float32))
     if model.launches(attention):
         arrays = tokens.numpy(), positions.numpy(), attention, wanted.numpy()
-        yield torch.from_numpy(model.launch(*arrays, how, None, -1).wait()[0])
+        told = Telling(np.arange(1, len(wanted)), 4)
+        yield from map(torch.from_numpy, model.launch(*arrays, Choice(how, edits, told), None, -1).wait())
     else:
-        yield choose(logits, how)
+        chosen = choose(logits, how, edits)
+        assert chosen[0] != best
+        yield chosen
+        yield from describe(logits[1:], chosen[1:], 4)
 
 
 def states_of(folder: Path, dtype: str, quantization: str, *, whole: bool) -> Iterator[Tensor]:

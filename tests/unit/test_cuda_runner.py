@@ -25,6 +25,7 @@ from server.kvcache.manager import KVManager, TierSpec
 from server.models.base import Parts
 from server.models.layers import Linear, TorchParts
 from server.models.llama import Llama
+from server.runner import sampling
 from server.runner.cuda import CudaRunner, Launched, WarmUp
 from server.runner.device import CudaDevice
 from server.runner.grammar import Vocabulary, compile_grammar
@@ -262,8 +263,11 @@ def assert_aligned(plan: StepPlan, result: StepResult) -> None:
 
 
 def run_plain(seed: int, requests: int, kind: type[AttentionBackend]) -> dict[int, tuple[Any, ...]]:
-    """What `TorchRunner` makes of the line's steps, by plan."""
-    runner, line, found = TorchRunner(MODEL, Eager(kind), lambda: 0.0), Line(seed, requests), {}
+    """What `TorchRunner` makes of the line's steps in torch, by plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "load", lambda: None)
+        runner = TorchRunner(MODEL, Eager(kind), lambda: 0.0)
+    line, found = Line(seed, requests), {}
     while not line.over:
         line.submit()
         plan = line.scheduler.plan(0.0)

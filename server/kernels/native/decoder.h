@@ -30,6 +30,9 @@ static inline int64_t qkv_width(const struct attention *a) {
 }
 static inline int64_t whole_lines(int64_t floats) { return (floats + 15) & ~(int64_t)15; }
 
+/* What a thread that chooses tokens needs for rows of `size`: int64 [size], then room for a copy in whole vectors. */
+static inline int64_t choice_bytes(int64_t size) { return 4 * (whole_lines(2 * size) + whole_lines(size)); }
+
 static inline struct desks_of_decoder decoder_desks(const struct decoder *d, const struct attention *a, int64_t count) {
     const int64_t batch = a->query_starts[a->rows], rows = batch > count ? batch : count;
     struct desks_of_decoder at = {.rows = rows, .chunk = rows, .workers = 1};

@@ -19,6 +19,7 @@ from torch import Tensor
 from server.kernels.native import load
 from server.kernels.native.attention import NO_WINDOW, NativeAttention
 from server.kernels.native.linear import PackedLinear, Workspace
+from server.kernels.native.rows import Choice, Telling
 
 Ints = npt.NDArray[np.int64]
 
@@ -54,7 +55,7 @@ class _Fed(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "wanted")),
         ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("logits", "chosen", "how")),
+        *((name, ctypes.c_void_p) for name in ("logits", "chosen", "how", "edits", "told")),
     )
 
 
@@ -80,15 +81,18 @@ class Follow(NamedTuple):
 class Begun:
     """A step that the library computes, or has computed."""
 
-    def __init__(self, chosen: Ints, busy_s: ctypes.c_double, wait: Callable[[], None], alive: object) -> None:
+    def __init__(
+        self, chosen: Ints, told: Telling | None, busy_s: ctypes.c_double, wait: Callable[[], None], alive: object
+    ) -> None:
         self.chosen = chosen
         """[m]: there once `wait` has returned; a step that follows may be told where they will be."""
-        self._busy_s, self._wait, self._alive = busy_s, wait, alive
+        self._told, self._busy_s, self._wait, self._alive = told, busy_s, wait, alive
 
     def wait(self) -> list[npt.NDArray[Any]]:
-        """[`chosen`], when the step has ended. Any thread, more than once, without the interpreter's lock."""
+        """`chosen`, then what is told of them, when the step has ended. Any thread, more than once, without the
+        interpreter's lock."""
         self._wait()
-        return [self.chosen]
+        return [self.chosen, *(self._told.columns(self.chosen) if self._told is not None else ())]
 
     def busy_s(self) -> float:
         """After `wait`: seconds that it took."""
@@ -152,12 +156,12 @@ class NativeDecoder:
         return logits
 
     def launch(
-        self, tokens: Ints, positions: Ints, attention: NativeAttention, wanted: Ints, how: npt.NDArray[Any],
+        self, tokens: Ints, positions: Ints, attention: NativeAttention, wanted: Ints, choice: Choice,
         follow: Follow | None, wakes: int,
     ) -> Begun:  # fmt: skip
-        """The same, of arrays, then the next token of each as `how` (`rows.DRAWING` [m]) says and `rows.choose` has it;
-        without waiting for it, or for the step before. `attention` plans no more than one step further meanwhile. The
-        file `wakes` gets a byte when the step has ended, unless it is -1."""
+        """The same, of arrays, then the next token of each and what is told of it, as `choice` says and `rows.choose`
+        and `rows.describe` have it; without waiting for it, or for the step before. `attention` plans no more than one
+        step further meanwhile. The file `wakes` gets a byte when the step has ended, unless it is -1."""
         count, step = len(wanted), attention.address
         needed = self._library.terrace_decode_scratch(self._address, step, count)
         if needed > self._workspace.size or count > len(self._logits):
@@ -167,7 +171,8 @@ class NativeDecoder:
         chosen, busy_s = np.empty(count, np.int64), ctypes.c_double()
         fed = _Fed(
             tokens.ctypes.data, positions.ctypes.data, wanted.ctypes.data, count,
-            self._logits.data_ptr(), chosen.ctypes.data, how.ctypes.data,
+            self._logits.data_ptr(), chosen.ctypes.data, choice.how.ctypes.data,
+            *(None if part is None else part.address for part in (choice.edits, choice.told)),
         )  # fmt: skip
         whole = _WholeStep(
             self._address, step, ctypes.addressof(fed), self._states.data_ptr(), self._workspace.reserve(needed),
@@ -177,8 +182,8 @@ class NativeDecoder:
             whole.before, whole.follows = follow.chosen.ctypes.data, len(follow.places)
             whole.places, whole.sources = follow.places.ctypes.data, follow.sources.ctypes.data
         number = self._library.terrace_begin(ctypes.addressof(whole))
-        alive = tokens, positions, wanted, how, follow, fed
-        self._begun = Begun(chosen, busy_s, partial(self._library.terrace_wait, number), alive)
+        alive = tokens, positions, wanted, choice, follow, fed
+        self._begun = Begun(chosen, choice.told, busy_s, partial(self._library.terrace_wait, number), alive)
         return self._begun
 
     def _settle(self) -> None:

@@ -94,11 +94,15 @@ EXPORT void terrace_argmax(const float *x, int64_t *best, int64_t rows, int64_t 
     chosen->argmax(x, best, rows, size, threads);
 }
 
-EXPORT int64_t terrace_choose_scratch(int64_t size, int threads) { return size * threads * (int64_t)sizeof(int64_t); }
+EXPORT int64_t terrace_choose_scratch(int64_t size, int threads) { return choice_bytes(size) * threads; }
 
-EXPORT void terrace_choose(const float *x, const struct drawing *how, int64_t *tokens, int64_t rows, int64_t size,
-                           void *scratch, int threads) {
-    chosen->choose(x, how, tokens, rows, size, scratch, threads);
+EXPORT void terrace_choose(const float *x, const struct drawing *how, const struct edits *edits, int64_t *tokens,
+                           int64_t rows, int64_t size, void *scratch, int threads) {
+    chosen->choose(x, how, edits, tokens, rows, size, scratch, threads);
+}
+
+EXPORT void terrace_describe(const float *x, const int64_t *tokens, int64_t size, const struct telling *of, int threads) {
+    chosen->describe(x, tokens, size, of, threads);
 }
 
 EXPORT void terrace_attention_plan(struct attention *step) { chosen->attention_plan(step); }

@@ -70,9 +70,32 @@ struct drawing {
     float temperature;
 };
 
+/* What is done to a row's logits before its token is chosen, in this order. From ids[first] on: tokens beside which, if there
+ * are any, nothing may be chosen; tokens of whose logits each gets its value added, -inf where it must not be chosen; and
+ * tokens that have been seen, each once, its value being how often it was generated, for penalties. */
+struct edit {
+    int64_t first, allows, moves, sees;
+    float repetition, presence, frequency;
+};
+struct edits {
+    const struct edit *rows;
+    const int64_t *ids;
+    const float *values; /* one for each id */
+};
+
+/* Of tokens of `count` rows, places `rows` among all: the log-probabilities by the logits as they are, the ranks, from 1,
+ * and the `most` likeliest tokens with theirs, [count, most]; the lower id first among equals. */
+struct telling {
+    const int64_t *rows;
+    int64_t count, most;
+    float *logprobs, *best_logprobs;
+    int64_t *ranks, *best;
+};
+
 /* What one step feeds a decoder beside the attention's rows: tokens [n], their positions [n], and which of them the caller
  * wants the states of: places [count] in the batch. If not NULL, `logits` [count, outputs of the head] and `chosen` [count]
- * get what comes next and, of that, the token chosen as `how` [count] says. */
+ * get what comes next and, of that, the token chosen as `how` [count] says, behind `edits` if there are any; `told`, if not
+ * NULL, gets what it asks for of the tokens chosen. */
 struct fed {
     int64_t *tokens;
     const int64_t *positions, *wanted;
@@ -80,6 +103,8 @@ struct fed {
     float *logits;
     int64_t *chosen; /* needs `logits` and `how` */
     const struct drawing *how;
+    const struct edits *edits;
+    const struct telling *told; /* needs `chosen` */
 };
 
 /* A step of a decoder that may follow another: tokens[places[i]] is what that one left in before[sources[i]]. */
@@ -107,8 +132,9 @@ struct kernels {
     void (*angles)(const int64_t *positions, const float *frequencies, float amplitude, float *cos, float *sin, int64_t rows,
                    int64_t half, int threads);
     void (*argmax)(const float *x, int64_t *best, int64_t rows, int64_t size, int threads);
-    void (*choose)(const float *x, const struct drawing *how, int64_t *tokens, int64_t rows, int64_t size, void *scratch,
-                   int threads);
+    void (*choose)(const float *x, const struct drawing *how, const struct edits *edits, int64_t *tokens, int64_t rows,
+                   int64_t size, void *scratch, int threads);
+    void (*describe)(const float *x, const int64_t *tokens, int64_t size, const struct telling *of, int threads);
     void (*attention_plan)(struct attention *step);
     void (*attend)(const struct attention *step, int64_t layer, int64_t window, const struct vectors *q,
                    const struct vectors *k, const struct vectors *v, float *out);
@@ -157,9 +183,14 @@ EXPORT void terrace_linear(const struct matrix *m, const float *x, int64_t x_str
 /* Bytes of scratch that terrace_choose needs for rows of `size`. */
 EXPORT int64_t terrace_choose_scratch(int64_t size, int threads);
 
-/* tokens [rows]: the next one of each row of x [rows, size]. NaN counts as -inf, and 0 is chosen where nothing is left. */
-EXPORT void terrace_choose(const float *x, const struct drawing *how, int64_t *tokens, int64_t rows, int64_t size,
-                           void *scratch, int threads);
+/* tokens [rows]: the next one of each row of x [rows, size], behind `edits` unless that is NULL. NaN counts as -inf, and 0 is
+ * chosen where nothing is left. */
+EXPORT void terrace_choose(const float *x, const struct drawing *how, const struct edits *edits, int64_t *tokens,
+                           int64_t rows, int64_t size, void *scratch, int threads);
+
+/* What `of` asks for of tokens[row] in each of its rows of x [.., size]. NaN counts as -inf; of what cannot be, and where
+ * nothing is left, the log-probability is -inf or NaN. */
+EXPORT void terrace_describe(const float *x, const int64_t *tokens, int64_t size, const struct telling *of, int threads);
 
 /* Bytes of scratch that terrace_decode needs after attention's plan; never less for more tokens. */
 EXPORT int64_t terrace_decode_scratch(const struct decoder *d, const struct attention *step, int64_t count);

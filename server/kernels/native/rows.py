@@ -7,7 +7,7 @@ Each needs the library (`load`), but for `argmax`, which asks torch where there 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,69 @@ DRAWING = np.dtype(
 )
 """`struct drawing` of kernels.h: how a row's next token is chosen. `draw` is of [0, 1); a `top_k` of 0 and a `top_p` of
 1 are no limits; a `temperature` of 0 takes the most likely token."""
+
+
+EDIT = np.dtype(
+    [
+        *((name, "i8") for name in ("first", "allows", "moves", "sees")),
+        *((name, "f4") for name in ("repetition", "presence", "frequency")),
+    ],
+    align=True,
+)
+"""`struct edit` of kernels.h: what is done to a row's logits before that."""
+
+
+class _Edits(ctypes.Structure):
+    """`struct edits` of kernels.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("rows", "ids", "values"))
+
+
+class _Telling(ctypes.Structure):
+    """`struct telling` of kernels.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "most")),
+        *((name, ctypes.c_void_p) for name in ("logprobs", "best_logprobs", "ranks", "best")),
+    )
+
+
+class Edits:
+    """What is done to logits before tokens are chosen: `rows` (EDIT [m]), and the ids and values that they name."""
+
+    def __init__(self, rows: npt.NDArray[Any], ids: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> None:
+        assert rows.dtype == EDIT, f"edits are {rows.dtype}"
+        assert len(ids) == len(values), f"{len(ids)} ids with {len(values)} values"
+        self._alive = rows, ids, values
+        self._edits = _Edits(*(array.ctypes.data for array in self._alive))
+        self.address = ctypes.addressof(self._edits)
+
+
+class Telling:
+    """What is wanted of the tokens of `rows` [n], and where it will be: their log-probabilities and ranks, and the
+    `most` likeliest tokens of each."""
+
+    def __init__(self, rows: npt.NDArray[np.int64], most: int) -> None:
+        count = len(rows)
+        self._rows = rows
+        self._logprobs, self._ranks = np.empty(count, np.float32), np.empty(count, np.int64)
+        self._best, self._best_logprobs = np.empty((count, most), np.int64), np.empty((count, most), np.float32)
+        places = self._logprobs, self._best_logprobs, self._ranks, self._best
+        self._telling = _Telling(rows.ctypes.data, count, most, *(array.ctypes.data for array in places))
+        self.address = ctypes.addressof(self._telling)
+
+    def columns(self, tokens: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+        """Once it was told of these: tokens, log-probabilities and ranks [n], likeliest tokens and theirs [n, most]."""
+        return [tokens[self._rows], self._logprobs, self._ranks, self._best, self._best_logprobs]
+
+
+class Choice(NamedTuple):
+    """How the next tokens of some rows are chosen, and what is told of them."""
+
+    how: npt.NDArray[Any]  # DRAWING [m]
+    edits: Edits | None = None
+    told: Telling | None = None
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -74,17 +137,31 @@ def argmax(x: Tensor) -> Tensor:
     return best
 
 
-def choose(x: Tensor, how: npt.NDArray[Any]) -> Tensor:
-    """int64 [rows]: the next token of each row of x [rows, size], as `how` (DRAWING [rows]) says. NaN counts as -inf; 0
-    where nothing is left. What is drawn is found as `server.runner.sampling` says, without sorting a row."""
+def choose(x: Tensor, how: npt.NDArray[Any], edits: Edits | None = None) -> Tensor:
+    """int64 [rows]: the next token of each row of x [rows, size], as `how` (DRAWING [rows]) says, behind the edits. NaN
+    counts as -inf; 0 where nothing is left. What is drawn is found as `server.runner.sampling` says, without sorting a
+    row."""
     library, (rows, size), threads = _library(), x.shape, torch.get_num_threads()
     assert x.is_contiguous(), "logits must be one contiguous tensor"
     assert how.dtype == DRAWING, f"ways to choose are {how.dtype}"
     assert len(how) == rows, f"{len(how)} ways for {rows} rows"
     tokens = torch.empty(rows, dtype=torch.int64)
     scratch = torch.empty(library.terrace_choose_scratch(size, threads), dtype=torch.uint8)
-    library.terrace_choose(x.data_ptr(), how.ctypes.data, tokens.data_ptr(), rows, size, scratch.data_ptr(), threads)
+    library.terrace_choose(
+        x.data_ptr(), how.ctypes.data, None if edits is None else edits.address,
+        tokens.data_ptr(), rows, size, scratch.data_ptr(), threads,
+    )  # fmt: skip
     return tokens
+
+
+def describe(x: Tensor, tokens: Tensor, most: int) -> list[Tensor]:
+    """What `Telling` says of int64 `tokens` [rows] by x [rows, size], as `columns`; `most` of `size` at most. NaN
+    counts as -inf. The log-probability of what cannot be is -inf, or NaN where nothing is left."""
+    assert x.is_contiguous(), "logits must be one contiguous tensor"
+    assert most <= x.shape[1], f"{most} tokens of {x.shape[1]}"
+    chosen, told = tokens.contiguous().numpy(), Telling(np.arange(len(x)), most)
+    _library().terrace_describe(x.data_ptr(), chosen.ctypes.data, x.shape[1], told.address, torch.get_num_threads())
+    return [torch.from_numpy(column) for column in told.columns(chosen)]
 
 
 def _library() -> ctypes.CDLL:
