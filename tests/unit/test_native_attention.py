@@ -30,6 +30,10 @@ TOLERANCE_AMX = 4e-5
 """With AMX a power of e has 18 bits. Queries are rounded to bf16, which the reference is told."""
 ROUNDED_AMX = 2.0**-8
 """And weights are: a result is off by as much of what it would be if all values had one sign."""
+TOLERANCE_INT8 = 2e-4
+"""Without AMX an int8 cache is multiplied in integers: queries are rounded to `QUERY_STEPS`, which the reference is
+told, and weights times the values' scales to 32,767 steps of the largest of a tile."""
+QUERY_STEPS = 16383
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -95,6 +99,16 @@ class Sequences:
         return list(backend.run(0, *fed).split(lengths.tolist()))
 
 
+def rounded(queries: Tensor, by_tiles: bool, dtype: torch.dtype) -> Tensor:
+    """As the kernels do before they multiply."""
+    if by_tiles:
+        return queries.bfloat16().float()
+    if dtype != torch.int8:
+        return queries
+    step = queries.abs().amax(-1, keepdim=True).double() / QUERY_STEPS
+    return ((queries / step).round() * step).float()
+
+
 def agree(
     isa: str, lengths: Sequence[tuple[int, int]], shape: ModelGeometry, dtype: torch.dtype, block_tokens: int
 ) -> None:
@@ -105,8 +119,8 @@ def agree(
         it = Sequences.of([start + fed for start, fed in lengths], shape, dtype, block_tokens)
         if positive:
             it.v = [v.abs() for v in it.v]
-        if by_tiles and backend is ReferenceAttention:
-            it.q = [(q * shape.scale).bfloat16().float() / shape.scale for q in it.q]
+        if backend is ReferenceAttention:
+            it.q = [rounded(q * shape.scale, by_tiles, dtype) / shape.scale for q in it.q]
         attention = backend(it.arena, shape)
         cached = [(i, 0, start) for i, (start, _) in enumerate(lengths) if start]
         if cached:
@@ -115,7 +129,9 @@ def agree(
         arenas.append(it.arena.view(torch.uint8))
     assert torch.equal(*arenas[1:]), "both store the same bytes"
     together, exact, ours = results
-    tolerance = TOLERANCE_AMX + ROUNDED_AMX * together if by_tiles else TOLERANCE
+    tolerance = TOLERANCE_INT8 if dtype == torch.int8 else TOLERANCE
+    if by_tiles:
+        tolerance = TOLERANCE_AMX + ROUNDED_AMX * together
     assert ((exact - ours).abs() <= tolerance).all()  # also false for NaN
 
 

@@ -39,6 +39,7 @@ typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+typedef int16_t vs __attribute__((vector_size(LANES * 4)));
 typedef int8_t vb __attribute__((vector_size(LANES)));
 
 /* a * b + c with one rounding where the machine has it; explicit, so that two kernels that must agree in every bit do. */
@@ -203,6 +204,10 @@ INLINE vf v_min(vf a, vf b) {
 INLINE float v_top(vf v) {
 #if LANES == 16
     return _mm512_reduce_max_ps((__m512)v);
+#elif LANES == 8
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 #else
     float x[LANES];
     memcpy(x, &v, sizeof x);
@@ -229,6 +234,70 @@ INLINE void v_zip(vf *a, vf *b) {
     for (int i = 0; i < LANES; i++) x[2 * i] = (*a)[i], x[2 * i + 1] = (*b)[i];
     memcpy(a, x, sizeof *a);
     memcpy(b, x + LANES, sizeof *b);
+}
+
+/* The 32 bits at p in every lane, whatever they are. */
+INLINE vf v_spread(const float *p) {
+    int32_t bits;
+    memcpy(&bits, p, sizeof bits);
+    return (vf)((vi){0} + bits);
+}
+
+/* sum + both products of the int16 in a lane. */
+INLINE vi v_dot(vi a, vi b, vi sum) {
+#if LANES == 16
+    sum += (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif LANES == 8
+    sum += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    sum += (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    sum += (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+    return sum;
+}
+
+/* Two int16 in a lane, a[i] and b[i]: of 2 * LANES int8. */
+INLINE void v_pair_i8(const char *a, const char *b, vf pairs[2]) {
+#if LANES == 16
+    for (int i = 0; i < 2; i++) {
+        const __m128i x = _mm_loadu_si128((const __m128i *)a + i), y = _mm_loadu_si128((const __m128i *)b + i);
+        const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y));
+        pairs[i] = (vf)_mm512_cvtepi8_epi16(both);
+    }
+#elif LANES == 8
+    const __m128i x = _mm_loadu_si128((const __m128i *)a), y = _mm_loadu_si128((const __m128i *)b);
+    pairs[0] = (vf)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y));
+    pairs[1] = (vf)_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x, y));
+#else
+    for (int i = 0; i < 2; i++) {
+        vb x, y;
+        memcpy(&x, a + i * LANES, sizeof x);
+        memcpy(&y, b + i * LANES, sizeof y);
+        pairs[i] = (vf)((__builtin_convertvector(x, vi) & 0xffff) | __builtin_convertvector(y, vi) << 16);
+    }
+#endif
+}
+
+INLINE vi v_most(vi a, vi b) {
+#if LANES == 16
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif LANES == 8
+    return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    const vi mask = a > b;
+    return (mask & a) | (~mask & b);
+#endif
+}
+/* The float whose bits are the greatest as an integer. */
+INLINE float v_top_of_bits(vi v) {
+    int32_t x[LANES];
+    float top;
+    memcpy(x, &v, sizeof x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+    memcpy(&top, x, sizeof top);
+    return top;
 }
 
 INLINE vi v_load_vi(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
