@@ -1,8 +1,9 @@
 """Native attention beside what the machine allows: decode against memory bandwidth, prefill against torch's kernel.
 
 Decode rows read all layers of an arena larger than the last-level cache, in turn with two plain loops that read as many
-bytes: in order, and block by block as the tables have them, a layer's share of a block at a time. What counts is the
-ratio within a turn, because a shared machine's bandwidth drifts.
+bytes: in order, and block by block as the tables have them, a layer's share of a block at a time. Another case looks
+at as many tokens in few blocks, again and again: what arithmetic allows when nothing comes from memory. What counts is
+the ratio within a turn, because a shared machine's bandwidth drifts.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ GROUPS = ((12, 4), (16, 8))
 HEAD_DIM = 64
 FORMATS = (torch.float32, torch.bfloat16, torch.int8)
 BANDWIDTH_SHARE = 0.85
+CACHED_BLOCKS = 4
+"""A layer's share of them fits a second-level cache in every format."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,23 @@ def run(*, quick: bool = False) -> Report:
 
 
 def _decode(report: Report, quick: bool) -> None:
-    report.header("decode", "heads", "GB/s", "in order", "share [min-max]", "by blocks", "share [min-max]")
+    columns = ("in order", "share [min-max]", "by blocks", "share [min-max]", "in cache", "of order")
+    report.header("decode", "heads", "GB/s", *columns)
     context = 128 if quick else CONTEXT
     size = ARENA_BYTES // 64 if quick else ARENA_BYTES
     for dtype in FORMATS:
         for heads, kv_heads in GROUPS:
-            case = _case("native", dtype, heads, kv_heads, [(context - 1, 1)] * ROWS, size)
-            calls: list[Callable[[], object]] = [case.step, partial(_read, case), partial(_read_blocks, case)]
+            rows = [(context - 1, 1)] * ROWS
+            case = _case("native", dtype, heads, kv_heads, rows, size)
+            cached = _case("native", dtype, heads, kv_heads, rows, size, blocks=CACHED_BLOCKS)
+            reads = partial(_read, case), partial(_read_blocks, case)
+            calls: list[Callable[[], object]] = [case.step, *reads, cached.step]
             turns = [[_seconds(call) for call in calls] for _ in range(1 if quick else ROUNDS)]
             shares, of_blocks = ([turn[i] / turn[0] for turn in turns] for i in (1, 2))
+            allowed = median(turn[1] / turn[3] for turn in turns)
             rates = [f"{case.kv_bytes / median(times) / 1e9:.1f}" for times in zip(*turns, strict=True)]
-            name = f"{heads}/{kv_heads}"
-            report.row(_name(dtype), name, *rates[:2], _spread(shares), rates[2], _spread(of_blocks))
+            name, found = f"{heads}/{kv_heads}", (_spread(shares), rates[2], _spread(of_blocks))
+            report.row(_name(dtype), name, *rates[:2], *found, rates[3], f"{allowed:.2f}")
             report.keep(part="decode", kv_dtype=_name(dtype), heads=name, kv_bytes=case.kv_bytes, turns_s=turns)
             if not quick:
                 statement = f"decode {_name(dtype)} {name}: at least {BANDWIDTH_SHARE:.0%} of the memory's bandwidth"
@@ -102,15 +110,18 @@ def _prefill(report: Report, quick: bool) -> None:
 
 
 def _case(
-    name: str, dtype: torch.dtype, heads: int, kv_heads: int, rows: list[tuple[int, int]], arena_bytes: int
-) -> _Case:
-    """Rows of (cached, fed) on shuffled frames; as many layers as fill `arena_bytes`, at least one."""
+    name: str, dtype: torch.dtype, heads: int, kv_heads: int, rows: list[tuple[int, int]], arena_bytes: int,
+    *, blocks: int | None = None,
+) -> _Case:  # fmt: skip
+    """Rows of (cached, fed) on shuffled frames; as many layers as fill `arena_bytes`, at least one. `blocks`: all there
+    are, for all rows together; None: each row has its own."""
     counts = [-(-(start + fed) // BLOCK_TOKENS) for start, fed in rows]
     scale_bytes = int8.SCALE_BYTES if dtype == torch.int8 else 0
     layout = BlockLayout(1, kv_heads, HEAD_DIM, dtype.itemsize, BLOCK_TOKENS, scale_bytes)
     layer_bytes = sum(counts) * layout.block_bytes
     layers = max(1, arena_bytes // layer_bytes)
-    arena = allocate_arena(sum(counts), replace(layout, layers=layers), dtype)
+    held = blocks or sum(counts)
+    arena = allocate_arena(held, replace(layout, layers=layers), dtype)
     if dtype == torch.int8:
         values, scales = int8.planes(arena)
         values.random_(-127, 128)
@@ -129,7 +140,7 @@ def _case(
         windows=(None,) * layers,
     )
     starts, fed = (np.array(column, np.int32) for column in zip(*rows, strict=True))
-    frames = np.random.default_rng(0).permutation(sum(counts)).astype(np.int32)
+    frames = (np.random.default_rng(0).permutation(sum(counts)) % held).astype(np.int32)
     bounds = np.concatenate(([0], np.cumsum(fed))).astype(np.int32)
     backend = resolve("attention backend", BACKENDS, name)(arena, shape)
     backend.plan(AttentionBatch(bounds, starts, starts + fed, np.split(frames, np.cumsum(counts)[:-1])))
