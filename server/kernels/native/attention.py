@@ -82,6 +82,7 @@ class NativeAttention:
         assert arena.is_contiguous(), "the arena must be one contiguous, block-major tensor"
         head_dim = vector - 4 if arena.dtype == torch.int8 else vector
         assert (layers, kv_heads, head_dim) == (geometry.layers, geometry.kv_heads, geometry.head_dim), "other model"
+        assert arena.dtype != torch.int8 or head_dim <= 1024, "sums of products of an int8 cache would not fit int32"
         self._library = library
         self._arena = arena
         self._windows = [NO_WINDOW if window is None else window for window in geometry.windows]
