@@ -58,6 +58,8 @@ class OpenVino:
         properties: dict[str, object] = {"INFERENCE_NUM_THREADS": args.threads}
         if args.precision:
             properties["INFERENCE_PRECISION_HINT"] = args.precision
+        if args.kv_precision:
+            properties["KV_CACHE_PRECISION"] = args.kv_precision
         self._genai = genai
         self._pipeline = genai.ContinuousBatchingPipeline(args.model, scheduler, "CPU", properties)
         self._new: queue.SimpleQueue[tuple[int, Asked, Deliver]] = queue.SimpleQueue()
@@ -211,6 +213,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--precision", default="")
+    parser.add_argument("--kv-precision", default="")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--kv-tokens", type=int, required=True)
     parser.add_argument("--batch-tokens", type=int, default=512)

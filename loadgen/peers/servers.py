@@ -1,7 +1,7 @@
 """The servers that are compared: how each is started at a precision, and what it makes of the checkpoint for that.
 
-All cores for each, the same number of tokens of KV in its first tier, its own defaults for everything else. What a
-server does not offer at a precision does not stand in its `kv`.
+All cores for each, the same number of tokens of KV in its first tier, which is fp32 where the weights are; its own defaults for
+everything else. What a server does not offer at a precision does not stand in its `kv`.
 """
 
 from __future__ import annotations
@@ -139,10 +139,11 @@ def llama_cpp(model: Model) -> Start:
     built = ENVIRONMENTS / "llama.cpp" / "build" / "bin" / "llama-server"
     script = [ENVIRONMENTS / "llama.cpp" / "bin" / "python", HERE / "gguf_file.py"]
     weights = model.made(f"{model.precision}.gguf", [*script, "{checkpoint}", "{target}", model.precision])
+    kv = ["--cache-type-k", "f32", "--cache-type-v", "f32"] if model.precision == "fp32" else []
     return Start(
         [built if built.exists() else shutil.which("llama-server") or built, "--model", weights, "--host", "127.0.0.1",
          "--port", "{port}", "--ctx-size", str(KV_TOKENS), "--parallel", str(SEQUENCES), "--kv-unified",
-         "--threads", str(THREADS), "--flash-attn", "off", "--no-ui"],
+         "--threads", str(THREADS), "--flash-attn", "off", "--no-ui", *kv],
         "/health",
     )  # fmt: skip
 
@@ -156,6 +157,7 @@ def openvino(model: Model) -> Start:
         "--weight-format", stored, *groups, "{target}",
     ])  # fmt: skip
     hint = ["--precision", computed] if computed else []
+    hint += ["--kv-precision", computed] if model.precision == "fp32" else []
     return Start([place / "python", HERE / "front.py", "openvino", "--model", ir, *_front(model), *hint], "/v1/models")
 
 
@@ -195,8 +197,8 @@ TCMALLOC = (Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),)
 """Where Debian puts it: vLLM advises it."""
 CONTENDERS = (
     Contender("Terrace", {"fp32": "float32"} | dict.fromkeys(PRECISIONS[1:], "bfloat16"), terrace, terrace_version),
-    Contender("llama.cpp", dict.fromkeys(PRECISIONS, "float16"), llama_cpp, lambda: installed("llama.cpp")),
-    Contender("openvino", dict.fromkeys(PRECISIONS, "uint8"), openvino, lambda: installed("openvino")),
+    Contender("llama.cpp", {"fp32": "float32"} | dict.fromkeys(PRECISIONS[1:], "float16"), llama_cpp, lambda: installed("llama.cpp")),
+    Contender("openvino", {"fp32": "float32"} | dict.fromkeys(PRECISIONS[1:], "uint8"), openvino, lambda: installed("openvino")),
     Contender("vllm", {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}, vllm, lambda: installed("vllm")),
     Contender("transformers", {"fp32": "float32", "bf16": "bfloat16"}, transformers, lambda: installed("transformers")),
 )
