@@ -1,7 +1,7 @@
 """The servers that are compared: how each is started at a precision, and what it makes of the checkpoint for that.
 
-All cores for each, the same number of tokens of KV in its first tier, which is fp32 where the weights are; its own defaults for
-everything else. What a server does not offer at a precision does not stand in its `kv`.
+All cores for each, the same number of tokens of KV in its first tier, which is fp32 where the weights are; its own
+defaults for everything else. What a server does not offer at a precision does not stand in its `kv`.
 """
 
 from __future__ import annotations
@@ -195,10 +195,16 @@ def vllm(model: Model) -> Start:
 
 TCMALLOC = (Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"),)
 """Where Debian puts it: vLLM advises it."""
+
+
+def _kv(narrow: str) -> dict[str, str]:
+    return {precision: "float32" if precision == "fp32" else narrow for precision in PRECISIONS}
+
+
 CONTENDERS = (
-    Contender("Terrace", {"fp32": "float32"} | dict.fromkeys(PRECISIONS[1:], "bfloat16"), terrace, terrace_version),
-    Contender("llama.cpp", {"fp32": "float32"} | dict.fromkeys(PRECISIONS[1:], "float16"), llama_cpp, lambda: installed("llama.cpp")),
-    Contender("openvino", {"fp32": "float32"} | dict.fromkeys(PRECISIONS[1:], "uint8"), openvino, lambda: installed("openvino")),
+    Contender("Terrace", _kv("bfloat16"), terrace, terrace_version),
+    Contender("llama.cpp", _kv("float16"), llama_cpp, lambda: installed("llama.cpp")),
+    Contender("openvino", _kv("uint8"), openvino, lambda: installed("openvino")),
     Contender("vllm", {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}, vllm, lambda: installed("vllm")),
     Contender("transformers", {"fp32": "float32", "bf16": "bfloat16"}, transformers, lambda: installed("transformers")),
 )
