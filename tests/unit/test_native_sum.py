@@ -61,3 +61,18 @@ def test_every_bit_counts(isa: str, length: int, data: st.DataObject) -> None:
         before = ours(block)
         block[data.draw(st.integers(0, length - 1))] ^= 1 << data.draw(st.integers(0, 7))
         assert ours(block) != before
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lines", [1, 3, 4, 5, 27, 1001])
+def test_what_measures_memory_reads_all_of_it(isa: str, threads: int, lines: int) -> None:
+    """Every line once, wherever it lies: a limit that leaves bytes out would flatter no one but the limit."""
+    library, found = load(), np.zeros(2, np.uint64)
+    assert library is not None
+    data = np.random.default_rng(lines).integers(0, 2**63, lines * 8, np.uint64)
+    order = np.random.default_rng(lines).permutation(lines).astype(np.int64)
+    with selected(isa):
+        library.terrace_read(data.ctypes.data, data.nbytes, found.ctypes.data, threads)
+        library.terrace_read_pieces(data.ctypes.data, 64, order.ctypes.data, lines, found.ctypes.data + 8, threads)
+    assert list(found) == [data.sum(dtype=np.uint64)] * 2
